@@ -1,0 +1,119 @@
+// Compiles every kernel body once per instruction set and picks one table at run time.
+//
+// Each ISA has its own namespace and target pragma. The bodies use no standard library: an inline
+// template compiled for AVX-512 could be the copy that the linker keeps for the baseline.
+#include "cpu/dispatch.h"
+
+#include <stdexcept>
+
+#include "cpu/pool_normalize_common.h"
+#include "embedfuse/dtype.h"
+#include "embedfuse/parallel.h"
+
+#if defined(__x86_64__)
+  #include <immintrin.h>
+#endif
+
+#define EMBEDFUSE_BASELINE 0
+#define EMBEDFUSE_AVX2 1
+#define EMBEDFUSE_AVX512 2
+
+namespace embedfuse {
+
+ThreadPool thread_pool;
+
+#define EMBEDFUSE_ISA EMBEDFUSE_BASELINE
+namespace baseline {
+#include "cpu/kernels.h"
+}
+#undef EMBEDFUSE_ISA
+
+#if defined(__x86_64__)
+  #define EMBEDFUSE_ISA EMBEDFUSE_AVX2
+  #if defined(__clang__)
+    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+  #else
+    #pragma GCC push_options
+    #pragma GCC target("avx2,fma,f16c")
+  #endif
+namespace avx2 {
+  #include "cpu/kernels.h"
+}
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #else
+    #pragma GCC pop_options
+  #endif
+  #undef EMBEDFUSE_ISA
+
+  #define EMBEDFUSE_ISA EMBEDFUSE_AVX512
+  #if defined(__clang__)
+    #pragma clang attribute push(                                               \
+        __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
+        apply_to = function)
+  #else
+    #pragma GCC push_options
+    #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+  #endif
+namespace avx512 {
+  #include "cpu/kernels.h"
+}
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #else
+    #pragma GCC pop_options
+  #endif
+  #undef EMBEDFUSE_ISA
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const CpuKernels& kernels;
+};
+
+// Best first. A further ISA (AMX) is one entry here, one block above and one Vec or tile type.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     },
+     avx512::kKernels},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     avx2::kKernels},
+#endif
+    {"baseline", [] { return true; }, baseline::kKernels},
+};
+
+const Isa* selected = nullptr;
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) names.push_back(isa.name);
+  }
+  return names;
+}
+
+void select_isa(const std::string& name) {
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name && isa.supported()) {
+      selected = &isa;
+      return;
+    }
+  }
+  throw std::invalid_argument("no such instruction set on this processor: " + name);
+}
+
+const CpuKernels& cpu_kernels() {
+  if (!selected) select_isa(supported_isas().front());
+  return selected->kernels;
+}
+
+}  // namespace embedfuse

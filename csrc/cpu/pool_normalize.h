@@ -1,0 +1,129 @@
+// pooled_b = sum_t w_bt h_bt / sum_t w_bt ;  out_b = pooled_b / max(|pooled_b|, 1e-12)
+//
+// Reads every used row once and accumulates in fp32. Threads share the sequences, cut where the
+// tokens are cut evenly; with fewer sequences than threads they share the columns instead.
+// Included once per ISA (no include guard).
+
+// acc += sum_r w_r x_r over four rows: one pass over acc serves four rows.
+template <class T>
+void add_rows(float* acc, const T* const x[4], const float w[4], int64_t n) {
+  const Vec w0 = Vec::all(w[0]), w1 = Vec::all(w[1]), w2 = Vec::all(w[2]), w3 = Vec::all(w[3]);
+  int64_t j = 0;
+  for (; j + Vec::N <= n; j += Vec::N) {
+    Vec a = fma(w0, Vec::load(x[0] + j), Vec::load(acc + j));
+    a = fma(w1, Vec::load(x[1] + j), a);
+    a = fma(w2, Vec::load(x[2] + j), a);
+    fma(w3, Vec::load(x[3] + j), a).store(acc + j);
+  }
+  for (; j < n; ++j) {
+    for (int r = 0; r < 4; ++r) acc[j] += w[r] * to_float(x[r][j]);
+  }
+}
+
+template <class T>
+void add_row(float* acc, const T* x, float w, int64_t n) {
+  const Vec wv = Vec::all(w);
+  int64_t j = 0;
+  for (; j + Vec::N <= n; j += Vec::N) fma(wv, Vec::load(x + j), Vec::load(acc + j)).store(acc + j);
+  for (; j < n; ++j) acc[j] += w * to_float(x[j]);
+}
+
+// Columns [begin, end) of sequence b's pooled vector, written to acc.
+template <class T>
+void pool_sequence(const PoolNormalizeArgs& a, int64_t b, int64_t begin, int64_t end, float* acc) {
+  const int64_t first_row = a.cu_seqlens ? a.cu_seqlens[b] : 0;
+  const int64_t rows = a.cu_seqlens ? a.cu_seqlens[b + 1] - first_row : a.length;
+  const T* x = (const T*)a.hidden_states + begin;
+  x += a.cu_seqlens ? first_row * a.row_stride : b * a.batch_stride;
+  const int64_t n = end - begin;
+  for (int64_t j = 0; j < n; ++j) acc[j] = 0.f;
+
+  int64_t first = 0, last = rows - 1;
+  while (first < rows && !is_token(a, b, first)) ++first;
+  while (last >= first && !is_token(a, b, last)) --last;
+  if (last < first) return;  // a sequence without tokens pools to zero
+  if (a.pooling == Pooling::kCls) return add_row(acc, x + first * a.row_stride, 1.f, n);
+  if (a.pooling == Pooling::kLast) return add_row(acc, x + last * a.row_stride, 1.f, n);
+
+  const T* block[4];
+  float w[4], total = 0.f;
+  int filled = 0;
+  for (int64_t t = first; t <= last; ++t) {
+    if (!is_token(a, b, t)) continue;
+    block[filled] = x + t * a.row_stride;
+    w[filled] = a.pooling == Pooling::kMean ? 1.f : float(t - first + 1);
+    total += w[filled];
+    if (++filled == 4) {
+      add_rows(acc, block, w, n);
+      filled = 0;
+    }
+  }
+  for (int r = 0; r < filled; ++r) add_row(acc, block[r], w[r], n);
+  const float scale = 1.f / total;
+  for (int64_t j = 0; j < n; ++j) acc[j] *= scale;
+}
+
+template <class Out>
+void normalize_and_store(const PoolNormalizeArgs& a, int64_t b, const float* pooled) {
+  Vec squares = Vec::zero();
+  float square = 0.f;
+  int64_t j = 0;
+  for (; j + Vec::N <= a.hidden; j += Vec::N) {
+    squares = fma(Vec::load(pooled + j), Vec::load(pooled + j), squares);
+  }
+  for (; j < a.hidden; ++j) square += pooled[j] * pooled[j];
+  const float norm = __builtin_sqrtf(sum(squares) + square);
+  a.norm[b] = norm;
+  // Written so that a NaN norm stays NaN.
+  const float scale = a.normalize ? 1.f / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
+  Out* out = (Out*)a.out + b * a.hidden;
+  for (j = 0; j < a.hidden; ++j) from_float(pooled[j] * scale, out + j);
+}
+
+inline void store(const PoolNormalizeArgs& a, int64_t b, const float* pooled) {
+  if (a.out_dtype == kFloat32) return normalize_and_store<float>(a, b, pooled);
+  if (a.out_dtype == kFloat16) return normalize_and_store<f16>(a, b, pooled);
+  return normalize_and_store<bf16>(a, b, pooled);
+}
+
+inline void pool(const PoolNormalizeArgs& a, int64_t b, int64_t begin, int64_t end, float* acc) {
+  if (a.dtype == kFloat32) return pool_sequence<float>(a, b, begin, end, acc);
+  if (a.dtype == kFloat16) return pool_sequence<f16>(a, b, begin, end, acc);
+  return pool_sequence<bf16>(a, b, begin, end, acc);
+}
+
+struct PoolJob {
+  const PoolNormalizeArgs& a;
+  float* pooled;
+};
+
+// Sequences whose first row lies in [begin, end); the range over rows balances ragged batches.
+inline void pool_rows(int64_t begin, int64_t end, void* context) {
+  const PoolJob& job = *(const PoolJob*)context;
+  for (int64_t b = first_sequence_at(job.a, begin); b < first_sequence_at(job.a, end); ++b) {
+    float* pooled = job.pooled + b * job.a.hidden;
+    pool(job.a, b, 0, job.a.hidden, pooled);
+    store(job.a, b, pooled);
+  }
+}
+
+inline void pool_columns(int64_t begin, int64_t end, void* context) {
+  const PoolJob& job = *(const PoolJob*)context;
+  for (int64_t b = 0; b < job.a.batch; ++b) {
+    pool(job.a, b, begin, end, job.pooled + b * job.a.hidden + begin);
+  }
+}
+
+// scratch: (batch, hidden) fp32; may be the output itself.
+void pool_normalize(const PoolNormalizeArgs& a, float* scratch) {
+  PoolJob job{a, scratch};
+  const int64_t rows = a.cu_seqlens ? a.length : a.batch * (a.length ? a.length : 1);
+  // Under about 128 KB, waking the other threads costs more than they save.
+  const int64_t small = 32768;
+  if (a.batch >= num_threads() || rows * a.hidden < small) {
+    // One more than the rows, so that empty sequences at the very end belong to someone.
+    return parallel_for(0, rows + 1, small / a.hidden + 1, pool_rows, &job);
+  }
+  parallel_for(0, a.hidden, 64, pool_columns, &job);
+  for (int64_t b = 0; b < a.batch; ++b) store(a, b, scratch + b * a.hidden);
+}

@@ -1,0 +1,74 @@
+"""The compiled modules: loaded once, handed torch's thread pool, and the reason when one is missing."""
+
+import ctypes
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from embedfuse import config
+
+# Codes shared with csrc/include/embedfuse/dtype.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Unavailable(Exception):
+    """A backend cannot run here; the text is the reason."""
+
+
+def build_notes() -> dict[str, str]:
+    """What setup.py noted about each module when it built this copy of the package."""
+    path = Path(__file__).parent / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load(module: str, backend: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"embedfuse.{module}")
+    except ImportError as error:
+        note = build_notes().get(backend, "this copy of embedfuse was not built")
+        raise Unavailable(f"embedfuse.{module} does not load: {note} ({error})") from error
+
+
+@functools.cache
+def _load_cpu() -> ModuleType:
+    module = _load("_cpu", "cpp")
+    # torch exports its own parallel_for since 2.10, so torch.set_num_threads is obeyed and no
+    # second OpenMP runtime is linked.
+    lib = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    module.set_thread_pool(
+        *(
+            ctypes.cast(f, ctypes.c_void_p).value
+            for f in (lib.torch_parallel_for, lib.torch_get_num_threads)
+        )
+    )
+    return module
+
+
+@functools.cache
+def cpu() -> ModuleType:
+    """embedfuse._cpu, with the instruction set that EMBEDFUSE_CPU_ISA asks for."""
+    module = _load_cpu()
+    isa = config.read("EMBEDFUSE_CPU_ISA")
+    supported = module.supported_isas()
+    if isa and isa not in supported:
+        raise Unavailable(f"EMBEDFUSE_CPU_ISA={isa}: this processor runs {', '.join(supported)}")
+    module.select_isa(isa or supported[0])
+    return module
+
+
+@functools.cache
+def cuda() -> ModuleType:
+    """embedfuse._cuda; raises Unavailable when it was not built or no GPU is there."""
+    require_gpu()
+    return _load("_cuda", "cuda")
+
+
+def require_gpu() -> None:
+    if torch.version.cuda is None:
+        raise Unavailable(f"torch {torch.__version__} is built without CUDA")
+    if not torch.cuda.is_available():
+        raise Unavailable("no CUDA device is visible")

@@ -1,0 +1,300 @@
+"""Pooling of token states to one vector per sequence, and its L2 normalisation, in one pass."""
+
+import torch
+from torch import Tensor
+
+from embedfuse import native
+from embedfuse.registry import Cost, Op, triton_function
+
+# Order = codes of enum Pooling in csrc/include/embedfuse/args.h.
+POOLINGS = ("cls", "last", "mean", "weighted_mean")
+EPS = 1e-12
+
+OP = Op(
+    "pool_normalize(Tensor hidden_states, Tensor? cu_seqlens, Tensor? attention_mask, "
+    "str pooling, bool normalize, ScalarType out_dtype) -> (Tensor, Tensor)"
+)
+
+
+def pool_normalize(
+    hidden_states: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pooling: str = "mean",
+    normalize: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One vector per sequence: p_b = sum_t w_bt h_bt, then p_b / max(|p_b|_2, 1e-12).
+
+    The weights w over the n tokens of a sequence, t = 1..n:
+      "cls"            1 for the first token, else 0
+      "last"           1 for the last token, else 0 (EOS pooling of E5-mistral, arXiv 2401.00368)
+      "mean"           1 / n
+      "weighted_mean"  t / (1 + 2 + ... + n) (SGPT, arXiv 2202.08904)
+    A sequence without tokens gives the zero vector. Sums are fp32 (fp64 for fp64 input).
+
+    hidden_states: (tokens, hidden) with `cu_seqlens`, sequences end to end; or (batch, length, hidden).
+    cu_seqlens: (batch + 1,) int32, 0 = first < ... <= tokens: where each sequence starts, and the end.
+    attention_mask: (batch, length), nonzero marks tokens; padding may stand on either side. What it
+        leaves out is never read, be it NaN. For "weighted_mean", t counts from the first token on,
+        tokens left out in the middle included (as in sentence-transformers).
+    out_dtype: dtype of the result; default that of hidden_states.
+
+    Returns (batch, hidden). Differentiable in hidden_states.
+    Raises ValueError for shapes that do not fit, TypeError for dtypes that are not accepted.
+    """
+    out_dtype = out_dtype or hidden_states.dtype
+    attention_mask = _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        return _PoolNormalize.apply(
+            hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype
+        )
+    return OP(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype)[0]
+
+
+def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Tensor | None:
+    shape = tuple(hidden_states.shape)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r}: accepted are {', '.join(POOLINGS)}")
+    for name, dtype in (("hidden_states", hidden_states.dtype), ("out_dtype", out_dtype)):
+        if dtype not in (*native.DTYPES, torch.float64):
+            raise TypeError(f"{name}: {dtype}; accepted are float16, bfloat16, float32 and float64")
+    if cu_seqlens is None:
+        if len(shape) != 3:
+            raise ValueError(
+                f"hidden_states: shape {shape}; accepted are (batch, length, hidden), "
+                "or (tokens, hidden) together with cu_seqlens"
+            )
+        if attention_mask is None:
+            return None
+        if attention_mask.shape != shape[:2]:
+            raise ValueError(
+                f"attention_mask: shape {tuple(attention_mask.shape)}; accepted is {shape[:2]}"
+            )
+        if attention_mask.dtype in (torch.int64, torch.int32, torch.bool):
+            return attention_mask
+        return attention_mask != 0
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask: not accepted together with cu_seqlens, which already bounds tokens"
+        )
+    if len(shape) != 2:
+        raise ValueError(
+            f"hidden_states: shape {shape}; accepted with cu_seqlens is (tokens, hidden)"
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; accepted is int32 (batch + 1,)"
+        )
+    return None
+
+
+def _token_weights(
+    like: Tensor, cu_seqlens, attention_mask, pooling: str
+) -> tuple[Tensor, Tensor | None]:
+    """Weights w in the accumulation dtype and, packed, the sequence of each token.
+
+    Padded: (batch, length). Packed: (tokens,).
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if cu_seqlens is not None:
+        row = torch.arange(like.shape[0], device=like.device)
+        sequence = torch.bucketize(row, cu_seqlens[1:], right=True)
+        start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+        n = (end - start).to(dtype)
+        weights = {
+            "cls": lambda: (row == start).to(dtype),
+            "last": lambda: (row == end - 1).to(dtype),
+            "mean": lambda: 1 / n,
+            "weighted_mean": lambda: (row - start + 1).to(dtype) * 2 / (n * (n + 1)),
+        }
+        return weights[pooling](), sequence
+    if attention_mask is None:
+        attention_mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
+    keep = attention_mask != 0
+    length = keep.shape[1]
+    row = torch.arange(length, device=like.device)
+    first = torch.where(keep, row, length).amin(1, keepdim=True) if length else row[None]
+    last = torch.where(keep, row, -1).amax(1, keepdim=True) if length else row[None]
+    weights = {
+        "cls": lambda: row == first,
+        "last": lambda: row == last,
+        "mean": lambda: keep,
+        "weighted_mean": lambda: keep * (row - first + 1),
+    }[pooling]().to(dtype)
+    return weights / weights.sum(1, keepdim=True).clamp_min(1), None
+
+
+@OP.reference
+def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
+    _check_cu_seqlens(cu_seqlens, hidden_states)
+    weights, sequence = _token_weights(hidden_states, cu_seqlens, attention_mask, pooling)
+    weights = weights[..., None]
+    # A row of weight 0 is left out, not multiplied: 0 * NaN would be NaN.
+    weighted = torch.where(weights != 0, hidden_states.to(weights.dtype) * weights, 0)
+    if sequence is None:
+        pooled = weighted.sum(1)
+    else:
+        pooled = weighted.new_zeros(len(cu_seqlens) - 1, hidden_states.shape[1])
+        pooled.index_add_(0, sequence, weighted)
+    norm = torch.linalg.vector_norm(pooled, dim=-1)
+    if normalize:
+        pooled = pooled / norm[:, None].clamp_min(EPS)
+    return pooled.to(out_dtype), norm
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, hidden_states: Tensor) -> None:
+    if cu_seqlens is None or cu_seqlens.is_cuda:  # reading it would wait for the GPU
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(hidden_states) or (cu_seqlens.diff() < 0).any():
+        raise ValueError("cu_seqlens: must start at 0, never fall, and end at the number of tokens")
+
+
+@OP.fake
+def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
+    batch = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    norm_dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    return (
+        hidden_states.new_empty(batch, hidden_states.shape[-1], dtype=out_dtype),
+        hidden_states.new_empty(batch, dtype=norm_dtype),
+    )
+
+
+class _PoolNormalize(torch.autograd.Function):
+    """dL/dh_t = w_t g, with g = (dL/dy - y (y . dL/dy)) / |p| where y = p / |p| was normalised."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
+        out, norm = OP(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype)
+        ctx.save_for_backward(out, norm, cu_seqlens, attention_mask)
+        ctx.pooling, ctx.normalize = pooling, normalize
+        # Only shape, dtype and device are read; an expanded scalar keeps no memory.
+        ctx.like = hidden_states.new_empty(()).expand(hidden_states.shape)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out, norm, cu_seqlens, attention_mask = ctx.saved_tensors
+        weights, sequence = _token_weights(ctx.like, cu_seqlens, attention_mask, ctx.pooling)
+        grad = grad.to(weights.dtype)
+        if ctx.normalize:
+            y, norm = out.to(weights.dtype), norm[:, None]
+            # Below EPS the division is by a constant, so nothing is projected out.
+            along = (y * grad).sum(1, keepdim=True) * (norm >= EPS)
+            grad = (grad - y * along) / norm.clamp_min(EPS)
+        grad = grad[:, None] if sequence is None else grad[sequence]
+        return (grad * weights[..., None]).to(ctx.like.dtype), None, None, None, None, None
+
+
+def _native_args(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
+    """Result tensors, and the arguments that both compiled modules take, in their order."""
+    if hidden_states.stride(-1) != 1:
+        hidden_states = hidden_states.contiguous()
+    packed = cu_seqlens is not None
+    if packed:
+        cu_seqlens = cu_seqlens.contiguous()
+    if attention_mask is not None:
+        attention_mask = attention_mask.contiguous()
+    batch = len(cu_seqlens) - 1 if packed else hidden_states.shape[0]
+    hidden = hidden_states.shape[-1]
+    out = hidden_states.new_empty(batch, hidden, dtype=out_dtype)
+    norm = hidden_states.new_empty(batch, dtype=torch.float32)
+    args = (
+        hidden_states.data_ptr(),
+        native.DTYPES[hidden_states.dtype],
+        hidden_states.stride(-2),
+        0 if packed else hidden_states.stride(0),
+        cu_seqlens.data_ptr() if packed else 0,
+        0 if attention_mask is None else attention_mask.data_ptr(),
+        0 if attention_mask is None else attention_mask.element_size(),
+        batch,
+        hidden_states.shape[-2],
+        hidden,
+        POOLINGS.index(pooling),
+        normalize,
+        out.data_ptr(),
+        native.DTYPES[out_dtype],
+        norm.data_ptr(),
+    )
+    # The tensors behind the addresses must outlive the call.
+    return out, norm, args, (hidden_states, cu_seqlens, attention_mask)
+
+
+def _load_cpp():
+    kernel = native.cpu().pool_normalize
+
+    def run(*call):
+        out, norm, args, alive = _native_args(*call)
+        scratch = (
+            out if out.dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)
+        )
+        kernel(*args, scratch.data_ptr())
+        del alive
+        return out, norm
+
+    return run
+
+
+OP.impl("cpp", _load_cpp)
+OP.impl("triton", triton_function("pool_normalize:pool_normalize"))
+
+
+@OP.samples
+def _(device, dtype, size):
+    generator = torch.Generator().manual_seed(0)
+
+    def states(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def packed(lengths):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        return states(int(ends[-1]), hidden), ends.to(device, torch.int32)
+
+    if size == "bench":
+        shapes = {"cpu": (64, 512, 1024), "cuda": (64, 512, 4096)}[device]
+        batch, length, hidden = shapes
+        mask = torch.ones(batch, length, dtype=torch.int64, device=device)
+        x, cu_seqlens = packed([length] * batch)
+        return [
+            (x, cu_seqlens, None, "mean", True, dtype),
+            (x.view(shapes), None, mask, "mean", True, dtype),
+            (x.view(shapes), None, mask, "last", True, dtype),
+        ]
+    samples = []
+    for hidden, lengths in ((37, [5, 0, 1, 9, 0]), (384, [3, 70, 1]), (129, [1]), (64, [])):
+        x, cu_seqlens = packed(lengths)
+        batch, length = len(lengths), max(lengths, default=0)
+        row = torch.arange(length)
+        left = row >= length - torch.tensor(lengths, dtype=torch.int64)[:, None]
+        padded = states(batch, length, hidden)
+        for pooling in POOLINGS:
+            samples.append((x, cu_seqlens, None, pooling, True, dtype))
+            samples.append(
+                (padded, None, left.to(device, torch.int64), pooling, False, torch.float32)
+            )
+            samples.append((padded, None, left.flip(1).to(device), pooling, True, dtype))
+    holes = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.int32, device=device)
+    for pooling in POOLINGS:
+        # Columns of a wider tensor: rows are not adjacent in memory.
+        samples.append((states(2, 4, 100)[..., 10:60], None, holes, pooling, True, dtype))
+        samples.append((states(2, 4, 48), None, None, pooling, True, torch.float32))
+    return samples
+
+
+@OP.cost
+def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
+    hidden = hidden_states.shape[-1]
+    batch = hidden_states.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if pooling in ("cls", "last"):
+        rows = batch
+    elif attention_mask is None:
+        rows = hidden_states.numel() // hidden
+    else:
+        rows = int((attention_mask != 0).sum())
+    mask_bytes = 0 if attention_mask is None else attention_mask.nbytes
+    out_bytes = batch * hidden * torch.empty((), dtype=out_dtype).element_size()
+    return Cost(
+        bytes=rows * hidden * hidden_states.element_size() + out_bytes + mask_bytes,
+        flops=2 * rows * hidden + 4 * batch * hidden,
+    )
