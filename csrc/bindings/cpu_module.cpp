@@ -56,4 +56,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_thread_pool", &set_thread_pool);
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);
+  m.def("selected_isa", &selected_isa);
 }

@@ -111,6 +111,11 @@ void select_isa(const std::string& name) {
   throw std::invalid_argument("no such instruction set on this processor: " + name);
 }
 
+std::string selected_isa() {
+  cpu_kernels();
+  return selected->name;
+}
+
 const CpuKernels& cpu_kernels() {
   if (!selected) select_isa(supported_isas().front());
   return selected->kernels;

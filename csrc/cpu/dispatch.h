@@ -16,6 +16,8 @@ struct CpuKernels {
 std::vector<std::string> supported_isas();
 // Throws std::invalid_argument for a name that supported_isas() does not list.
 void select_isa(const std::string& name);
+// Name of the ISA whose kernels cpu_kernels() gives.
+std::string selected_isa();
 const CpuKernels& cpu_kernels();
 
 }  // namespace embedfuse

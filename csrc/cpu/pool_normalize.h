@@ -122,7 +122,7 @@ void pool_normalize(const PoolNormalizeArgs& a, float* scratch) {
   const int64_t small = 32768;
   if (a.batch >= num_threads() || rows * a.hidden < small) {
     // One more than the rows, so that empty sequences at the very end belong to someone.
-    return parallel_for(0, rows + 1, small / a.hidden + 1, pool_rows, &job);
+    return parallel_for(0, rows + 1, small / (a.hidden + 1) + 1, pool_rows, &job);
   }
   parallel_for(0, a.hidden, 64, pool_columns, &job);
   for (int64_t b = 0; b < a.batch; ++b) store(a, b, scratch + b * a.hidden);

@@ -50,12 +50,16 @@ def _load_cpu() -> ModuleType:
 
 @functools.cache
 def cpu() -> ModuleType:
-    """embedfuse._cpu, with the instruction set that EMBEDFUSE_CPU_ISA asks for."""
+    """embedfuse._cpu, with the instruction set that EMBEDFUSE_CPU_ISA asks for.
+
+    Raises Unavailable when it was not built, ValueError for an instruction set that is not there.
+    """
     module = _load_cpu()
     isa = config.read("EMBEDFUSE_CPU_ISA")
     supported = module.supported_isas()
     if isa and isa not in supported:
-        raise Unavailable(f"EMBEDFUSE_CPU_ISA={isa}: this processor runs {', '.join(supported)}")
+        # Asked for by name, so not Unavailable: that would fall back to another backend.
+        raise ValueError(f"EMBEDFUSE_CPU_ISA={isa}: this processor runs {', '.join(supported)}")
     module.select_isa(isa or supported[0])
     return module
 

@@ -116,14 +116,12 @@ class Op:
         self._chosen: dict[tuple, Callable] = {}
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        # Not a cached_property: torch.compile cannot trace the lock of its first access.
+        self.overload = getattr(torch.ops.embedfuse, self.name).default
         OPS[self.name] = self
 
     def __call__(self, *args):
         return self.overload(*args)
-
-    @functools.cached_property
-    def overload(self):
-        return getattr(torch.ops.embedfuse, self.name).default
 
     def reference(self, fn: Callable) -> Callable:
         self._reference = fn

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from embedfuse import native
 from embedfuse.registry import Cost, Op, triton_function
@@ -42,7 +43,7 @@ def pool_normalize(
     out_dtype: dtype of the result; default that of hidden_states.
 
     Returns (batch, hidden). Differentiable in hidden_states.
-    Raises ValueError for shapes that do not fit, TypeError for dtypes that are not accepted.
+    Raises ValueError for shapes or devices that do not fit, TypeError for dtypes that are not accepted.
     """
     out_dtype = out_dtype or hidden_states.dtype
     attention_mask = _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype)
@@ -60,6 +61,11 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
     for name, dtype in (("hidden_states", hidden_states.dtype), ("out_dtype", out_dtype)):
         if dtype not in (*native.DTYPES, torch.float64):
             raise TypeError(f"{name}: {dtype}; accepted are float16, bfloat16, float32 and float64")
+    for name, tensor in (("cu_seqlens", cu_seqlens), ("attention_mask", attention_mask)):
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(
+                f"{name}: on {tensor.device}; accepted is the device of hidden_states, {hidden_states.device}"
+            )
     if cu_seqlens is None:
         if len(shape) != 3:
             raise ValueError(
@@ -85,7 +91,8 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
         )
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(
-            f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; accepted is int32 (batch + 1,)"
+            f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; "
+            "accepted is int32 (batch + 1,)"
         )
     return None
 
@@ -174,6 +181,7 @@ class _PoolNormalize(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         out, norm, cu_seqlens, attention_mask = ctx.saved_tensors
         weights, sequence = _token_weights(ctx.like, cu_seqlens, attention_mask, ctx.pooling)

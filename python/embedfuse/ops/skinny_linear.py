@@ -18,7 +18,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     x: (rows, depth). weight: (columns, depth). bias: (columns,) or None. All of one dtype; sums are fp32.
     Returns (rows, columns). No gradient: for inference.
-    Raises ValueError for shapes or dtypes that do not fit.
+    Raises ValueError for shapes, dtypes or devices that do not fit, RuntimeError where a gradient is due.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -27,8 +27,18 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: shape {tuple(bias.shape)}; accepted is {tuple(weight.shape[:1])}")
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(f"weight, bias: their dtype must be that of x, {x.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
+            raise ValueError(
+                f"{name}: {tensor.dtype} on {tensor.device}; accepted is that of x, {x.dtype} on {x.device}"
+            )
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        raise RuntimeError(
+            "x, weight, bias: one requires a gradient, which skinny_linear has not; "
+            "call it under torch.no_grad()"
+        )
     return OP(x, weight, bias)
 
 
@@ -49,6 +59,7 @@ def _load_cpp():
         if x.stride(-1) != 1:
             x = x.contiguous()
         weight = weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
         rows, depth = x.shape
         out = x.new_empty(rows, weight.shape[0])
         kernel(

@@ -1,0 +1,134 @@
+"""SentenceTransformer: its transformer without padding, pooling and normalisation in one kernel.
+
+Only the class of the SentenceTransformer and of the model inside are swapped. The modules between
+keep theirs, because `save` writes their class names into modules.json.
+"""
+
+import contextvars
+import functools
+import inspect
+
+import sentence_transformers
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+
+from embedfuse.ops import pool_normalize
+from embedfuse.patching.check import deviations, evaluating
+from embedfuse.patching.engine import PackedModel, Patched
+from embedfuse.patching.report import Report
+
+_ORIGINAL = sentence_transformers.SentenceTransformer
+# Its name there -> ours.
+_POOLINGS = {
+    "cls": "cls",
+    "lasttoken": "last",
+    "mean": "mean",
+    "weightedmean": "weighted_mean",
+}
+# Features that the pooled path understands; any other sends the call through the modules.
+_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+_FEATURES = _INPUTS | {"modality", "prompt_length"}
+_OUTPUT_VALUE = list(inspect.signature(_ORIGINAL.encode).parameters).index("output_value") - 1
+_PROBE_TEXTS = ("One", "Two short words", "A somewhat longer text, so that padding has to be dropped.")
+
+# Set while `encode` wants nothing but the pooled vector.
+_pooled_only = contextvars.ContextVar("embedfuse_pooled_only", default=False)
+
+
+class SentenceTransformer(Patched, _ORIGINAL):
+    original = _ORIGINAL
+
+    @classmethod
+    def install(cls, model: _ORIGINAL) -> Report:
+        from embedfuse.patching.api import patch
+
+        inner = getattr(model[0], "model", None) if len(model) else None
+        if type(model[0]) is not Transformer or not isinstance(inner, nn.Module):
+            raise TypeError(
+                f"model: its first module is {type(model[0]).__name__}; accepted is Transformer"
+            )
+        report = patch(inner)
+        features = dict(model.preprocess(list(_PROBE_TEXTS)))
+        features = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}
+        try:
+            with evaluating(model):
+                expected = _ORIGINAL.forward(model, dict(features))
+            cls.swap_in(model, report)
+            pooling = model._fused_pooling(features)
+            if pooling is None:
+                report.refused["pooling"] = "not a Transformer, one standard Pooling, and a known rest"
+            else:
+                report.fused.append(f"{pooling} pooling and normalisation in one kernel")
+            token = _pooled_only.set(True)
+            try:
+                with evaluating(model):
+                    found = model.forward(dict(features))
+            finally:
+                _pooled_only.reset(token)
+            name = "sentence_embedding"
+            if name in expected:
+                report.deviations |= deviations({name: expected[name]}, found)
+        except BaseException:
+            if isinstance(model, Patched):
+                model.swap_out()
+            inner.uninstall()
+            raise
+        return report
+
+    def uninstall(self) -> None:
+        inner = self[0].model
+        if isinstance(inner, Patched):
+            inner.uninstall()
+        self.swap_out()
+
+    @functools.wraps(_ORIGINAL.encode)
+    def encode(self, *args, **kwargs):
+        wanted = kwargs.get("output_value", args[_OUTPUT_VALUE] if len(args) > _OUTPUT_VALUE else "")
+        token = _pooled_only.set(wanted in ("", "sentence_embedding"))
+        try:
+            return super().encode(*args, **kwargs)
+        finally:
+            _pooled_only.reset(token)
+
+    @functools.wraps(_ORIGINAL.forward)
+    def forward(self, input, **kwargs):
+        pooling = self._fused_pooling(input) if _pooled_only.get() and not kwargs else None
+        found = pooling and self[0].model.packed_states({k: input[k] for k in _INPUTS & set(input)})
+        if not found:
+            return super().forward(input, **kwargs)
+        states, packed = found
+        rest = list(self)[2:]
+        normalize = bool(rest) and type(rest[0]) is Normalize
+        features = dict(input)
+        features["sentence_embedding"] = pool_normalize(
+            states, cu_seqlens=packed.cu_seqlens, pooling=pooling, normalize=normalize
+        )
+        for module in rest[normalize:]:
+            features = module(features)
+        return features
+
+    def _fused_pooling(self, features: dict) -> str | None:
+        """The pooling that one kernel can do instead of the modules; None where they have to run."""
+        modules = list(self)
+        if len(modules) < 2 or type(modules[1]) is not Pooling or not set(features) <= _FEATURES:
+            return None
+        transformer, pooling, *rest = modules
+        excludes_prompt = not pooling.include_prompt and "prompt_length" in features
+        if not isinstance(transformer.model, PackedModel) or excludes_prompt:
+            return None
+        if transformer.modality_config.get("text") != _TEXT or any(map(_is_special, modules)):
+            return None
+        if any(getattr(m, "module_input_name", None) != "sentence_embedding" for m in rest):
+            return None
+        if any(type(m) not in (Dense, Normalize) for m in rest):
+            return None
+        return _POOLINGS.get(pooling.pooling_mode)
+
+
+_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Whether somebody hooked or replaced the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -1,0 +1,125 @@
+"""Packed: the sequences of a padded batch, end to end, and the way back."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the tokens of a padded (batch, length) batch lie once the padding is gone.
+
+    lengths: tokens of each sequence. cu_seqlens: (batch + 1,) int32, their running sum from 0.
+    shape: (batch, length) of the padded batch. index: (tokens,) place of each token in the padded
+    batch read row by row; None when nothing was padded.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    shape: tuple[int, int]
+    index: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(sequences, length) for each run of neighbours of one length."""
+        runs: list[tuple[int, int]] = []
+        for length in self.lengths:
+            if runs and runs[-1][1] == length:
+                runs[-1] = (runs[-1][0] + 1, length)
+            else:
+                runs.append((1, length))
+        return tuple(runs)
+
+    @property
+    def starts_padded(self) -> bool:
+        """Whether some row begins with padding."""
+        if self.index is None:
+            return False
+        first = self.index[self.cu_seqlens[:-1].long()]
+        return bool((first % self.shape[1] != 0).any())
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(batch, length, ...) -> (tokens, ...)"""
+        flat = padded.reshape(-1, *padded.shape[2:])
+        return flat if self.index is None else flat[self.index]
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """(tokens, ...) -> (batch, length, ...), zeros where there is no token."""
+        if self.index is None:
+            return packed.reshape(*self.shape, *packed.shape[1:])
+        rows = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[1:])
+        return rows.index_copy(0, self.index, packed).view(*self.shape, *packed.shape[1:])
+
+    def split(self, max_tokens: int) -> list["Packed"]:
+        """Consecutive parts of at most max_tokens tokens each (more where one sequence has more)."""
+        parts: list[list[int]] = []
+        tokens = 0
+        for length in self.lengths:
+            if not parts or tokens + length > max_tokens:
+                parts.append([])
+                tokens = 0
+            parts[-1].append(length)
+            tokens += length
+        if len(parts) <= 1:
+            return [self]
+        return [unpadded(part, self.cu_seqlens.device) for part in parts]
+
+
+def unpadded(lengths: list[int], device: torch.device) -> Packed:
+    """Sequences that never were padded; their padded shape is one row."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return Packed(tuple(lengths), cu_seqlens, (1, sum(lengths)), None)
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
+    """How to pack a (batch, length) batch; padding may stand on either side of each row.
+
+    Raises ValueError for a mask of another shape, a row without tokens, or a row with a hole.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: shape {tuple(input_ids.shape)}; accepted is (batch, length)")
+    batch, length = input_ids.shape
+    device = input_ids.device
+    if attention_mask is None:
+        lengths = [length] * batch
+        keep = None
+    else:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: shape {tuple(attention_mask.shape)}; accepted is that of input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
+        keep = attention_mask.to(device) != 0
+        lengths = _count(keep)
+    if 0 in lengths:
+        raise ValueError(f"attention_mask: row {lengths.index(0)} has no token; every row needs one")
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    index = None
+    if sum(lengths) != batch * length:
+        index = keep.flatten().nonzero().squeeze(1)
+    return Packed(tuple(lengths), cu_seqlens, (batch, length), index)
+
+
+def _count(keep: Tensor) -> list[int]:
+    """Tokens of each row. Raises for rows whose tokens do not stand together."""
+    # A row has as many stretches of tokens as it has tokens whose left neighbour is none.
+    begins = keep.clone()
+    begins[:, 1:] &= ~keep[:, :-1]
+    counts, stretches = torch.stack((keep.sum(1), begins.sum(1))).tolist()
+    for row, n in enumerate(stretches):
+        if n > 1:
+            raise ValueError(
+                f"attention_mask: row {row} has a hole (0 between ones); accepted is padding at the "
+                "ends. Masks with holes run on the unpatched model, or as a 4-D mask"
+            )
+    return counts

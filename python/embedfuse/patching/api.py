@@ -1,0 +1,113 @@
+"""The public calls: find the recipe of an object, apply it, undo it."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from embedfuse.ops import pool_normalize
+from embedfuse.packing import pack
+from embedfuse.patching.engine import PackedModel, Patched
+from embedfuse.patching.report import Report
+
+# Class of the original -> module that has the patched class of the same name.
+RECIPES = {
+    "transformers.models.bert.modeling_bert.BertModel": "embedfuse.patching.bert",
+    "transformers.models.roberta.modeling_roberta.RobertaModel": "embedfuse.patching.roberta",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": (
+        "embedfuse.patching.xlm_roberta"
+    ),
+    "sentence_transformers.sentence_transformer.model.SentenceTransformer": (
+        "embedfuse.integrations.sentence_transformers"
+    ),
+}
+
+
+def patch(model: nn.Module) -> Report:
+    """Make a live model faster, in place: same calls, same vectors.
+
+    model: a transformers BertModel, RobertaModel or XLMRobertaModel, or a SentenceTransformer that
+        holds one. Its class becomes a subclass of the same name; weights stay where they are,
+        except that query, key and value of a layer move into one storage.
+
+    Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
+    leaves out are zero (the original fills them with values that mean nothing). Calls that the
+    packed forward cannot serve run on the original forward; the report counts them by reason.
+
+    A probe batch runs through both forwards first. Returns the live Report; patching twice is one
+    patch. Raises TypeError for another kind of object, PatchError (and changes nothing) for weights
+    on the meta device or outputs that differ by more than the dtype's bound.
+    """
+    if isinstance(model, Patched):
+        return model._embedfuse.report
+    return _recipe(model).install(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Put a patched model back: class, parameters and outputs as before, bit for bit.
+
+    Raises ValueError for a model that is not patched.
+    """
+    if not isinstance(model, Patched):
+        raise ValueError(f"model: this {type(model).__name__} is not patched")
+    model.uninstall()
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module) -> Iterator[Report]:
+    """patch on entry, unpatch on exit; a model that was patched before stays patched."""
+    before = isinstance(model, Patched)
+    report = patch(model)
+    try:
+        yield report
+    finally:
+        if not before:
+            unpatch(model)
+
+
+def report(model: nn.Module) -> Report:
+    """The Report of a patched model, kept up to date. ValueError for one that is not patched."""
+    if not isinstance(model, Patched):
+        raise ValueError(f"model: this {type(model).__name__} is not patched")
+    return model._embedfuse.report
+
+
+def embed(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    pooling: str,
+    normalize: bool = True,
+) -> Tensor:
+    """Pooled, normalised vectors of a batch of token ids.
+
+    model: a transformers model that `patch` takes. Patched, the states are pooled where they lie,
+        without padding.
+    input_ids, attention_mask: (batch, length); no mask means no padding.
+    pooling: "cls", "last", "mean" or "weighted_mean", as in ops.pool_normalize.
+
+    Returns (batch, hidden) in the model's dtype. Differentiable under grad.
+    """
+    _recipe(model)
+    call = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if isinstance(model, PackedModel) and not (model._forward_hooks or model._forward_pre_hooks):
+        found = model.packed_states(call)
+        if found is not None:
+            states, packed = found
+            return pool_normalize(
+                states, cu_seqlens=packed.cu_seqlens, pooling=pooling, normalize=normalize
+            )
+    pack(input_ids, attention_mask)  # for its errors
+    states = model(**call).last_hidden_state
+    return pool_normalize(states, attention_mask=attention_mask, pooling=pooling, normalize=normalize)
+
+
+def _recipe(model: object) -> type[Patched]:
+    cls = model.original if isinstance(model, Patched) else type(model)
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    if path not in RECIPES:
+        kinds = ", ".join(name.rsplit(".", 1)[1] for name in RECIPES)
+        raise TypeError(f"model: {path}; accepted are {kinds}")
+    return getattr(importlib.import_module(RECIPES[path]), cls.__name__)

@@ -1,0 +1,118 @@
+"""What BERT, RoBERTa and XLM-RoBERTa share: module names, embeddings, outputs."""
+
+import sys
+
+from torch import Tensor, nn
+
+from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm
+from embedfuse.nn.linear import FusedLinear
+from embedfuse.packing import Packed
+from embedfuse.patching.check import Probe
+from embedfuse.patching.engine import PackedModel
+from embedfuse.patching.plan import Plan, replaced
+
+
+class PackedEncoder(PackedModel):
+    @classmethod
+    def probe(cls, model: nn.Module) -> Probe:
+        config = model.config
+        padding_idx = config.pad_token_id or 0
+        room = config.max_position_embeddings - padding_idx - 1
+        return Probe.random(config.vocab_size, padding_idx, room, model.device)
+
+    def make_plan(self) -> Plan:
+        plan = Plan(refusal=self._refusal())
+        if plan.refusal is None:
+            plan.layers = [read_layer(block) for block in self.encoder.layer]
+        plan.watch(self)
+        return plan
+
+    def _refusal(self) -> str | None:
+        config = self.config
+        if config.is_decoder or config.add_cross_attention or getattr(config, "is_causal", False):
+            return "the model is configured as a decoder"
+        if getattr(config, "position_embedding_type", "absolute") != "absolute":
+            return f"config.position_embedding_type is {config.position_embedding_type!r}"
+        stock = self.original.__module__
+        inner = {"embeddings": self.embeddings, "encoder": self.encoder}
+        for i, block in enumerate(self.encoder.layer):
+            prefix = f"encoder.layer.{i}"
+            inner[prefix] = block
+            inner |= {f"{prefix}.{name}": child for name, child in block.named_children()}
+            attention = block.attention.named_children()
+            inner |= {f"{prefix}.attention.{name}": child for name, child in attention}
+        for name, module in inner.items():
+            if why := replaced(module, stock):
+                return f"{name} {why}"
+        return None
+
+    def misfit(self, packed: Packed) -> str | None:
+        if self.pooler is not None and packed.starts_padded:
+            return "left padding: the model's pooler reads column 0, where a row has no token"
+        return None
+
+    def position_ids(self, input_ids: Tensor) -> Tensor:
+        """(batch, length) as the original numbers them."""
+        raise NotImplementedError
+
+    def last_position(self, packed: Packed) -> int:
+        """The largest position id of the batch."""
+        raise NotImplementedError
+
+    def check_ids(self, input_ids: Tensor, packed: Packed) -> None:
+        places = self.embeddings.position_embeddings.num_embeddings
+        if self.last_position(packed) >= places:
+            raise ValueError(
+                f"input_ids: length {packed.shape[1]} (longest sequence {packed.max_seqlen}) needs "
+                f"position {self.last_position(packed)}; the position table ends at {places - 1}"
+            )
+        if input_ids.is_cpu and input_ids.numel():  # on a GPU the look would wait for it
+            low, high = input_ids.aminmax()
+            words = self.embeddings.word_embeddings.num_embeddings
+            if low < 0 or high >= words:
+                bad = int(low if low < 0 else high)
+                raise IndexError(f"input_ids: token {bad}; accepted are 0 to {words - 1}")
+
+    def run_packed(self, plan: Plan, packed: Packed, call: dict) -> Tensor:
+        return encode(plan.layers, self._embed(packed, call), packed)
+
+    def _embed(self, packed: Packed, call: dict) -> Tensor:
+        tables, input_ids = self.embeddings, call["input_ids"]
+        positions = call.get("position_ids")
+        positions = self.position_ids(input_ids) if positions is None else positions
+        types = call.get("token_type_ids")
+        # The order of the sums is the original's.
+        x = tables.word_embeddings(packed.pack(input_ids))
+        if types is None:
+            x = x + tables.token_type_embeddings.weight[0]
+        else:
+            x = x + tables.token_type_embeddings(packed.pack(types))
+        x = x + tables.position_embeddings(packed.pack(positions.expand_as(input_ids)))
+        return tables.dropout(layer_norm(tables.LayerNorm, x))
+
+    def make_output(self, states: Tensor, return_dict: bool):
+        pooled = self.pooler(states) if self.pooler is not None else None
+        modeling = sys.modules[self.original.__module__]
+        output = modeling.BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=states, pooler_output=pooled
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def read_layer(block: nn.Module) -> EncoderLayer:
+    attention, output = block.attention.self, block.attention.output
+    return EncoderLayer(
+        block=block,
+        qkv=FusedLinear((attention.query, attention.key, attention.value)),
+        heads=attention.num_attention_heads,
+        scale=attention.scaling,
+        attention_dropout=attention.dropout,
+        out=output.dense,
+        dropout1=output.dropout,
+        norm1=output.LayerNorm,
+        up=block.intermediate.dense,
+        activation=block.intermediate.intermediate_act_fn,
+        down=block.output.dense,
+        dropout2=block.output.dropout,
+        norm2=block.output.LayerNorm,
+    )

@@ -1,0 +1,202 @@
+"""How a live object becomes a patched one: its class is swapped for a subclass of the same name.
+
+A recipe declares `class BertModel(PackedEncoder, modeling_bert.BertModel)`. Names, hooks, parameters,
+isinstance, save_pretrained and pickling go on as before, and undoing it is swapping back.
+"""
+
+import functools
+import inspect
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from embedfuse.packing import Packed, pack
+from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
+from embedfuse.patching.plan import Plan
+from embedfuse.patching.report import Report
+
+# Arguments that the packed forward serves; any other that is not None goes to the original.
+_SERVED = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
+# Accepted when they ask for nothing.
+_FLAGS = {"output_attentions", "output_hidden_states", "use_cache"}
+
+
+class Patched:
+    """Mixin of every patched object. `original` is the class that it had."""
+
+    original: type[nn.Module]
+    _embedfuse: "PatchState"
+
+    @classmethod
+    def install(cls, model: nn.Module) -> Report:
+        """Patch `model`, check it, and put everything back if the check fails."""
+        raise NotImplementedError
+
+    def uninstall(self) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def swap_in(cls, model: nn.Module, report: Report) -> None:
+        model.__class__ = cls
+        model._embedfuse = PatchState(report)
+
+    def swap_out(self) -> None:
+        del self._embedfuse
+        self.__class__ = self.original
+
+
+class PatchState:
+    """What a patched model carries: its report and its plan. Copies and pickles without the plan."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.plan: Plan | None = None
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {"report": self.report}
+
+    def __setstate__(self, state):
+        self.__init__(state["report"])
+
+
+class PackedModel(Patched):
+    """A transformers model that runs without padding. Recipes give the five methods below."""
+
+    _argument_names: tuple[str, ...]
+
+    @classmethod
+    def probe(cls, model: nn.Module) -> Probe:
+        """Inputs on which patched and original have to agree."""
+        raise NotImplementedError
+
+    def make_plan(self) -> Plan:
+        """Read the model's layers; a Plan with `refusal` when they are not the stock ones."""
+        raise NotImplementedError
+
+    def check_ids(self, input_ids: Tensor, packed: Packed) -> None:
+        """Raise for ids or lengths that the embedding tables do not have."""
+        raise NotImplementedError
+
+    def run_packed(self, plan: Plan, packed: Packed, call: dict) -> Tensor:
+        """(tokens, hidden) states of the call."""
+        raise NotImplementedError
+
+    def make_output(self, states: Tensor, return_dict: bool):
+        """The original's output object from padded states."""
+        raise NotImplementedError
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "original" in cls.__dict__:
+            # Callers read the signature to learn which arguments the model takes.
+            cls._argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
+
+            # Callers read the signature to learn which arguments the model takes.
+            @functools.wraps(cls.original.forward)
+            def forward(self, *args, **kwargs):
+                return self._forward(*args, **kwargs)
+
+            cls.forward = forward
+
+    @classmethod
+    def install(cls, model: nn.Module) -> Report:
+        check_loaded(model)
+        report = Report(cls.__name__)
+        before = parameter_bytes(model)
+        probe = cls.probe(model)
+        expected = probe.run(model, cls.original)
+        cls.swap_in(model, report)
+        try:
+            plan = model._current_plan()
+            if why := plan.refusal or plan.bypassed():
+                report.refused["forward"] = why
+            else:
+                report.fused += model.fuse()
+                report.deviations = deviations(expected, probe.run(model, cls))
+        except BaseException:
+            model.uninstall()
+            raise
+        report.memory_bytes = parameter_bytes(model) - before
+        return report
+
+    def uninstall(self) -> None:
+        plan = self._embedfuse.plan
+        for layer in plan.layers if plan else ():
+            layer.qkv.part()
+        self.swap_out()
+
+    def _forward(self, *args, **kwargs):
+        call = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        packed_states = self.packed_states(call)
+        if packed_states is None:
+            return self.original.forward(self, *args, **kwargs)
+        states, packed = packed_states
+        return_dict = call.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return self.make_output(packed.pad(states), return_dict)
+
+    def packed_states(self, call: dict) -> tuple[Tensor, Packed] | None:
+        """The states of a forward call's arguments, packed; None when the original has to run."""
+        # The original is traced as it is: under a compiler the padding is the compiler's business.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        plan = self._current_plan()
+        reason = plan.refusal or plan.bypassed() or self._unserved(call)
+        if reason is None:
+            packed = pack(call["input_ids"], call.get("attention_mask"))
+            reason = self.misfit(packed)
+        if reason is not None:
+            self._embedfuse.report.original(reason)
+            return None
+        self.check_ids(call["input_ids"], packed)
+        return self.run_packed(plan, packed, call), packed
+
+    def misfit(self, packed: Packed) -> str | None:
+        """Why the original has to serve a batch of this shape."""
+        return None
+
+    def _unserved(self, call: dict) -> str | None:
+        for name, value in call.items():
+            if value is not None and name not in _SERVED and not (name in _FLAGS and not value):
+                return f"called with {name}"
+        for name in _FLAGS - {"use_cache"}:
+            if call.get(name) is None and getattr(self.config, name, False):
+                return f"config.{name} is set"
+        if call.get("input_ids") is None:
+            return "called without input_ids"
+        mask = call.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            return f"attention_mask has {mask.dim()} dimensions"
+        return None
+
+    def _current_plan(self) -> Plan:
+        state = self._embedfuse
+        plan = state.plan
+        if plan is None or not plan.is_current():
+            with state.lock:
+                if state.plan is plan:
+                    state.plan = self.make_plan()
+                plan = state.plan
+        return plan
+
+    def fuse(self) -> list[str]:
+        """Join the weights that one GEMM can serve, and tell what was fused.
+
+        Not called in forward, because other threads may be running the model.
+        """
+        layers = self._current_plan().layers
+        joined = sum(layer.qkv.fuse() for layer in layers)
+        return [f"{len(layers)} layers without padding", f"{joined} QKV projections as one GEMM"]
+
+    # Moving, casting and copying part the joined weights; join them again right there.
+    def _apply(self, fn, recurse=True):
+        result = super()._apply(fn, recurse)
+        self.fuse()
+        return result
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.fuse()
