@@ -39,12 +39,10 @@ def pool_normalize_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     if p_cu is not None:
         start = tl.load(p_cu + i_b)
-        first = start * 0
-        last = tl.load(p_cu + i_b + 1) - start - 1
+        rows = tl.load(p_cu + i_b + 1) - start
         p_h += start.to(tl.int64) * s_ht
     else:
-        first = length * 0
-        last = length - 1
+        rows = length
         p_h += i_b * s_hb
     if p_m is not None:
         p_m += i_b * s_mb
@@ -56,43 +54,43 @@ def pool_normalize_kernel(
             b_first = tl.minimum(b_first, tl.where(keep, o_t, 2147483647))
             b_last = tl.maximum(b_last, tl.where(keep, o_t, -1))
         first = tl.min(b_first, 0)
-        last = tl.max(b_last, 0)
+        # From here on row 0 is the first token. Without any, rows is negative.
+        rows = tl.max(b_last, 0) - first + 1
+        p_h += first.to(tl.int64) * s_ht
+        p_m += first.to(tl.int64) * s_mt
 
     o_d = tl.arange(0, B_D)
-    m_d = o_d < hidden
     if POOLING == "cls" or POOLING == "last":
-        row = first if POOLING == "cls" else last
-        p_x = p_h + row.to(tl.int64) * s_ht + o_d
-        # Nothing is read for a sequence without tokens.
-        b_p = tl.load(p_x, mask=o_d < tl.where(first <= last, hidden, 0), other=0).to(tl.float32)
+        if POOLING == "last":
+            p_h += (rows - 1).to(tl.int64) * s_ht
+        m_d = o_d < tl.where(rows > 0, hidden, 0)
+        b_p = tl.load(p_h + o_d, mask=m_d, other=0).to(tl.float32)
     else:
         b_acc = tl.zeros([B_T, B_D], tl.float32)
         b_total = tl.zeros([B_T], tl.float32)
-        for t in tl.range(first, last + 1, B_T, num_stages=STAGES):
+        # The loop starts at a constant: from `first` on, Triton 3.9 no longer sees that rows are aligned.
+        for t in tl.range(0, rows, B_T, num_stages=STAGES):
             o_t = t + tl.arange(0, B_T)
-            m_t = o_t <= last
-            # Holes between first and last are read and dropped, so that no row waits for its mask.
+            m_t = o_t < rows
+            # Holes between the tokens are read and dropped, so that no row waits for its mask.
             p_x = p_h + o_t.to(tl.int64)[:, None] * s_ht + o_d[None, :]
-            b_x = tl.load(p_x, mask=m_t[:, None] & m_d[None, :], other=0).to(tl.float32)
-            keep = m_t
+            b_x = tl.load(p_x, mask=m_t[:, None] & (o_d < hidden)[None, :], other=0).to(tl.float32)
+            b_w = tl.full([B_T], 1, tl.float32)
+            if POOLING == "weighted_mean":
+                b_w = (o_t + 1).to(tl.float32)
             if p_m is not None:
-                keep &= tl.load(p_m + o_t.to(tl.int64) * s_mt, mask=m_t, other=0) != 0
-            if POOLING == "mean":
-                b_w = keep.to(tl.float32)
-            else:
-                b_w = tl.where(keep, o_t - first + 1, 0).to(tl.float32)
+                m_t &= tl.load(p_m + o_t.to(tl.int64) * s_mt, mask=m_t, other=0) != 0
             # A dropped row is replaced, not multiplied: 0 * NaN would be NaN.
-            b_acc += tl.where(keep[:, None], b_x, 0) * b_w[:, None]
-            b_total += b_w
-        total = tl.sum(b_total, 0)
-        b_p = tl.sum(b_acc, 0) / tl.where(total == 0, 1.0, total)
+            b_acc += tl.where(m_t[:, None], b_x * b_w[:, None], 0)
+            b_total += tl.where(m_t, b_w, 0)
+        b_p = tl.sum(b_acc, 0) / tl.where(rows > 0, tl.sum(b_total, 0), 1)
 
     norm = tl.sqrt(tl.sum(b_p * b_p, 0))
     tl.store(p_n + i_b, norm)
     if NORMALIZE:
         # tl.maximum would drop a NaN norm.
         b_p = b_p / tl.where(norm < EPS, EPS, norm)
-    tl.store(p_o + i_b * hidden + o_d, b_p.to(p_o.dtype.element_ty), mask=m_d)
+    tl.store(p_o + i_b * hidden + o_d, b_p.to(p_o.dtype.element_ty), mask=o_d < hidden)
 
 
 def _blocks(hidden: int, pooling: str, element_size: int) -> dict:
@@ -101,13 +99,15 @@ def _blocks(hidden: int, pooling: str, element_size: int) -> dict:
     if pooling in ("cls", "last"):
         block_rows, num_warps = 1, max(4, min(16, block_hidden // 512))
     else:
-        # 32 sums a thread, so that three tiles in flight and the sums leave registers free.
-        block_rows, num_warps = max(1, 8192 // block_hidden), max(8, min(16, block_hidden // 1024))
+        # At most 32 sums a thread, and 16 rows: unaligned rows keep a 64-bit address for each load.
+        block_rows = max(1, min(16, 8192 // block_hidden))
+        num_warps = max(8, min(16, block_hidden // 1024))
+    stages = 4 if element_size == 2 else 3  # 48 KB (fp32: 64 KB) of rows on their way to an SM
     return {
         "B_M": 1024,
         "B_T": block_rows,
         "B_D": block_hidden,
-        "STAGES": 4 if element_size == 2 else 3,
+        "STAGES": stages,
         "num_warps": num_warps,
     }
 
@@ -146,15 +146,24 @@ def pool_normalize(hidden_states, cu_seqlens, attention_mask, pooling, normalize
 
 
 def aot_calls() -> Iterator[tuple]:
-    """(launcher, arguments on the meta device) that between them give every kind of compiled kernel."""
+    """(launcher, its arguments on the meta device): every tile, and every branch at one hidden size."""
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     batch, length = 4, 100
-    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
-    masks = [
-        torch.empty(batch, length, dtype=dtype, device="meta")
-        for dtype in (torch.int64, torch.int32, torch.bool)
-    ]
-    for hidden in (1, 37, 384, 768, 1024, 4096, 8192):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            padded = torch.empty(batch, length, hidden, dtype=dtype, device="meta")
-            for pooling in ("cls", "last", "mean", "weighted_mean"):
-                yield pool_normalize, (padded, None, masks[0], pooling, True, dtype)
+    mask = empty(batch, length, dtype=torch.int64)
+    for hidden in (1, 37, 201, 500, 384, 1024, 2560, 4096, 8192):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = empty(batch, length, hidden, dtype=dtype)
+            for pooling in ("last", "weighted_mean"):
+                yield pool_normalize, (x, None, mask, pooling, True, dtype)
+    x = empty(batch, length, 768, dtype=torch.float16)
+    packed = empty(batch * length, 768, dtype=torch.float16)
+    cu_seqlens = empty(batch + 1, dtype=torch.int32)
+    for pooling in ("cls", "last", "mean", "weighted_mean"):
+        for dtype in (torch.int32, torch.bool):
+            mask = empty(batch, length, dtype=dtype)
+            yield pool_normalize, (x, None, mask, pooling, True, torch.float16)
+        yield pool_normalize, (x, None, None, pooling, False, torch.float32)
+        yield pool_normalize, (packed, cu_seqlens, None, pooling, True, torch.bfloat16)

@@ -1,0 +1,46 @@
+// Python module embedfuse._cuda: addresses and a stream in, nothing out. Loads without a driver.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace py = pybind11;
+using namespace embedfuse;
+
+namespace {
+
+void check(cudaError_t error, const char* op) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+  }
+}
+
+void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int64_t batch_stride,
+                    uintptr_t cu_seqlens, uintptr_t attention_mask, int mask_bytes, int64_t batch,
+                    int64_t length, int64_t hidden, int pooling, bool normalize, uintptr_t out,
+                    int out_dtype, uintptr_t norm, uintptr_t stream) {
+  const PoolNormalizeArgs args{(const void*)hidden_states,
+                               dtype,
+                               row_stride,
+                               batch_stride,
+                               (const int32_t*)cu_seqlens,
+                               (const void*)attention_mask,
+                               mask_bytes,
+                               batch,
+                               length,
+                               hidden,
+                               (Pooling)pooling,
+                               normalize,
+                               (void*)out,
+                               out_dtype,
+                               (float*)norm};
+  check(embedfuse::pool_normalize(args, (cudaStream_t)stream), "pool_normalize");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.def("pool_normalize", &pool_normalize, py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,25 @@
+"""The `embedfuse` command: a file per subcommand, with add_arguments(parser) and run(args) -> exit code."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "doctor": "what this machine has, and which backend runs which op, or why not",
+    "demo": "embed real text with a real model, unpatched and patched in turn",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="embedfuse", description="Embedding models, made fast.")
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for name, meaning in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=meaning, description=meaning)
+        if name in argv[:1]:  # the others are not imported
+            command = importlib.import_module(f"embedfuse.cli.{name}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

@@ -1,7 +1,6 @@
 """The public calls: find the recipe of an object, apply it, undo it."""
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -9,19 +8,8 @@ from torch import Tensor, nn
 from embedfuse.ops import pool_normalize
 from embedfuse.packing import pack
 from embedfuse.patching.engine import PackedModel, Patched
+from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
-
-# Class of the original -> module that has the patched class of the same name.
-RECIPES = {
-    "transformers.models.bert.modeling_bert.BertModel": "embedfuse.patching.bert",
-    "transformers.models.roberta.modeling_roberta.RobertaModel": "embedfuse.patching.roberta",
-    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": (
-        "embedfuse.patching.xlm_roberta"
-    ),
-    "sentence_transformers.sentence_transformer.model.SentenceTransformer": (
-        "embedfuse.integrations.sentence_transformers"
-    ),
-}
 
 
 def patch(model: nn.Module) -> Report:
@@ -41,7 +29,7 @@ def patch(model: nn.Module) -> Report:
     """
     if isinstance(model, Patched):
         return model._embedfuse.report
-    return _recipe(model).install(model)
+    return recipe_of(model).install(model)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -90,7 +78,7 @@ def embed(
 
     Returns (batch, hidden) in the model's dtype. Differentiable under grad.
     """
-    _recipe(model)
+    recipe_of(model)
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
     if isinstance(model, PackedModel) and not (model._forward_hooks or model._forward_pre_hooks):
         found = model.packed_states(call)
@@ -103,11 +91,3 @@ def embed(
     states = model(**call).last_hidden_state
     return pool_normalize(states, attention_mask=attention_mask, pooling=pooling, normalize=normalize)
 
-
-def _recipe(model: object) -> type[Patched]:
-    cls = model.original if isinstance(model, Patched) else type(model)
-    path = f"{cls.__module__}.{cls.__qualname__}"
-    if path not in RECIPES:
-        kinds = ", ".join(name.rsplit(".", 1)[1] for name in RECIPES)
-        raise TypeError(f"model: {path}; accepted are {kinds}")
-    return getattr(importlib.import_module(RECIPES[path]), cls.__name__)

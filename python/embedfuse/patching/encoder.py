@@ -9,7 +9,7 @@ from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe
 from embedfuse.patching.engine import PackedModel
-from embedfuse.patching.plan import Plan, replaced
+from embedfuse.patching.plan import Plan
 
 
 class PackedEncoder(PackedModel):
@@ -33,18 +33,19 @@ class PackedEncoder(PackedModel):
             return "the model is configured as a decoder"
         if getattr(config, "position_embedding_type", "absolute") != "absolute":
             return f"config.position_embedding_type is {config.position_embedding_type!r}"
-        stock = self.original.__module__
-        inner = {"embeddings": self.embeddings, "encoder": self.encoder}
-        for i, block in enumerate(self.encoder.layer):
-            prefix = f"encoder.layer.{i}"
-            inner[prefix] = block
-            inner |= {f"{prefix}.{name}": child for name, child in block.named_children()}
-            attention = block.attention.named_children()
-            inner |= {f"{prefix}.attention.{name}": child for name, child in attention}
-        for name, module in inner.items():
-            if why := replaced(module, stock):
-                return f"{name} {why}"
-        return None
+        return _not_stock(
+            {"embeddings": self.embeddings, "encoder": self.encoder}, self.original.__module__
+        ) or next(filter(None, map(self._block_refusal, range(len(self.encoder.layer)))), None)
+
+    def _block_refusal(self, i: int) -> str | None:
+        block, stock, path = self.encoder.layer[i], self.original.__module__, f"encoder.layer.{i}"
+        if why := _not_stock({path: block}, stock):
+            return why
+        children = {f"{path}.{name}": child for name, child in block.named_children()}
+        if why := _not_stock(children, stock):
+            return why
+        inner = block.attention.named_children()
+        return _not_stock({f"{path}.attention.{name}": child for name, child in inner}, stock)
 
     def misfit(self, packed: Packed) -> str | None:
         if self.pooler is not None and packed.starts_padded:
@@ -97,6 +98,15 @@ class PackedEncoder(PackedModel):
             last_hidden_state=states, pooler_output=pooled
         )
         return output if return_dict else output.to_tuple()
+
+
+def _not_stock(modules: dict[str, nn.Module], stock: str) -> str | None:
+    """The first module that transformers' file `stock` does not define."""
+    for path, module in modules.items():
+        kind = type(module)
+        if kind.__module__ != stock:
+            return f"{path} is a {kind.__module__}.{kind.__qualname__}, not one of {stock}"
+    return None
 
 
 def read_layer(block: nn.Module) -> EncoderLayer:

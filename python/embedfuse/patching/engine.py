@@ -1,7 +1,8 @@
 """How a live object becomes a patched one: its class is swapped for a subclass of the same name.
 
-A recipe declares `class BertModel(PackedEncoder, modeling_bert.BertModel)`. Names, hooks, parameters,
-isinstance, save_pretrained and pickling go on as before, and undoing it is swapping back.
+A recipe declares `class BertModel(PackedEncoder, modeling_bert.BertModel)`. Name and module are those
+of the original, so whatever goes by them (save_pretrained, transformers' own registries) goes on as
+before, like hooks, parameters and isinstance. Undoing it is swapping back.
 """
 
 import functools
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from embedfuse.packing import Packed, pack
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.plan import Plan
+from embedfuse.patching.recipes import recipe
 from embedfuse.patching.report import Report
 
 # Arguments that the packed forward serves; any other that is not None goes to the original.
@@ -27,6 +29,16 @@ class Patched:
 
     original: type[nn.Module]
     _embedfuse: "PatchState"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "original" in cls.__dict__:
+            cls.__module__ = cls.original.__module__
+
+    def __reduce_ex__(self, protocol):
+        # Pickle and deepcopy would look for this class under the original's name.
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return (_new_patched, (self.original,), *state)
 
     @classmethod
     def install(cls, model: nn.Module) -> Report:
@@ -44,6 +56,11 @@ class Patched:
     def swap_out(self) -> None:
         del self._embedfuse
         self.__class__ = self.original
+
+
+def _new_patched(original: type) -> Patched:
+    cls = recipe(original)
+    return cls.__new__(cls)
 
 
 class PatchState:

@@ -48,10 +48,3 @@ class Plan:
                     return f"{path} has a hook"
         return None
 
-
-def replaced(module: nn.Module, stock: str) -> str | None:
-    """Why `module` is not what transformers' file `stock` builds; None when it is."""
-    kind = type(module)
-    if kind.__module__ == stock:
-        return None
-    return f"is {kind.__module__}.{kind.__qualname__}, not a class of {stock}"

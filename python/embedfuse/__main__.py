@@ -1,0 +1,5 @@
+import sys
+
+from embedfuse.cli import main
+
+sys.exit(main())

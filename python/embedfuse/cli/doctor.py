@@ -1,0 +1,133 @@
+"""embedfuse doctor: versions, processors, settings, and for each op and backend "yes" or the reason."""
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from embedfuse import config, native, registry
+
+PACKAGES = ("embedfuse", "torch", "triton", "transformers", "sentence-transformers", "numpy")
+# As Linux spells them in /proc/cpuinfo.
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = collect()
+    print(json.dumps(facts, indent=1) if args.json else as_text(facts))
+    return 0
+
+
+def collect() -> dict:
+    return {
+        "versions": versions(),
+        "cpu": cpu(),
+        "gpu": gpu(),
+        "build": native.build_notes() or {"note": "this copy of embedfuse was not built"},
+        "environment": {name: variable(name) for name in config.VARIABLES},
+        "ops": {name: backends(op) for name, op in sorted(registry.OPS.items())},
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def cpu() -> dict[str, str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    flags = fields.get("flags", "").split()
+    try:
+        module = native.cpu()
+        isas, isa = ", ".join(module.supported_isas()), module.selected_isa()
+    except (native.Unavailable, ValueError) as error:
+        isas = isa = str(error)
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        **{feature: "yes" if feature in flags else "no" for feature in CPU_FEATURES},
+        "supported ISAs": isas,
+        "ISA in use": isa,
+        "torch threads": str(torch.get_num_threads()),
+    }
+
+
+def gpu() -> dict[str, str]:
+    try:
+        native.require_gpu()
+    except native.Unavailable as reason:
+        return {"none": str(reason)}
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        found[str(index)] = f"{device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB"
+    return found
+
+
+def variable(name: str) -> dict[str, str | None]:
+    described = config.VARIABLES[name]
+    facts = {"value": os.environ.get(name), "meaning": described.meaning}
+    facts["accepted"] = ", ".join(described.accepted) if described.accepted else "any"
+    facts["default"] = described.default
+    try:
+        config.read(name)
+    except ValueError as error:
+        facts["error"] = str(error)
+    return facts
+
+
+def backends(op: registry.Op) -> dict[str, str]:
+    """For fp32 tensors on the device that the backend belongs to."""
+    gpu_or_interpreter = "cpu" if registry.triton_interprets() else "cuda"
+    devices = {"reference": "cpu", "cpp": "cpu", "triton": gpu_or_interpreter, "cuda": "cuda"}
+    return {backend: answer(op, backend, devices[backend]) for backend in config.BACKENDS}
+
+
+def answer(op: registry.Op, backend: str, device: str) -> str:
+    try:
+        return op.refusal(backend, device, torch.float32) or "yes"
+    except ValueError as error:  # an environment variable with a value that is not accepted
+        return str(error)
+
+
+def as_text(facts: dict) -> str:
+    sections = [table(name, facts[name].items()) for name in ("versions", "cpu", "gpu", "build")]
+    settings = []
+    for name, v in facts["environment"].items():
+        value = "not set" if v["value"] is None else repr(v["value"])
+        settings.append((name, value, f"{v['meaning']} ({v['accepted']}; default {v['default']})"))
+        if "error" in v:
+            settings.append(("", "", v["error"]))
+    sections.append(table("environment", settings))
+    answers = [
+        (op if backend == config.BACKENDS[0] else "", backend, text)
+        for op, by_backend in facts["ops"].items()
+        for backend, text in by_backend.items()
+    ]
+    sections.append(table("ops, in fp32", answers))
+    return "\n\n".join(sections)
+
+
+def table(title: str, rows) -> str:
+    rows = [tuple(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join([title, *map(str.rstrip, lines)])

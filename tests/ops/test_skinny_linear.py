@@ -1,0 +1,105 @@
+"""Values against fp64, inputs as they lie in a model's memory, and errors."""
+
+import pytest
+import torch
+
+import embedfuse
+import numerics
+from embedfuse.ops import skinny_linear
+from embedfuse.ops.skinny_linear import OP
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request):
+    if reason := OP.refusal(request.param, "cpu", torch.float32):
+        pytest.skip(reason)
+    with embedfuse.use_backend(request.param):
+        yield request.param
+
+
+def tensor(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+
+def test_values_by_hand(backend):
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 0.5]])
+    weight = torch.tensor([[1.0, 0.0, 0.0], [0.0, 10.0, 100.0]])
+    bias = torch.tensor([0.25, -1.0])
+    assert skinny_linear(x, weight).tolist() == [[1, 320], [0, 40]]
+    assert skinny_linear(x, weight, bias).tolist() == [[1.25, 319], [0.25, 39]]
+
+
+# 1 to 13 rows: one to three tiles of at most six; 1,001 columns: threads, and a last tile of one.
+@pytest.mark.parametrize("rows", range(1, 14))
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_every_tile_height_on_several_threads(backend, rows, dtype):
+    args = (tensor(rows, 301, dtype=dtype), tensor(1001, 301, dtype=dtype, seed=1), None)
+    numerics.assert_close_to_reference(OP, args, backend)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 7, 8, 15, 16, 17, 31, 33])
+def test_depths_around_a_register(backend, depth):
+    x, weight, bias = tensor(5, depth), tensor(9, depth, seed=1), tensor(9, seed=2)
+    numerics.assert_close_to_reference(OP, (x, weight, bias), backend)
+
+
+def test_strided_inputs(backend):
+    wide = tensor(10, 96)
+    cases = [
+        (wide[:, 7:40], tensor(6, 33), tensor(12)[::2]),
+        (wide[::3, ::2], tensor(48, 20).t(), tensor(20)[None].expand(2, 20)[1]),
+        (wide[:4].t(), tensor(3, 8)[:, ::2], torch.ones(()).expand(3)),
+        (tensor(96).expand(5, 96), tensor(7, 96), None),
+    ]
+    for x, weight, bias in cases:
+        copies = [
+            None if t is None else t.clone(memory_format=torch.contiguous_format)
+            for t in (x, weight, bias)
+        ]
+        torch.testing.assert_close(
+            skinny_linear(x, weight, bias), skinny_linear(*copies), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_nan_and_infinity_stay_in_their_row(backend):
+    x = torch.ones(3, 20)
+    x[1, 19], x[2, 0] = float("nan"), float("inf")
+    got = skinny_linear(x, torch.ones(6, 20))
+    assert got[0].eq(20).all()
+    assert got[1].isnan().all()
+    assert got[2].isposinf().all()
+
+
+@pytest.mark.parametrize(
+    ("text", "args"),
+    [
+        (r"x: shape \(2, 3\), weight: shape \(4, 5\)", (torch.ones(2, 3), torch.ones(4, 5))),
+        (r"x: shape \(1, 2, 3\)", (torch.ones(1, 2, 3), torch.ones(4, 3))),
+        (r"weight: shape \(3,\)", (torch.ones(2, 3), torch.ones(3))),
+        (
+            r"bias: shape \(3,\); accepted is \(4,\)",
+            (torch.ones(2, 3), torch.ones(4, 3), torch.ones(3)),
+        ),
+        ("weight: torch.float16 on cpu", (torch.ones(2, 3), torch.ones(4, 3).half())),
+        ("bias: torch.bfloat16", (torch.ones(2, 3), torch.ones(4, 3), torch.ones(4).bfloat16())),
+        ("weight: torch.float32 on meta", (torch.ones(2, 3), torch.ones(4, 3, device="meta"))),
+        (
+            "bias: torch.float32 on meta",
+            (torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, device="meta")),
+        ),
+    ],
+)
+def test_errors_name_the_argument(backend, text, args):
+    with pytest.raises(ValueError, match=text):
+        skinny_linear(*args)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_gradient_is_refused(backend, which):
+    args = [torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)]
+    args[which].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
+        skinny_linear(*args)
+    with torch.no_grad():
+        assert skinny_linear(*args).eq(4).all()

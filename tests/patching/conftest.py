@@ -1,0 +1,62 @@
+"""Small models of each family, with the true architecture and random weights."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+FAMILIES = {
+    "bert": (BertConfig, BertModel),
+    "roberta": (RobertaConfig, RobertaModel),
+    "xlm_roberta": (XLMRobertaConfig, XLMRobertaModel),
+}
+VOCABULARY, PLACES = 211, 70
+
+
+def make_model(family: str, *, pooler: bool = True, **changes):
+    config, model = FAMILIES[family]
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 80,
+        "max_position_embeddings": PLACES,
+        "initializer_range": 0.2,  # large enough that a wrong position or mask shows
+    }
+    torch.manual_seed(0)
+    return model(config(**{**sizes, **changes}), add_pooling_layer=pooler).eval()
+
+
+def make_batch(model, lengths=(20, 3, 11, 1), side: str = "right") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    ids = torch.randint(5, VOCABULARY, (len(lengths), width), generator=generator)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    if side == "left":
+        mask = mask.flip(1)
+    ids[~mask] = model.config.pad_token_id
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    return make_model(family)
+
+
+def states(model, batch, **kwargs) -> torch.Tensor:
+    """last_hidden_state at the tokens."""
+    with torch.no_grad():
+        output = model(**batch, **kwargs)
+    return output.last_hidden_state[batch["attention_mask"] != 0]

@@ -1,0 +1,159 @@
+"""The command line: doctor's content as text and JSON, and how commands are found."""
+
+import importlib
+import json
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from embedfuse import config, native
+from embedfuse.cli import COMMANDS, doctor, main
+from embedfuse.registry import OPS
+
+NO_GPU = (
+    "no CUDA device is visible"
+    if torch.version.cuda
+    else f"torch {torch.__version__} is built without CUDA"
+)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the answer without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in config.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def facts(capsys):
+    def call():
+        assert main(["doctor", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_doctor_versions(facts, monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGES", (*doctor.PACKAGES, "embedfuse-no-such-package"))
+    versions = facts()["versions"]
+    assert versions["python"] == platform.python_version()
+    assert versions["torch"] == torch.__version__
+    assert versions["embedfuse-no-such-package"] == "not installed"
+
+
+def test_doctor_cpu(facts):
+    cpu = facts()["cpu"]
+    assert cpu["name"]
+    assert cpu["torch threads"] == str(torch.get_num_threads())
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.system() == "Linux" and capability in ("AVX2", "AVX512"):
+        assert cpu["avx2"] == "yes"
+        assert cpu["avx512f"] == ("yes" if capability == "AVX512" else "no")
+    assert cpu["supported ISAs"].split(", ") == native.cpu().supported_isas()
+    assert cpu["ISA in use"] == native.cpu().selected_isa()
+
+
+@without_gpu
+def test_doctor_says_for_each_op_which_backend_runs_or_why_not(facts):
+    found = facts()
+    assert found["gpu"] == {"none": NO_GPU}
+    assert set(found["ops"]) == set(OPS)
+    assert found["ops"]["pool_normalize"]["reference"] == "yes"
+    assert found["ops"]["pool_normalize"]["cpp"] == "yes"
+    assert found["ops"]["pool_normalize"]["triton"] == NO_GPU
+    assert found["ops"]["skinny_linear"]["triton"] == "this op has no such version"
+
+
+def test_doctor_tells_a_missing_module(facts, monkeypatch):
+    def missing():
+        raise native.Unavailable("left out by the packager")
+
+    monkeypatch.setattr(native, "cpu", missing)
+    found = facts()
+    assert found["ops"]["skinny_linear"]["cpp"] == "left out by the packager"
+    assert found["ops"]["skinny_linear"]["reference"] == "yes"
+    assert found["cpu"]["ISA in use"] == "left out by the packager"
+
+
+def test_doctor_tells_what_the_build_noted(facts, monkeypatch):
+    assert facts()["build"] == native.build_notes()
+    monkeypatch.setattr(native, "build_notes", dict)
+    assert facts()["build"] == {"note": "this copy of embedfuse was not built"}
+
+
+def test_doctor_environment(facts, monkeypatch):
+    monkeypatch.setenv("EMBEDFUSE_CPU_ISA", "baseline")
+    monkeypatch.setenv("EMBEDFUSE_BACKEND", "opencl")
+    environment = facts()["environment"]
+    assert set(environment) == set(config.VARIABLES)
+    assert environment["EMBEDFUSE_CPU_ISA"] == {
+        "value": "baseline",
+        "meaning": config.VARIABLES["EMBEDFUSE_CPU_ISA"].meaning,
+        "accepted": "avx512, avx2, baseline",
+        "default": "the best there is",
+    }
+    assert environment["EMBEDFUSE_BUILD_CPP"]["value"] is None
+    assert "'opencl': accepted are" in environment["EMBEDFUSE_BACKEND"]["error"]
+
+
+def leaves(node):
+    if isinstance(node, dict):
+        return [leaf for key, value in node.items() for leaf in (key, *leaves(value))]
+    return [] if node is None else [node]
+
+
+def test_doctor_text_holds_all_that_the_json_holds(facts, capsys, monkeypatch):
+    monkeypatch.setenv("EMBEDFUSE_BACKEND", "opencl")
+    found = facts()
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for name, variable in found["environment"].items():
+        found["environment"][name] = list(variable.values())
+        assert all(value in text for value in variable.values() if value)
+    assert all(leaf in text for leaf in leaves(found) if isinstance(leaf, str))
+    lines = text.splitlines()
+    row = next(line for line in lines if line.split()[:1] == ["skinny_linear"])
+    assert row.split() == ["skinny_linear", "reference", "yes"]
+    assert lines[lines.index(row) + 1].split() == ["cpp", "yes"]
+
+
+def test_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["serve"])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "'serve'" in error
+    assert all(name in error for name in COMMANDS)
+
+
+def test_no_command_shows_the_usage(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 2
+    assert "required: command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_listed_command_is_there(name, capsys):
+    command = importlib.import_module(f"embedfuse.cli.{name}")
+    assert callable(command.run)
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+    assert exit.value.code == 0
+    assert f"usage: embedfuse {name}" in capsys.readouterr().out
+
+
+def test_module_runs_and_loads_only_the_command_asked_for():
+    script = (
+        "import runpy, sys; sys.argv = ['embedfuse', 'doctor', '--json']\n"
+        "try: runpy.run_module('embedfuse', run_name='__main__')\n"
+        "except SystemExit as exit: code = exit.code\n"
+        "others = {'embedfuse.cli.demo', 'transformers'} & set(sys.modules)\n"
+        "print(code, sorted(others), file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout)["ops"]["pool_normalize"]["reference"] == "yes"
+    assert run.stderr.strip() == "0 []"
