@@ -99,9 +99,9 @@ def test_doctor_environment(facts, monkeypatch):
     assert "'opencl': accepted are" in environment["EMBEDFUSE_BACKEND"]["error"]
 
 
-def leaves(node):
+def values(node):
     if isinstance(node, dict):
-        return [leaf for key, value in node.items() for leaf in (key, *leaves(value))]
+        return [value for child in node.values() for value in values(child)]
     return [] if node is None else [node]
 
 
@@ -110,10 +110,9 @@ def test_doctor_text_holds_all_that_the_json_holds(facts, capsys, monkeypatch):
     found = facts()
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for name, variable in found["environment"].items():
-        found["environment"][name] = list(variable.values())
-        assert all(value in text for value in variable.values() if value)
-    assert all(leaf in text for leaf in leaves(found) if isinstance(leaf, str))
+    assert len(values(found)) > 40
+    names = [name for section in found.values() for name in section]
+    assert [part for part in (*names, *values(found)) if part not in text] == []
     lines = text.splitlines()
     row = next(line for line in lines if line.split()[:1] == ["skinny_linear"])
     assert row.split() == ["skinny_linear", "reference", "yes"]

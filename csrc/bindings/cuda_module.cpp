@@ -36,7 +36,7 @@ void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int6
                                (void*)out,
                                out_dtype,
                                (float*)norm};
-  check(embedfuse::pool_normalize(args, (cudaStream_t)stream), "pool_normalize");
+  check(cuda::pool_normalize(args, (cudaStream_t)stream), "pool_normalize");
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 
 #include "embedfuse/args.h"
 
-namespace embedfuse {
+namespace embedfuse::cuda {
 
 cudaError_t pool_normalize(const PoolNormalizeArgs&, cudaStream_t);
 
-}  // namespace embedfuse
+}  // namespace embedfuse::cuda

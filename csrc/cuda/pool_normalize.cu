@@ -11,7 +11,7 @@
 
 #include "embedfuse/cuda.cuh"
 
-namespace embedfuse {
+namespace embedfuse::cuda {
 namespace {
 
 constexpr int kThreads = 512;
@@ -181,4 +181,4 @@ cudaError_t pool_normalize(const PoolNormalizeArgs& a, cudaStream_t stream) {
   return launch<__nv_bfloat16>(a, stream);
 }
 
-}  // namespace embedfuse
+}  // namespace embedfuse::cuda

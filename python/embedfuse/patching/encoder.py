@@ -21,11 +21,9 @@ class PackedEncoder(PackedModel):
         return Probe.random(config.vocab_size, padding_idx, room, model.device)
 
     def make_plan(self) -> Plan:
-        plan = Plan(refusal=self._refusal())
-        if plan.refusal is None:
-            plan.layers = [read_layer(block) for block in self.encoder.layer]
-        plan.watch(self)
-        return plan
+        if refusal := self._refusal():
+            return Plan(self, refusal=refusal)
+        return Plan(self, [read_layer(block) for block in self.encoder.layer])
 
     def _refusal(self) -> str | None:
         config = self.config

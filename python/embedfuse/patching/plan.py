@@ -9,21 +9,23 @@ from embedfuse.nn.encoder import EncoderLayer
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-# transformers leaves these on every layer once output_hidden_states was used; they record only
-# while such a call runs, and that one goes to the original forward.
-_HARMLESS = "transformers.utils.output_capturing"
+# transformers' own hooks that the packed path may pass over: the first records only while a call with
+# output_hidden_states runs, and that one goes to the original; the second (gradient checkpointing,
+# PEFT) sits on the word embeddings, which the packed path calls as the module that they are.
+_HARMLESS = ("output_capturing_hook", "make_inputs_require_grads")
 
 
 @dataclass
 class Plan:
     """layers, or `refusal`: why this model's own forward has to run."""
 
+    model: nn.Module
     layers: list[EncoderLayer] = field(default_factory=list)
     refusal: str | None = None
     watched: list[tuple[dict, str, nn.Module, str]] = field(default_factory=list)
 
-    def watch(self, model: nn.Module) -> None:
-        for prefix, parent in model.named_modules():
+    def __post_init__(self):
+        for prefix, parent in self.model.named_modules():
             for name, child in parent._modules.items():
                 if child is not None:
                     path = f"{prefix}.{name}" if prefix else name
@@ -34,17 +36,21 @@ class Plan:
         return all(parent.get(name) is child for parent, name, child, _ in self.watched)
 
     def bypassed(self) -> str | None:
-        """The first thing on an inner module that the packed path would not run."""
-        for name in _GLOBAL_HOOKS:
-            if getattr(torch_module, name):
-                return "a hook on all modules"
+        """The first thing on a module that the packed path would not run."""
+        if "forward" in self.model.__dict__:
+            return "the model has a forward of its own (offloaded, compiled or wrapped)"
+        if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+            return "a hook on all modules"
         for _, _, child, path in self.watched:
             state = child.__dict__
             if "forward" in state:
-                return f"{path} has a forward of its own (offloaded, or wrapped by another library)"
+                return f"{path} has a forward of its own (offloaded, compiled or wrapped)"
             for name in _HOOKS:
-                hooks = state[name]
-                if hooks and any(_HARMLESS != getattr(h, "__module__", "") for h in hooks.values()):
+                if state[name] and not all(map(_is_harmless, state[name].values())):
                     return f"{path} has a hook"
         return None
 
+
+def _is_harmless(hook) -> bool:
+    ours = getattr(hook, "__module__", "").startswith("transformers.")
+    return ours and hook.__qualname__.rsplit(".", 1)[-1] in _HARMLESS

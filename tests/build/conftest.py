@@ -1,0 +1,118 @@
+"""One source tree, one sdist and one wheel for all tests here, each in a temporary folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "csrc",
+    "python",
+    "triton_kernels",
+)
+BUILT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """The variables of a build: none of embedfuse's own set, and `import torch` fails."""
+    stub = tmp_path_factory.mktemp("no_torch") / "torch"
+    stub.mkdir()
+    (stub / "__init__.py").write_text("raise RuntimeError('the build imported torch')\n")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("EMBEDFUSE_")}
+    for name in ("CXX", "CUDA_HOME"):
+        clean.pop(name, None)
+    return {**clean, "PYTHONPATH": str(stub.parent), "EMBEDFUSE_BUILD_CUDA": "0"}
+
+
+@pytest.fixture(scope="session")
+def make_source(tmp_path_factory):
+    def make() -> Path:
+        source = tmp_path_factory.mktemp("source") / "embedfuse"
+        source.mkdir()
+        for name in SOURCES:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, ignore=BUILT)
+            else:
+                shutil.copy(ROOT / name, source / name)
+        return source
+
+    return make
+
+
+@pytest.fixture
+def build(make_source, environment):
+    """Run `setup.py build` on a fresh source tree; (finished process, folder that was built)."""
+
+    def run(**variables):
+        source = make_source()
+        command = [sys.executable, "setup.py", "build", "--build-lib", "built"]
+        process = subprocess.run(
+            command,
+            cwd=source,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+        )
+        return process, source / "built"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_with(environment):
+    """Output lines of Python where `import embedfuse` finds the given folder's copy alone."""
+    site_packages = Path(torch.__file__).parents[1]
+
+    def run(folder: Path, *arguments: str) -> list[str]:
+        env = {**environment, "PYTHONPATH": f"{folder}{os.pathsep}{site_packages}"}
+        # -S: an editable install adds a finder that would fill in what the copy lacks.
+        command = [sys.executable, "-S", *arguments]
+        return subprocess.check_output(command, env=env, text=True, cwd=folder).splitlines()
+
+    return run
+
+
+def run_or_fail(command, cwd, env):
+    process = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.fixture(scope="session")
+def sdist(make_source, environment, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder]
+    run_or_fail(command, make_source(), environment)
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist, environment, tmp_path_factory) -> Path:
+    """Built from the sdist alone, so whatever MANIFEST.in forgets is missing here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"]
+    run_or_fail([*command, "-w", folder, "."], next(folder.glob("embedfuse-*/")), environment)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def cpu_module(wheel, tmp_path_factory) -> Path:
+    """The compiled module out of the wheel."""
+    folder = tmp_path_factory.mktemp("module")
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.startswith("embedfuse/_cpu."))
+        return Path(archive.extract(name, folder))

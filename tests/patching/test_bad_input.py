@@ -1,0 +1,119 @@
+"""Bad input gets an error that names the argument, what came and what is accepted; nothing changes."""
+
+import pytest
+import torch
+from torch import nn
+
+import embedfuse
+from tests.patching.conftest import PLACES, VOCABULARY, make_batch, make_model
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), "bert", None, object()])
+def test_unsupported_object(thing):
+    for call in (embedfuse.patch, lambda m: embedfuse.embed(m, torch.ones(1, 1), pooling="mean")):
+        with pytest.raises(TypeError) as error:
+            call(thing)
+        for kind in ("BertModel", "RobertaModel", "XLMRobertaModel", "SentenceTransformer"):
+            assert kind in str(error.value)
+        assert type(thing).__qualname__ in str(error.value)
+
+
+def test_a_subclass_may_have_a_forward_of_its_own(model):
+    model.__class__ = type("Mine", (type(model),), {})
+    with pytest.raises(TypeError, match="Mine; accepted are BertModel"):
+        embedfuse.patch(model)
+
+
+def test_unpatch_of_an_unpatched_model(model):
+    for call in (embedfuse.unpatch, embedfuse.report):
+        with pytest.raises(ValueError, match=rf"model: this {type(model).__name__} is not patched"):
+            call(model)
+
+
+def test_meta(family):
+    with torch.device("meta"):
+        model = make_model(family)
+    with pytest.raises(embedfuse.PatchError, match="on the meta device, embeddings.word"):
+        embedfuse.patch(model)
+    assert not hasattr(model, "_embedfuse")
+
+
+def test_half_loaded(model):
+    layer = model.encoder.layer[2].output
+    layer.dense = nn.Linear(80, 48, device="meta")
+    with pytest.raises(embedfuse.PatchError, match=r"2 of \d+ parameters are on the meta device"):
+        embedfuse.patch(model)
+    assert not hasattr(model, "_embedfuse")
+
+
+BAD_MASKS = {
+    "shape": (torch.ones(2, 4), r"attention_mask: shape \(2, 4\); accepted .*\(2, 5\)"),
+    "zero row": (torch.tensor([[1, 1, 1, 1, 1], [0] * 5]), "attention_mask: row 1 has no token"),
+    "hole": (torch.tensor([[1, 0, 1, 1, 1], [1] * 5]), "attention_mask: row 0 has a hole"),
+    "hole behind left padding": (
+        torch.tensor([[1] * 5, [0, 1, 0, 1, 0]]),
+        "attention_mask: row 1 has a hole",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MASKS)
+def test_masks(model, case):
+    mask, message = BAD_MASKS[case]
+    ids = torch.full((2, 5), 7)
+    with pytest.raises(ValueError, match=message):
+        embedfuse.embed(model, ids, mask, pooling="mean")  # unpatched
+    embedfuse.patch(model)
+    with pytest.raises(ValueError, match=message):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=message):
+        embedfuse.embed(model, ids, mask, pooling="mean")
+
+
+def test_no_columns(model):
+    embedfuse.patch(model)
+    with pytest.raises(ValueError, match="attention_mask: row 0 has no token"):
+        model(torch.empty(2, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+def test_token_out_of_the_vocabulary(model, token):
+    batch = make_batch(model)
+    embedfuse.patch(model)
+    batch["input_ids"][2, 1] = token
+    with pytest.raises(IndexError, match=f"input_ids: token {token}; accepted are 0 to 210"):
+        model(**batch)
+
+
+def test_longer_than_the_position_table(model):
+    embedfuse.patch(model)
+    room = PLACES if model.config.model_type == "bert" else PLACES - model.config.pad_token_id - 1
+    fits = torch.full((1, room), 9)
+    assert model(fits).last_hidden_state.shape == (1, room, 48)
+    with pytest.raises(ValueError, match=rf"input_ids: length {room + 1} .* table ends at 69"):
+        model(torch.full((1, room + 1), 9))
+
+
+def test_embed_pooling(model):
+    embedfuse.patch(model)
+    with pytest.raises(ValueError, match="pooling='max': accepted are cls, last, mean"):
+        embedfuse.embed(model, torch.ones(1, 3, dtype=torch.long), pooling="max")
+
+
+def test_input_ids_of_one_dimension(model):
+    embedfuse.patch(model)
+    with pytest.raises(ValueError, match=r"input_ids: shape \(3,\); accepted is \(batch, length\)"):
+        model(torch.ones(3, dtype=torch.long))
+
+
+def test_backend_that_is_not_there(model):
+    embedfuse.patch(model)
+    batch = make_batch(model, (3,))
+    with (
+        embedfuse.use_backend("cuda"),
+        torch.no_grad(),
+        pytest.raises(embedfuse.BackendError, match="'cuda' was asked for but"),
+    ):
+        embedfuse.embed(model, **batch, pooling="mean")
+    with pytest.raises(ValueError, match="'metal': accepted are"), embedfuse.use_backend("metal"):
+        pass

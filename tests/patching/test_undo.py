@@ -1,0 +1,141 @@
+"""patch changes nothing but speed, unpatch leaves nothing behind, a failed patch neither."""
+
+import copy
+
+import pytest
+import torch
+
+import embedfuse
+from embedfuse.nn import encoder as tower
+from embedfuse.patching import encoder
+from tests.patching.conftest import make_batch, make_model
+
+
+def snapshot(model) -> dict:
+    return {
+        "class": type(model),
+        "attributes": set(model.__dict__),
+        "parameters": {n: (id(p), p.clone()) for n, p in model.named_parameters()},
+        "storages": {p.untyped_storage().data_ptr() for p in model.parameters()},
+        "modes": [m.training for m in model.modules()],
+        "output": run(model),
+    }
+
+
+def run(model) -> torch.Tensor:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        return model(**make_batch(model)).last_hidden_state
+
+
+def assert_unchanged(model, before):
+    assert type(model) is before["class"]
+    assert set(model.__dict__) == before["attributes"]
+    for name, p in model.named_parameters():
+        identity, value = before["parameters"][name]
+        assert id(p) == identity
+        assert torch.equal(p, value)
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(
+        before["storages"]
+    )
+    assert [m.training for m in model.modules()] == before["modes"]
+    assert torch.equal(run(model), before["output"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_patch_and_unpatch(model, training):
+    model.train(training)
+    model.encoder.layer[1].eval()  # mixed modes are kept
+    before = snapshot(model)
+    embedfuse.patch(model)
+    assert [m.training for m in model.modules()] == before["modes"]
+    assert isinstance(model, before["class"])
+    embedfuse.unpatch(model)
+    assert_unchanged(model, before)
+
+
+def test_patching_leaves_the_global_random_state(model):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    embedfuse.patch(model.train())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_twice_is_once(model):
+    before = snapshot(model)
+    assert embedfuse.patch(model) is embedfuse.patch(model)
+    assert embedfuse.report(model) is embedfuse.patch(model)
+    embedfuse.unpatch(model)
+    assert_unchanged(model, before)
+
+
+def test_scoped(model):
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError), embedfuse.patched(model) as report:
+        assert type(model) is not before["class"]
+        assert report is embedfuse.report(model)
+        raise ZeroDivisionError
+    assert_unchanged(model, before)
+    embedfuse.patch(model)
+    with embedfuse.patched(model):
+        pass
+    assert type(model) is not before["class"]  # it was patched before the block
+
+
+def test_names_stay(model):
+    kind = type(model)
+    embedfuse.patch(model)
+    assert (type(model).__name__, type(model).__module__) == (kind.__name__, kind.__module__)
+    assert str(type(model)) == str(kind)
+
+
+def test_report(model):
+    report = embedfuse.patch(model)
+    assert report.fused == ["3 layers without padding", "3 QKV projections as one GEMM"]
+    assert report.refused == {}
+    assert set(report.deviations) == {"last_hidden_state", "pooler_output"}
+    assert max(report.deviations.values()) < 1e-5
+    assert report.memory_bytes == 0
+    assert "memory   +0 bytes" in str(report)
+
+
+@pytest.mark.parametrize("broken", ["positions", "mask", "heads", "norm", "raises"])
+def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
+    model = make_model(family)
+    before = snapshot(model)
+    if broken == "positions":
+        original = encoder.PackedEncoder._embed
+
+        def off_by_one(self, packed, call):
+            positions = self.position_ids(call["input_ids"]) + 1
+            return original(self, packed, {**call, "position_ids": positions})
+
+        monkeypatch.setattr(encoder.PackedEncoder, "_embed", off_by_one)
+    elif broken == "mask":
+        attention = tower.attention
+
+        def across_sequences(q, k, v, packed, **kwargs):
+            from embedfuse.packing import unpadded
+
+            return attention(q, k, v, unpadded([packed.tokens], q.device), **kwargs)
+
+        monkeypatch.setattr(tower, "attention", across_sequences)
+    elif broken == "heads":
+        read = encoder.read_layer
+        monkeypatch.setattr(encoder, "read_layer", lambda b: _with(read(b), heads=2))
+    elif broken == "norm":
+        monkeypatch.setattr(tower, "layer_norm", lambda norm, x: x)
+    else:
+        monkeypatch.setattr(tower, "attention", lambda *a, **k: 1 / 0)
+    expected = ZeroDivisionError if broken == "raises" else embedfuse.PatchError
+    match = None if broken == "raises" else "last_hidden_state: the patched forward deviates by"
+    with pytest.raises(expected, match=match):
+        embedfuse.patch(model)
+    assert_unchanged(model, before)
+
+
+def _with(layer, **changes):
+    layer = copy.copy(layer)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    return layer
