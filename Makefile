@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
+SHELL := bash
+BENCH = $(PYTHON) -m pytest benchmarks -q --benchmark-only --benchmark-json=$(OUT)/bench.json $(ARGS)
 SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f)
 
 .PHONY: demo test bench gpu lint clean
@@ -13,14 +15,21 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -q $(ARGS)
 
+bench: PYTHON := $(BIN)/python
 bench: $(VENV)/installed
 	mkdir -p $(OUT)
-	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-json=$(OUT)/bench.json $(ARGS)
-	$(BIN)/python -m benchmarks.report $(OUT)/bench.json
+	$(BENCH)
+	$(PYTHON) -m benchmarks.report $(OUT)/bench.json
 
 # On a machine with a GPU: builds into the Python that is there, fetches nothing.
 gpu:
-	PYTHON=$(PYTHON) OUT=$(OUT) bash benchmarks/gpu.sh
+	mkdir -p $(OUT)
+	EMBEDFUSE_BUILD_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
+	$(PYTHON) -m embedfuse doctor --json > $(OUT)/doctor.json
+	set -o pipefail; failed=0; \
+	  $(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee $(OUT)/tests.txt || failed=1; \
+	  $(BENCH) 2>&1 | tee $(OUT)/bench.txt || failed=1; \
+	  $(PYTHON) -m benchmarks.report $(OUT)/bench.json || failed=1; exit $$failed
 
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
