@@ -148,7 +148,8 @@ def test_poolings(model, pooling, side):
     built.tokenizer.padding_side = side
     built[0].model.pooler = None  # a pooler would read the padding of column 0
     report = assert_same(built)
-    assert any(FUSED in line for line in report.fused)
+    fused = (pooling, side) != ("weightedmean", "left")
+    assert any(FUSED in line for line in report.fused) == fused
     assert not report.original_calls
 
 

@@ -30,6 +30,7 @@ _POOLINGS = {
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _FEATURES = _INPUTS | {"modality", "prompt_length"}
 _OUTPUT_VALUE = list(inspect.signature(_ORIGINAL.encode).parameters).index("output_value") - 1
+_VECTOR = "sentence_embedding"
 _PROBE_TEXTS = ("One", "Two short words", "A somewhat longer text, so that padding has to be dropped.")
 
 # Set while `encode` wants nothing but the pooled vector.
@@ -66,9 +67,8 @@ class SentenceTransformer(Patched, _ORIGINAL):
                     found = model.forward(dict(features))
             finally:
                 _pooled_only.reset(token)
-            name = "sentence_embedding"
-            if name in expected:
-                report.deviations |= deviations({name: expected[name]}, found)
+            if _VECTOR in expected:
+                report.deviations |= deviations({_VECTOR: expected[_VECTOR]}, found)
         except BaseException:
             if isinstance(model, Patched):
                 model.swap_out()
@@ -85,7 +85,7 @@ class SentenceTransformer(Patched, _ORIGINAL):
     @functools.wraps(_ORIGINAL.encode)
     def encode(self, *args, **kwargs):
         wanted = kwargs.get("output_value", args[_OUTPUT_VALUE] if len(args) > _OUTPUT_VALUE else "")
-        token = _pooled_only.set(wanted in ("", "sentence_embedding"))
+        token = _pooled_only.set(wanted in ("", _VECTOR))
         try:
             return super().encode(*args, **kwargs)
         finally:
@@ -101,7 +101,7 @@ class SentenceTransformer(Patched, _ORIGINAL):
         rest = list(self)[2:]
         normalize = bool(rest) and type(rest[0]) is Normalize
         features = dict(input)
-        features["sentence_embedding"] = pool_normalize(
+        features[_VECTOR] = pool_normalize(
             states, cu_seqlens=packed.cu_seqlens, pooling=pooling, normalize=normalize
         )
         for module in rest[normalize:]:
@@ -119,10 +119,13 @@ class SentenceTransformer(Patched, _ORIGINAL):
             return None
         if transformer.modality_config.get("text") != _TEXT or any(map(_is_special, modules)):
             return None
-        if any(getattr(m, "module_input_name", None) != "sentence_embedding" for m in rest):
+        if any(getattr(m, "module_input_name", _VECTOR) != _VECTOR for m in rest):
             return None
         if any(type(m) not in (Dense, Normalize) for m in rest):
             return None
+        mask = features.get("attention_mask")
+        if pooling.pooling_mode == "weightedmean" and mask is not None and not mask[:, 0].all():
+            return None  # sentence-transformers before 6.1 counts from column 0 there
         return _POOLINGS.get(pooling.pooling_mode)
 
 
