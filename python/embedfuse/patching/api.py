@@ -78,7 +78,8 @@ def embed(
 
     Returns (batch, hidden) in the model's dtype. Differentiable under grad.
     """
-    recipe_of(model)
+    if not issubclass(recipe_of(model), PackedModel):
+        raise TypeError(f"model: {type(model).__name__}; accepted are transformers models")
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
     if isinstance(model, PackedModel) and not (model._forward_hooks or model._forward_pre_hooks):
         found = model.packed_states(call)

@@ -1,6 +1,7 @@
 """What BERT, RoBERTa and XLM-RoBERTa share: module names, embeddings, outputs."""
 
 import sys
+from abc import abstractmethod
 
 from torch import Tensor, nn
 
@@ -50,13 +51,13 @@ class PackedEncoder(PackedModel):
             return "left padding: the model's pooler reads column 0, where a row has no token"
         return None
 
+    @abstractmethod
     def position_ids(self, input_ids: Tensor) -> Tensor:
         """(batch, length) as the original numbers them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_position(self, packed: Packed) -> int:
         """The largest position id of the batch."""
-        raise NotImplementedError
 
     def check_ids(self, input_ids: Tensor, packed: Packed) -> None:
         places = self.embeddings.position_embeddings.num_embeddings

@@ -8,6 +8,7 @@ before, like hooks, parameters and isinstance. Undoing it is swapping back.
 import functools
 import inspect
 import threading
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,13 @@ class Patched:
         return (_new_patched, (self.original,), *state)
 
     @classmethod
+    @abstractmethod
     def install(cls, model: nn.Module) -> Report:
         """Patch `model`, check it, and put everything back if the check fails."""
-        raise NotImplementedError
 
+    @abstractmethod
     def uninstall(self) -> None:
-        raise NotImplementedError
+        """Put back what install changed."""
 
     @classmethod
     def swap_in(cls, model: nn.Module, report: Report) -> None:
@@ -84,30 +86,29 @@ class PackedModel(Patched):
     _argument_names: tuple[str, ...]
 
     @classmethod
+    @abstractmethod
     def probe(cls, model: nn.Module) -> Probe:
         """Inputs on which patched and original have to agree."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_plan(self) -> Plan:
         """Read the model's layers; a Plan with `refusal` when they are not the stock ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_ids(self, input_ids: Tensor, packed: Packed) -> None:
         """Raise for ids or lengths that the embedding tables do not have."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_packed(self, plan: Plan, packed: Packed, call: dict) -> Tensor:
         """(tokens, hidden) states of the call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_output(self, states: Tensor, return_dict: bool):
         """The original's output object from padded states."""
-        raise NotImplementedError
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "original" in cls.__dict__:
-            # Callers read the signature to learn which arguments the model takes.
             cls._argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
 
             # Callers read the signature to learn which arguments the model takes.
@@ -122,14 +123,14 @@ class PackedModel(Patched):
         check_loaded(model)
         report = Report(cls.__name__)
         before = parameter_bytes(model)
-        probe = cls.probe(model)
-        expected = probe.run(model, cls.original)
         cls.swap_in(model, report)
         try:
             plan = model._current_plan()
             if why := plan.refusal or plan.bypassed():
                 report.refused["forward"] = why
             else:
+                probe = cls.probe(model)
+                expected = probe.run(model, cls.original)
                 report.fused += model.fuse()
                 report.deviations = deviations(expected, probe.run(model, cls))
         except BaseException:
@@ -192,6 +193,8 @@ class PackedModel(Patched):
     def _current_plan(self) -> Plan:
         state = self._embedfuse
         plan = state.plan
+        if plan is not None and plan.model is not self:
+            return self.make_plan()  # a replica (DataParallel, copy.copy) shares the state
         if plan is None or not plan.is_current():
             with state.lock:
                 if state.plan is plan:
