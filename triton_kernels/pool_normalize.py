@@ -15,8 +15,8 @@ import triton.language as tl
 EPS = tl.constexpr(1e-12)
 
 
-# length changes from call to call: no recompilation when it is 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["length"])
+# The padded length changes from call to call: no recompilation when it is 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["length", "s_mb"])
 def pool_normalize_kernel(
     p_h,  # (tokens, hidden) or (batch, length, hidden)
     p_cu,  # (batch + 1) or None
@@ -93,22 +93,21 @@ def pool_normalize_kernel(
     tl.store(p_o + i_b * hidden + o_d, b_p.to(p_o.dtype.element_ty), mask=o_d < hidden)
 
 
-def _blocks(hidden: int, pooling: str, element_size: int) -> dict:
-    """Tile and warps for a hidden size."""
-    block_hidden = triton.next_power_of_2(hidden)
-    if pooling in ("cls", "last"):
-        block_rows, num_warps = 1, max(4, min(16, block_hidden // 512))
-    else:
-        # At most 32 sums a thread, and 16 rows: unaligned rows keep a 64-bit address for each load.
-        block_rows = max(1, min(16, 8192 // block_hidden))
-        num_warps = max(8, min(16, block_hidden // 1024))
-    stages = 4 if element_size == 2 else 3  # 48 KB (fp32: 64 KB) of rows on their way to an SM
+def _blocks(hidden: int, row_stride: int, pooling: str) -> dict:
+    """Tile, warps and copies in flight."""
+    block_hidden = triton.next_power_of_2(max(hidden, 1))
+    # 16 rows at most: unaligned rows keep a 64-bit address for each element.
+    block_rows = 1 if pooling in ("cls", "last") else max(1, min(16, 8192 // block_hidden))
+    # Triton itself looks for multiples of 16. Other rows are copied element by element, so not ahead.
+    aligned = hidden % 16 == 0 and row_stride % 16 == 0
     return {
         "B_M": 1024,
         "B_T": block_rows,
         "B_D": block_hidden,
-        "STAGES": stages,
-        "num_warps": num_warps,
+        "STAGES": 4 if aligned else 1,
+        "num_warps": max(4, min(16, block_rows * block_hidden // 512)),
+        # What 16 warps may have at most. Told nothing, ptxas spills a few to fit one more program.
+        "maxnreg": 128,
     }
 
 
@@ -140,7 +139,7 @@ def pool_normalize(hidden_states, cu_seqlens, attention_mask, pooling, normalize
                 hidden,
                 POOLING=pooling,
                 NORMALIZE=normalize,
-                **_blocks(hidden, pooling, hidden_states.element_size()),
+                **_blocks(hidden, hidden_states.stride(-2), pooling),
             )
     return out, norm
 

@@ -4,19 +4,22 @@
 // tokens are cut evenly; with fewer sequences than threads they share the columns instead.
 // Included once per ISA (no include guard).
 
-// acc += sum_r w_r x_r over four rows: one pass over acc serves four rows.
+// acc += sum_r w_r x_r over four rows: one pass over acc serves four rows, and the four are summed
+// among themselves first, which halves the rounding error of long sequences.
 template <class T>
 void add_rows(float* acc, const T* const x[4], const float w[4], int64_t n) {
   const Vec w0 = Vec::all(w[0]), w1 = Vec::all(w[1]), w2 = Vec::all(w[2]), w3 = Vec::all(w[3]);
   int64_t j = 0;
   for (; j + Vec::N <= n; j += Vec::N) {
-    Vec a = fma(w0, Vec::load(x[0] + j), Vec::load(acc + j));
-    a = fma(w1, Vec::load(x[1] + j), a);
-    a = fma(w2, Vec::load(x[2] + j), a);
-    fma(w3, Vec::load(x[3] + j), a).store(acc + j);
+    const Vec a = fma(w1, Vec::load(x[1] + j), w0 * Vec::load(x[0] + j));
+    const Vec b = fma(w3, Vec::load(x[3] + j), w2 * Vec::load(x[2] + j));
+    (Vec::load(acc + j) + (a + b)).store(acc + j);
   }
+  // Rounded as above, so that it does not matter where threads cut the columns.
   for (; j < n; ++j) {
-    for (int r = 0; r < 4; ++r) acc[j] += w[r] * to_float(x[r][j]);
+    const float a = __builtin_fmaf(w[1], to_float(x[1][j]), w[0] * to_float(x[0][j]));
+    const float b = __builtin_fmaf(w[3], to_float(x[3][j]), w[2] * to_float(x[2][j]));
+    acc[j] += a + b;
   }
 }
 
@@ -25,7 +28,7 @@ void add_row(float* acc, const T* x, float w, int64_t n) {
   const Vec wv = Vec::all(w);
   int64_t j = 0;
   for (; j + Vec::N <= n; j += Vec::N) fma(wv, Vec::load(x + j), Vec::load(acc + j)).store(acc + j);
-  for (; j < n; ++j) acc[j] += w * to_float(x[j]);
+  for (; j < n; ++j) acc[j] = __builtin_fmaf(w, to_float(x[j]), acc[j]);
 }
 
 // Columns [begin, end) of sequence b's pooled vector, written to acc.
@@ -46,7 +49,8 @@ void pool_sequence(const PoolNormalizeArgs& a, int64_t b, int64_t begin, int64_t
   if (a.pooling == Pooling::kLast) return add_row(acc, x + last * a.row_stride, 1.f, n);
 
   const T* block[4];
-  float w[4], total = 0.f;
+  float w[4];
+  double total = 0;  // 1 + 2 + ... + n leaves the integers of fp32 at n = 5,793
   int filled = 0;
   for (int64_t t = first; t <= last; ++t) {
     if (!is_token(a, b, t)) continue;
@@ -59,7 +63,7 @@ void pool_sequence(const PoolNormalizeArgs& a, int64_t b, int64_t begin, int64_t
     }
   }
   for (int r = 0; r < filled; ++r) add_row(acc, block[r], w[r], n);
-  const float scale = 1.f / total;
+  const float scale = float(1 / total);
   for (int64_t j = 0; j < n; ++j) acc[j] *= scale;
 }
 

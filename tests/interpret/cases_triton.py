@@ -1,0 +1,49 @@
+"""Every op's Triton version in Triton's interpreter. Run by test_interpret.py, in a process of its own."""
+
+import math
+
+import pytest
+import torch
+
+import numerics
+import pool_normalize_checks as checks
+from embedfuse.ops.pool_normalize import POOLINGS
+from embedfuse.registry import OPS, use_backend
+
+TRITON_OPS = [op for op in OPS.values() if "triton" in numerics.backends(op, "cpu")]
+
+per_op = pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
+per_dtype = pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+
+
+@per_dtype
+@per_op
+def test_runs_here(op, dtype):
+    assert op.refusal("triton", "cpu", dtype) is None
+
+
+@per_dtype
+@per_op
+def test_samples(op, dtype):
+    for args in op.make_samples("cpu", dtype, "test"):
+        numerics.assert_close_to_reference(op, args, "triton")
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@per_dtype
+def test_pool_normalize_nan(dtype, pooling):
+    checks.check_nan("triton", "cpu", dtype, pooling)
+
+
+# Means that take the interpreter through a million rows are left to the GPU.
+SLOW = [("packed", "mean"), ("packed", "weighted_mean"), ("both ends", "mean")]
+CASES = [case for case in checks.LARGE_CASES if case not in SLOW]
+
+
+@pytest.mark.parametrize(("layout", "pooling"), CASES)
+def test_pool_normalize_offsets_beyond_32_bits(layout, pooling, tmp_path):
+    # A sparse file: 8 GiB of which a few rows exist.
+    size = math.prod(checks.LARGE_SHAPE)
+    rows = torch.from_file(str(tmp_path / "rows"), True, size, dtype=torch.bfloat16)
+    with use_backend("triton"):
+        checks.check_large_offsets(rows.view(checks.LARGE_SHAPE), layout, pooling)
