@@ -67,15 +67,19 @@ def test_doctor_says_for_each_op_which_backend_runs_or_why_not(facts):
     assert found["ops"]["skinny_linear"]["triton"] == "this op has no such version"
 
 
-def test_doctor_tells_a_missing_module(facts, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [native.Unavailable("left out by the packager"), ValueError("EMBEDFUSE_CPU_ISA='sse': no")],
+)
+def test_doctor_tells_why_the_module_cannot_be_used(facts, monkeypatch, error):
     def missing():
-        raise native.Unavailable("left out by the packager")
+        raise error
 
     monkeypatch.setattr(native, "cpu", missing)
     found = facts()
-    assert found["ops"]["skinny_linear"]["cpp"] == "left out by the packager"
+    assert found["ops"]["skinny_linear"]["cpp"] == str(error)
     assert found["ops"]["skinny_linear"]["reference"] == "yes"
-    assert found["cpu"]["ISA in use"] == "left out by the packager"
+    assert found["cpu"]["ISA in use"] == str(error)
 
 
 def test_doctor_tells_what_the_build_noted(facts, monkeypatch):

@@ -54,11 +54,12 @@ def make_source(tmp_path_factory):
 
 @pytest.fixture
 def build(make_source, environment):
-    """Run `setup.py build` on a fresh source tree; (finished process, folder that was built)."""
+    """Run setup.py on a fresh source tree; (finished process, folder that was built)."""
 
-    def run(**variables):
+    def run(*arguments, **variables):
         source = make_source()
-        command = [sys.executable, "setup.py", "build", "--build-lib", "built"]
+        arguments = arguments or ("build", "--build-lib", "built")
+        command = [sys.executable, "setup.py", *arguments]
         process = subprocess.run(
             command,
             cwd=source,
@@ -66,7 +67,7 @@ def build(make_source, environment):
             capture_output=True,
             text=True,
         )
-        return process, source / "built"
+        return process, source / ("python" if "--inplace" in arguments else "built")
 
     return run
 

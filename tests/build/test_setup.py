@@ -49,6 +49,13 @@ def test_without_cpp_the_ops_run_on_the_reference_and_doctor_says_why(build, run
     assert facts["build"]["cpp"] == "left out by EMBEDFUSE_BUILD_CPP=0"
 
 
+def test_in_place_build_without_modules(build):
+    process, built = build("build_ext", "--inplace", EMBEDFUSE_BUILD_CPP="0")
+    assert process.returncode == 0, process.stderr
+    assert notes(built)["cpp"] == "left out by EMBEDFUSE_BUILD_CPP=0"
+    assert not list(built.glob("**/*.so"))
+
+
 def notes(built):
     return json.loads((built / "embedfuse" / "_build.json").read_text())
 

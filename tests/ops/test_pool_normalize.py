@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import embedfuse
 import numerics
 from embedfuse.ops import pool_normalize
 from embedfuse.ops.pool_normalize import OP, POOLINGS
@@ -23,14 +22,6 @@ NORMS = {  # of the first sequence; that of the second is 13
     "mean": (16 / 9 + 4) ** 0.5,
     "weighted_mean": (100 + 256) ** 0.5 / 6,
 }
-
-
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request):
-    if reason := OP.refusal(request.param, "cpu", torch.float32):
-        pytest.skip(reason)
-    with embedfuse.use_backend(request.param):
-        yield request.param
 
 
 def rows_of(inputs: str) -> dict:
@@ -127,22 +118,42 @@ def test_non_contiguous_inputs(backend):
     assert torch.equal(got, pool_normalize(packed.contiguous(), cu_seqlens=ends.contiguous()))
 
 
+@pytest.mark.parametrize("strides", [(2**31 + 64, 40, 1), (40, 2**31 + 64, 1)])
+def test_offsets_past_31_bits(backend, strides):
+    # 4 GiB of addresses; only the pages that the view touches become memory.
+    rows = torch.empty(2**31 + 256, dtype=torch.float16).as_strided((2, 2, 40), strides)
+    rows.copy_(torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(0)))
+    got = pool_normalize(rows, pooling="weighted_mean")
+    assert torch.equal(got, pool_normalize(rows.clone().contiguous(), pooling="weighted_mean"))
+
+
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize(
-    "lengths", [[700], [1, 0, 300, 900, 0, 2, 77, 0]], ids=["one long", "ragged"]
+    "lengths", [[8192], [1, 0, 300, 900, 0, 2, 77, 0]], ids=["one long", "ragged"]
 )
-def test_batches_large_enough_for_threads(backend, dtype, pooling, lengths):
+def test_batches_large_enough_for_threads(backend, dtype, pooling, lengths, restore_threads):
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(int(ends[-1]), 205, generator=generator).to(dtype)
     args = (x, ends, None, pooling, True, torch.float32)
     numerics.assert_close_to_reference(OP, args, backend)
+    if backend == "cpp":
+        assert_thread_count_changes_no_bit(args)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     padded = x.new_zeros(*mask.shape, 205)
     padded[mask] = x
     args = (padded, None, mask, pooling, False, dtype)
     numerics.assert_close_to_reference(OP, args, backend)
+
+
+def assert_thread_count_changes_no_bit(args):
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(OP(*args)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_out_dtype(backend):

@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import embedfuse
 from embedfuse.ops import pool_normalize
-from embedfuse.ops.pool_normalize import OP, POOLINGS
+from embedfuse.ops.pool_normalize import POOLINGS
 
 LENGTHS = [3, 0, 1, 6]
 MASKS = {
@@ -15,14 +14,6 @@ MASKS = {
     "hole": [[0, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 1]],
 }
 INPUTS = ["packed", "no mask", *MASKS]
-
-
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request):
-    if reason := OP.refusal(request.param, "cpu", torch.float32):
-        pytest.skip(reason)
-    with embedfuse.use_backend(request.param):
-        yield request.param
 
 
 def make_input(inputs: str, dtype, hidden: int = 5):
@@ -71,9 +62,10 @@ def test_gradcheck(inputs, pooling, normalize):
     )
 
 
+@pytest.mark.parametrize("norm", [0, 5e-13])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_gradcheck_at_the_zero_vector(pooling):
-    x = torch.zeros(2, 3, 4, dtype=torch.float64, requires_grad=True)
+def test_gradcheck_near_the_zero_vector(pooling, norm):
+    x = torch.full((2, 3, 4), norm / 2, dtype=torch.float64, requires_grad=True)
     # Steps of 1e-14 stay under 1e-12, where the result is linear: p / 1e-12.
     torch.autograd.gradcheck(lambda x: pool_normalize(x, pooling=pooling), (x,), eps=1e-14)
 

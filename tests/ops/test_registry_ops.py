@@ -1,6 +1,5 @@
 """What every op must do, on every backend that takes CPU tensors. Runs off registry.OPS alone."""
 
-import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 import embedfuse
 import numerics
-from embedfuse import config, native
+from embedfuse import config
 from embedfuse.registry import OPS
 
 # (backend, ISA): the C++ kernels once per instruction set that they are compiled for.
@@ -28,28 +27,17 @@ per_dtype = pytest.mark.parametrize(
 )
 
 
-@contextlib.contextmanager
-def selected_isa(isa):
-    try:
-        module = native.cpu()
-    except native.Unavailable as reason:
-        pytest.skip(str(reason))
-    if isa not in (None, *module.supported_isas()):
-        pytest.skip(f"this processor does not run {isa}")
-    before = module.selected_isa()
-    module.select_isa(isa or before)
-    yield
-    module.select_isa(before)
-
-
 @pytest.fixture
 def version(request):
     """An op and its backend, which is forced; for the C++ one with its instruction set."""
     op, backend, isa = request.param
     if backend not in ("reference", *numerics.backends(op, "cpu")):
         pytest.skip(f"{op.name} has no version in {backend}")
-    instructions = selected_isa(isa) if backend == "cpp" else contextlib.nullcontext()
-    with instructions, embedfuse.use_backend(backend):
+    if backend == "cpp":
+        request.getfixturevalue("cpu_module")
+    if isa is not None:
+        request.getfixturevalue("use_isa")(isa)
+    with embedfuse.use_backend(backend):
         yield op, backend
 
 
@@ -91,13 +79,6 @@ def test_thread_count_changes_no_bit(version, dtype, restore_threads):
         alone = op(*args)
         torch.set_num_threads(2)
         assert_same(op(*args), alone)
-
-
-@pytest.fixture
-def restore_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @per_dtype

@@ -1,0 +1,43 @@
+import os
+import platform
+
+import pytest
+import torch
+
+from benchmarks import peaks as peaks_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOAD = os.getloadavg()[0]  # of others: nothing of ours has run yet
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def peaks(device) -> peaks_of.Peaks:
+    return peaks_of.measure(device)
+
+
+@pytest.fixture(scope="session")
+def flush(device):
+    """Call that leaves nothing of a kernel's inputs in the caches."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+    # On a GPU also long enough (0.1 ms) to hide the launch of what is timed after it.
+    buffer = torch.ones(max(2 * cache, 2**28) // 4, device=device)
+
+    def run() -> None:
+        # On the CPU read: what was written would go to memory while the kernel is timed.
+        buffer.sum() if device == "cpu" else buffer.zero_()
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["torch"] = torch.__version__
+    machine_info["load"] = LOAD
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["device"] = (
+        torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"].get("brand_raw")
+    ) or platform.machine()
