@@ -102,7 +102,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
         keep = attention_mask.to(device) != 0
         lengths = _count(keep)
     if 0 in lengths:
-        raise ValueError(f"attention_mask: row {lengths.index(0)} has no token; every row needs one")
+        raise ValueError(
+            f"attention_mask: row {lengths.index(0)} has no token; every row needs one"
+        )
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     index = None
     if sum(lengths) != batch * length:

@@ -43,7 +43,11 @@ def model(loaded):
 def pipeline(model, pooling: str, *rest, include_prompt: bool = True):
     """The same transformer under other modules."""
     transformer = copy.deepcopy(model[0])
-    modules = [transformer, Pooling(384, pooling_mode=pooling, include_prompt=include_prompt), *rest]
+    modules = [
+        transformer,
+        Pooling(384, pooling_mode=pooling, include_prompt=include_prompt),
+        *rest,
+    ]
     built = st.SentenceTransformer(modules=modules, device="cpu")
     built.prompts = model.prompts
     return built

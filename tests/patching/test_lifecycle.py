@@ -223,9 +223,7 @@ def test_device_map(family, tmp_path):
     assert "has a forward of its own" in report.refused["forward"]
     assert report.fused == []
     with torch.no_grad():
-        expected, found = (
-            embedfuse.embed(m, **batch, pooling="mean") for m in (original, model)
-        )
+        expected, found = (embedfuse.embed(m, **batch, pooling="mean") for m in (original, model))
     assert torch.equal(found, expected)
     embedfuse.unpatch(model)
 

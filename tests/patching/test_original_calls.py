@@ -21,7 +21,11 @@ def both(model, call) -> tuple:
 def assert_same(before, after):
     assert before.keys() == after.keys()
     for name, value in before.items():
-        values = zip(value, after[name], strict=True) if isinstance(value, tuple) else [(value, after[name])]
+        values = (
+            zip(value, after[name], strict=True)
+            if isinstance(value, tuple)
+            else [(value, after[name])]
+        )
         for expected, found in values:
             assert torch.equal(expected, found), name
 

@@ -43,7 +43,9 @@ def test_gradient_checkpointing_recomputes(family):
     model.gradient_checkpointing_enable()
     calls = []
     block = model.encoder.layer[0]
-    block.intermediate.intermediate_act_fn = _Counting(block.intermediate.intermediate_act_fn, calls)
+    block.intermediate.intermediate_act_fn = _Counting(
+        block.intermediate.intermediate_act_fn, calls
+    )
     model(**make_batch(model)).last_hidden_state.sum().backward()
     assert len(calls) == 2
 
@@ -72,6 +74,15 @@ def test_dropout_stays_as_the_model_has_it(family):
     model.train()
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
+
+
+def test_train_and_eval_reach_every_module(model):
+    embedfuse.patch(model)
+    for mode in (True, False):
+        model.encoder.layer[1].train(not mode)
+        model.pooler.train(mode)
+        assert model.train(mode) is model
+        assert {m.training for m in model.modules()} == {mode}
 
 
 @pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="local folder or hub name; default: all-MiniLM-L6-v2 from PyPI"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--limit", type=int, default=3000, help="docstrings to embed (default 3000)")
+    parser.add_argument(
+        "--limit", type=int, default=3000, help="docstrings to embed (default 3000)"
+    )
 
 
 @dataclass
@@ -41,7 +43,10 @@ class Timings:
 
 def run(args: argparse.Namespace) -> int:
     if args.limit < 2 * ROUNDS * REQUEST:
-        print(f"--limit {args.limit}: at least {2 * ROUNDS * REQUEST} texts make a demo", file=sys.stderr)
+        print(
+            f"--limit {args.limit}: at least {2 * ROUNDS * REQUEST} texts make a demo",
+            file=sys.stderr,
+        )
         return 2
     model = load(args.model, args.dtype)
     texts = stdlib_docstrings(args.limit)
@@ -128,7 +133,9 @@ def report(unpatched: Timings, fast: Timings, tokens: list[int], request_tokens:
     a = np.concatenate(unpatched.vectors).astype(np.float64)
     b = np.concatenate(fast.vectors).astype(np.float64)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    print(f"same vectors: largest deviation {abs(a - b).max():.1e}, lowest cosine {cosine.min():.8f}")
+    print(
+        f"same vectors: largest deviation {abs(a - b).max():.1e}, lowest cosine {cosine.min():.8f}"
+    )
 
 
 def search(model, texts: list[str], vectors: np.ndarray) -> None:

@@ -31,7 +31,11 @@ _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _FEATURES = _INPUTS | {"modality", "prompt_length"}
 _OUTPUT_VALUE = list(inspect.signature(_ORIGINAL.encode).parameters).index("output_value") - 1
 _VECTOR = "sentence_embedding"
-_PROBE_TEXTS = ("One", "Two short words", "A somewhat longer text, so that padding has to be dropped.")
+_PROBE_TEXTS = (
+    "One",
+    "Two short words",
+    "A somewhat longer text, so that padding has to be dropped.",
+)
 
 # Set while `encode` wants nothing but the pooled vector.
 _pooled_only = contextvars.ContextVar("embedfuse_pooled_only", default=False)
@@ -51,14 +55,18 @@ class SentenceTransformer(Patched, _ORIGINAL):
             )
         report = patch(inner)
         features = dict(model.preprocess(list(_PROBE_TEXTS)))
-        features = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()}
+        features = {
+            k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()
+        }
         try:
             with evaluating(model):
                 expected = _ORIGINAL.forward(model, dict(features))
             cls.swap_in(model, report)
             pooling = model._fused_pooling(features)
             if pooling is None:
-                report.refused["pooling"] = "not a Transformer, one standard Pooling, and a known rest"
+                report.refused["pooling"] = (
+                    "not a Transformer, one standard Pooling, and a known rest"
+                )
             else:
                 report.fused.append(f"{pooling} pooling and normalisation in one kernel")
             token = _pooled_only.set(True)
@@ -84,7 +92,9 @@ class SentenceTransformer(Patched, _ORIGINAL):
 
     @functools.wraps(_ORIGINAL.encode)
     def encode(self, *args, **kwargs):
-        wanted = kwargs.get("output_value", args[_OUTPUT_VALUE] if len(args) > _OUTPUT_VALUE else "")
+        wanted = kwargs.get(
+            "output_value", args[_OUTPUT_VALUE] if len(args) > _OUTPUT_VALUE else ""
+        )
         token = _pooled_only.set(wanted in ("", _VECTOR))
         try:
             return super().encode(*args, **kwargs)

@@ -90,5 +90,6 @@ def embed(
             )
     pack(input_ids, attention_mask)  # for its errors
     states = model(**call).last_hidden_state
-    return pool_normalize(states, attention_mask=attention_mask, pooling=pooling, normalize=normalize)
-
+    return pool_normalize(
+        states, attention_mask=attention_mask, pooling=pooling, normalize=normalize
+    )

@@ -28,7 +28,9 @@ def check_loaded(model: nn.Module) -> None:
 
 def parameter_bytes(model: nn.Module) -> int:
     """Memory of the parameters, each storage counted once."""
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
     return sum(storages.values())
 
 

@@ -211,6 +211,13 @@ class PackedModel(Patched):
         joined = sum(layer.qkv.fuse() for layer in layers)
         return [f"{len(layers)} layers without padding", f"{joined} QKV projections as one GEMM"]
 
+    def train(self, mode: bool = True):
+        # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
+        plan = self._current_plan()
+        if self.training is mode and all(child.training is mode for _, _, child, _ in plan.watched):
+            return self
+        return super().train(mode)
+
     # Moving, casting and copying part the joined weights; join them again right there.
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
