@@ -33,7 +33,7 @@ def test_unpatch_of_an_unpatched_model(model):
 def test_meta(family):
     with torch.device("meta"):
         model = make_model(family)
-    with pytest.raises(embedfuse.PatchError, match="on the meta device, embeddings.word"):
+    with pytest.raises(embedfuse.PatchError, match=r"on the meta device, embeddings\.word"):
         embedfuse.patch(model)
     assert not hasattr(model, "_embedfuse")
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedfuse.ops.skinny_linear import MAX_ROWS, OP as SKINNY
+from embedfuse.ops.skinny_linear import MAX_ROWS
+from embedfuse.ops.skinny_linear import OP as SKINNY
 
 
 def is_plain(x: Tensor) -> bool:
