@@ -184,6 +184,7 @@ def ends(*values, dtype=torch.int32, device="cpu"):
         (ValueError, "pooling='max'", {"hidden_states": PADDED, "pooling": "max"}),
         (TypeError, "hidden_states: torch.int64", {"hidden_states": PADDED.long()}),
         (TypeError, "out_dtype: torch.int8", {"hidden_states": PADDED, "out_dtype": torch.int8}),
+        (TypeError, "out_dtype: float64", {"hidden_states": PADDED, "out_dtype": torch.float64}),
         (ValueError, r"hidden_states: shape \(4, 2\)", {"hidden_states": PACKED}),
         (
             ValueError,

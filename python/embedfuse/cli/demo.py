@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
-        "--limit", type=int, default=3000, help="docstrings to embed (default 3000)"
+        "--limit", type=int, default=2500, help="docstrings to embed (default 2500)"
     )
 
 

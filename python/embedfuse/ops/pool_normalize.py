@@ -40,7 +40,7 @@ def pool_normalize(
     attention_mask: (batch, length), nonzero marks tokens; padding may stand on either side. What it
         leaves out is never read, be it NaN. For "weighted_mean", t counts from the first token on,
         tokens left out in the middle included (as in sentence-transformers).
-    out_dtype: dtype of the result; default that of hidden_states.
+    out_dtype: dtype of the result; default that of hidden_states. float64 only from float64.
 
     Returns (batch, hidden). Differentiable in hidden_states.
     Raises ValueError for shapes or devices that do not fit, TypeError for dtypes that are not accepted.
@@ -61,6 +61,10 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
     for name, dtype in (("hidden_states", hidden_states.dtype), ("out_dtype", out_dtype)):
         if dtype not in (*native.DTYPES, torch.float64):
             raise TypeError(f"{name}: {dtype}; accepted are float16, bfloat16, float32 and float64")
+    if out_dtype == torch.float64 != hidden_states.dtype:
+        raise TypeError(
+            f"out_dtype: float64; accepted only for float64 hidden_states, not {hidden_states.dtype}"
+        )
     for name, tensor in (("cu_seqlens", cu_seqlens), ("attention_mask", attention_mask)):
         if tensor is not None and tensor.device != hidden_states.device:
             raise ValueError(
