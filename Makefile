@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 SHELL := bash
 BENCH = $(PYTHON) -m pytest benchmarks -q --benchmark-only --benchmark-json=$(OUT)/bench.json $(ARGS)
-SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f -not -name '*.pyc')
 
 .PHONY: demo test bench gpu lint clean
 

@@ -7,6 +7,8 @@ EMBEDFUSE_CUDA_ARCHS      semicolon-separated compute capabilities, default "80;
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,8 +67,13 @@ def gencode_flags(nvcc: Path) -> str:
     """Machine code for every wanted architecture that this nvcc knows, PTX for the newest."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = {line.removeprefix("compute_") for line in listed.stdout.split()}
-    archs = os.environ.get("EMBEDFUSE_CUDA_ARCHS", DEFAULT_ARCHS).split(";")
-    archs = [arch for arch in archs if arch in known]
+    wanted = os.environ.get("EMBEDFUSE_CUDA_ARCHS")
+    archs = [arch for arch in (wanted or DEFAULT_ARCHS).split(";") if wanted or arch in known]
+    if unknown := [arch for arch in archs if arch not in known]:
+        raise BuildError(
+            f"EMBEDFUSE_CUDA_ARCHS={wanted!r}: {nvcc} does not know {', '.join(unknown)}; "
+            f"it knows {', '.join(sorted(known))}"
+        )
     if not archs:
         raise BuildError(f"EMBEDFUSE_CUDA_ARCHS: {nvcc} knows none of them, only {sorted(known)}")
     flags = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -120,7 +127,7 @@ class NinjaBuild(build_ext):
                 nvcc=nvcc,
                 nvcc_flags=f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {gencode_flags(nvcc)}",
                 libs=f"-L{libdir} -lcudart_static -ldl -lrt -lpthread",
-                includes=f"-I{home / 'include'}",
+                includes=[home / "include"],
             )
         except (BuildError, subprocess.CalledProcessError) as error:
             if wanted:
@@ -128,18 +135,20 @@ class NinjaBuild(build_ext):
             return self.leave_out(ext, "cuda", f"the build failed: {error}")
         self.build_info["cuda"] = f"built with {nvcc}"
 
-    def ninja(self, ext, *, cxx, nvcc, nvcc_flags, libs, includes=""):
+    def ninja(self, ext, *, cxx, nvcc, nvcc_flags, libs, includes=()):
         import ninja
         import pybind11
 
-        python_h = sysconfig.get_path("include")
+        folders = [CSRC / "include", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+        folders += includes
+        includes = " ".join("-I" + shlex.quote(str(f)) for f in folders).replace("$", "$$")
         work = Path(self.build_temp).resolve() / ext.name
         work.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = {ROOT / source: work / (Path(source).name + ".o") for source in ext.sources}
         rules = f"""\
-includes = -I{CSRC / "include"} -I{CSRC} -I{pybind11.get_include()} -I{python_h} {includes}
+includes = {includes}
 rule cxx
   command = {cxx} {CXX_FLAGS} $includes -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -150,14 +159,19 @@ rule link
   command = {cxx} -shared $in -o $out {libs}
 """
         edges = [
-            f"build {obj}: {'nvcc' if src.suffix == '.cu' else 'cxx'} {src}"
+            f"build {escape(obj)}: {'nvcc' if src.suffix == '.cu' else 'cxx'} {escape(src)}"
             for src, obj in objects.items()
         ]
-        edges.append(f"build {target}: link {' '.join(map(str, objects.values()))}")
+        edges.append(f"build {escape(target)}: link {' '.join(map(escape, objects.values()))}")
         (work / "build.ninja").write_text(rules + "\n".join(edges) + "\n")
         command = [Path(ninja.BIN_DIR) / "ninja", "-C", work, *(["-v"] if self.verbose > 1 else [])]
         if subprocess.run(command).returncode != 0:
             raise BuildError(f"compiling {ext.name} failed; the compiler's messages stand above")
+
+
+def escape(path: Path) -> str:
+    """A path as ninja's build lines want it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def sources(*patterns: str) -> list[str]:

@@ -38,13 +38,12 @@ def _load_cpu() -> ModuleType:
     module = _load("_cpu", "cpp")
     # torch exports its own parallel_for since 2.10, so torch.set_num_threads is obeyed and no
     # second OpenMP runtime is linked.
-    lib = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    module.set_thread_pool(
-        *(
-            ctypes.cast(f, ctypes.c_void_p).value
-            for f in (lib.torch_parallel_for, lib.torch_get_num_threads)
-        )
-    )
+    try:
+        lib = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        pool = (lib.torch_parallel_for, lib.torch_get_num_threads)
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"torch {torch.__version__} shows no thread pool: {error}") from error
+    module.set_thread_pool(*(ctypes.cast(function, ctypes.c_void_p).value for function in pool))
     return module
 
 

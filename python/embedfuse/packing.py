@@ -77,8 +77,11 @@ class Packed:
 
 def unpadded(lengths: list[int], device: torch.device) -> Packed:
     """Sequences that never were padded; their padded shape is one row."""
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    return Packed(tuple(lengths), cu_seqlens, (1, sum(lengths)), None)
+    return Packed(tuple(lengths), _cu_seqlens(lengths, device), (1, sum(lengths)), None)
+
+
+def _cu_seqlens(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device, torch.int32)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
@@ -105,11 +108,10 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
         raise ValueError(
             f"attention_mask: row {lengths.index(0)} has no token; every row needs one"
         )
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     index = None
     if sum(lengths) != batch * length:
         index = keep.flatten().nonzero().squeeze(1)
-    return Packed(tuple(lengths), cu_seqlens, (batch, length), index)
+    return Packed(tuple(lengths), _cu_seqlens(lengths, device), (batch, length), index)
 
 
 def _count(keep: Tensor) -> list[int]:

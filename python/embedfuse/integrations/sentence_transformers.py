@@ -4,9 +4,11 @@ Only the class of the SentenceTransformer and of the model inside are swapped. T
 keep theirs, because `save` writes their class names into modules.json.
 """
 
+import contextlib
 import contextvars
 import functools
 import inspect
+from collections.abc import Iterator
 
 import sentence_transformers
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -41,6 +43,15 @@ _PROBE_TEXTS = (
 _pooled_only = contextvars.ContextVar("embedfuse_pooled_only", default=False)
 
 
+@contextlib.contextmanager
+def _pooled(only: bool) -> Iterator[None]:
+    token = _pooled_only.set(only)
+    try:
+        yield
+    finally:
+        _pooled_only.reset(token)
+
+
 class SentenceTransformer(Patched, _ORIGINAL):
     original = _ORIGINAL
 
@@ -48,17 +59,17 @@ class SentenceTransformer(Patched, _ORIGINAL):
     def install(cls, model: _ORIGINAL) -> Report:
         from embedfuse.patching.api import patch
 
-        inner = getattr(model[0], "model", None) if len(model) else None
+        inner = getattr(model[0], "model", None)
         if type(model[0]) is not Transformer or not isinstance(inner, nn.Module):
             raise TypeError(
                 f"model: its first module is {type(model[0]).__name__}; accepted is Transformer"
             )
+        patched_before = isinstance(inner, Patched)
         report = patch(inner)
-        features = dict(model.preprocess(list(_PROBE_TEXTS)))
-        features = {
-            k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in features.items()
-        }
         try:
+            features = dict(model.preprocess(list(_PROBE_TEXTS)))
+            for name, value in features.items():
+                features[name] = value.to(model.device) if isinstance(value, Tensor) else value
             with evaluating(model):
                 expected = _ORIGINAL.forward(model, dict(features))
             cls.swap_in(model, report)
@@ -69,18 +80,16 @@ class SentenceTransformer(Patched, _ORIGINAL):
                 )
             else:
                 report.fused.append(f"{pooling} pooling and normalisation in one kernel")
-            token = _pooled_only.set(True)
-            try:
-                with evaluating(model):
-                    found = model.forward(dict(features))
-            finally:
-                _pooled_only.reset(token)
+            with _pooled(only=True), evaluating(model):
+                found = model.forward(dict(features))
             if _VECTOR in expected:
                 report.deviations |= deviations({_VECTOR: expected[_VECTOR]}, found)
+            report.original_calls.clear()  # the probe's own
         except BaseException:
             if isinstance(model, Patched):
                 model.swap_out()
-            inner.uninstall()
+            if not patched_before:
+                inner.uninstall()
             raise
         return report
 
@@ -95,16 +104,14 @@ class SentenceTransformer(Patched, _ORIGINAL):
         wanted = kwargs.get(
             "output_value", args[_OUTPUT_VALUE] if len(args) > _OUTPUT_VALUE else ""
         )
-        token = _pooled_only.set(wanted in ("", _VECTOR))
-        try:
+        with _pooled(only=wanted in ("", _VECTOR)):
             return super().encode(*args, **kwargs)
-        finally:
-            _pooled_only.reset(token)
 
     @functools.wraps(_ORIGINAL.forward)
     def forward(self, input, **kwargs):
         pooling = self._fused_pooling(input) if _pooled_only.get() and not kwargs else None
-        found = pooling and self[0].model.packed_states({k: input[k] for k in _INPUTS & set(input)})
+        call = {name: input[name] for name in _INPUTS & set(input)}
+        found = pooling and self[0].model.packed_states(call, count=False)
         if not found:
             return super().forward(input, **kwargs)
         states, packed = found

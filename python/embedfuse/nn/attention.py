@@ -16,11 +16,9 @@ def attention(
 
     query, key, value: (tokens, heads, head_dim). Returns (tokens, heads * head_dim).
     """
-    varlen = varlen_attention() if query.is_cuda else None
-    # FlashAttention takes 16-bit inputs and knows no dropout here; torch's SDPA takes the rest.
-    if varlen and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+    if query.is_cuda and dropout == 0 and flash_takes(query):
         length = packed.max_seqlen
-        out = varlen(
+        out = varlen_attention()(
             query, key, value, packed.cu_seqlens, packed.cu_seqlens, length, length, scale=scale
         )
         return out.flatten(1)
@@ -37,6 +35,19 @@ def attention(
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else query.flatten(1)
+
+
+def flash_takes(query: Tensor) -> bool:
+    """FlashAttention: 16 bits, head_dim a multiple of 8 up to 256, sm_80 on. SDPA takes the rest."""
+    head_dim = query.shape[-1]
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and query.shape[0] > 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and varlen_attention() is not None
+    )
 
 
 @functools.cache

@@ -21,9 +21,17 @@ def linear(module: nn.Module, x: Tensor, plain: bool) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, plain: bool) -> Tensor:
-    if plain and x.is_cpu and x.shape[0] <= MAX_ROWS.get(x.dtype, 0):
+    if plain and x.is_cpu and x.shape[0] <= MAX_ROWS.get(x.dtype, 0) and _fits(x, weight, bias):
         return SKINNY(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel may read these; torch has its own words for what does not fit."""
+    return all(
+        type(p) in (Tensor, nn.Parameter) and (p.dtype, p.device) == (x.dtype, x.device)
+        for p in (weight, weight if bias is None else bias)
+    ) and (x.shape[1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1]))
 
 
 class FusedLinear:
@@ -52,13 +60,12 @@ class FusedLinear:
         return True
 
     def part(self) -> None:
-        """Give each parameter a storage of its own again."""
+        """Give each parameter of a fused layer a storage of its own again."""
         # Under inference mode the new storage could never be trained.
         with torch.inference_mode(False), torch.no_grad():
-            for name in ("weight", "bias"):
-                parameters = [getattr(m, name, None) for m in self.linears]
-                if None not in parameters and joined(parameters) is not None:
-                    for p in parameters:
+            for module in self.linears:
+                for p in module.parameters(recurse=False):
+                    if type(p) is nn.Parameter and p.untyped_storage().nbytes() != p.nbytes:
                         p.data = p.data.clone()
 
     def __call__(self, x: Tensor, plain: bool) -> tuple[Tensor, ...]:
@@ -77,7 +84,9 @@ class FusedLinear:
 
 def joined(parameters: list[nn.Parameter]) -> Tensor | None:
     """The parameters as one tensor, where they lie behind one another in one storage."""
-    first = parameters[0]
+    if any(type(p) is not nn.Parameter for p in parameters):
+        return None
+    first = parameters[0].data
     storage, place = first.untyped_storage().data_ptr(), first.data_ptr()
     rows = 0
     for p in parameters:
@@ -86,16 +95,19 @@ def joined(parameters: list[nn.Parameter]) -> Tensor | None:
             return None
         place += p.nbytes
         rows += p.shape[0]
-    return first.data.as_strided((rows, *first.shape[1:]), first.stride())
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _can_join(parameters: list) -> bool:
     first = parameters[0]
+    if len({id(p) for p in parameters}) != len(parameters) or joined(parameters) is not None:
+        return joined(parameters) is not None
     return all(
         type(p) is nn.Parameter
         and (p.dtype, p.device, p.shape[1:]) == (first.dtype, first.device, first.shape[1:])
         and not p.is_meta
         and p.is_contiguous()
+        and p.untyped_storage().nbytes() == p.nbytes  # a part of a flat buffer has to stay there
         and not (p.is_cpu and p.is_shared())  # another process may hold it
         for p in parameters
     )

@@ -17,7 +17,8 @@ def patch(model: nn.Module) -> Report:
 
     model: a transformers BertModel, RobertaModel or XLMRobertaModel, or a SentenceTransformer that
         holds one. Its class becomes a subclass of the same name; weights stay where they are,
-        except that query, key and value of a layer move into one storage.
+        except that query, key and value of a layer move into one storage (other objects that held
+        the same memory, such as a model loaded with assign=True from this one, keep the old).
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
     leaves out are zero (the original fills them with values that mean nothing). Calls that the
@@ -25,7 +26,8 @@ def patch(model: nn.Module) -> Report:
 
     A probe batch runs through both forwards first. Returns the live Report; patching twice is one
     patch. Raises TypeError for another kind of object, PatchError (and changes nothing) for weights
-    on the meta device or outputs that differ by more than the dtype's bound.
+    on the meta device or outputs that differ by more than the dtype's bound. Patch and unpatch while
+    no other thread is running the model.
     """
     if isinstance(model, Patched):
         return model._embedfuse.report
@@ -89,7 +91,7 @@ def embed(
                 states, cu_seqlens=packed.cu_seqlens, pooling=pooling, normalize=normalize
             )
     pack(input_ids, attention_mask)  # for its errors
-    states = model(**call).last_hidden_state
+    states = model(**call, return_dict=True).last_hidden_state
     return pool_normalize(
         states, attention_mask=attention_mask, pooling=pooling, normalize=normalize
     )

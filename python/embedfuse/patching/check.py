@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from embedfuse.patching.plan import has_own_forward
 from embedfuse.patching.report import PatchError
 
 # Largest |patched - original| accepted, as a part of the original's largest value. Both forwards
@@ -17,7 +18,7 @@ BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.b
 def check_loaded(model: nn.Module) -> None:
     """Raise PatchError for a model that has no values yet, wholly or in part."""
     missing = [name for name, p in model.named_parameters() if p.is_meta]
-    offloaded = any("forward" in m.__dict__ for m in model.modules())
+    offloaded = any(has_own_forward(m) for m in model.modules())
     if missing and not offloaded:
         total = len(list(model.parameters()))
         raise PatchError(
@@ -28,19 +29,18 @@ def check_loaded(model: nn.Module) -> None:
 
 def parameter_bytes(model: nn.Module) -> int:
     """Memory of the parameters, each storage counted once."""
-    storages = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
-    }
-    return sum(storages.values())
+    plain = [p.untyped_storage() for p in model.parameters() if type(p) is nn.Parameter]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in plain}.values())
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; every module's own mode again afterwards."""
+    """Eval mode inside, no gradients, no autocast; every module's own mode again afterwards."""
     modes = [(m, m.training) for m in model.modules()]
+    device = next((p.device.type for p in model.parameters()), "cpu")
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         for module, training in modes:
@@ -67,26 +67,33 @@ def deviations(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[st
 
 @dataclass(frozen=True)
 class Probe:
-    """Sequences of mixed lengths for an encoder: forward arguments, compared at the tokens only."""
+    """Batches for an encoder, compared at the tokens only: mixed lengths, and one short query."""
 
-    call: dict[str, Tensor]
+    batches: list[dict[str, Tensor]]
 
     @classmethod
     def random(cls, vocabulary: int, padding_idx: int, max_length: int, device) -> "Probe":
-        lengths = [min(n, max_length) for n in (1, 33, 7, 18)]
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (len(lengths), max(lengths)), generator=generator)
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        ids[(ids == padding_idx) & mask] = (padding_idx + 1) % vocabulary
-        ids[~mask] = padding_idx
-        return cls({"input_ids": ids.to(device), "attention_mask": mask.long().to(device)})
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        batches = []
+        for wanted in ((1, 33, 7, 18), (3,)):
+            lengths = [min(n, max_length) for n in wanted]
+            shape = (len(lengths), max(lengths))
+            ids = torch.randint(vocabulary, shape, generator=generator, device="cpu")
+            row = torch.arange(max(lengths), device="cpu")
+            mask = row < torch.tensor(lengths, device="cpu")[:, None]
+            ids[(ids == padding_idx) & mask] = (padding_idx + 1) % vocabulary
+            ids[~mask] = padding_idx
+            batches.append({"input_ids": ids.to(device), "attention_mask": mask.long().to(device)})
+        return cls(batches)
 
     def run(self, model: nn.Module, cls: type[nn.Module]) -> dict[str, Tensor]:
         """The outputs of cls.forward; hooks on the model itself are not triggered."""
-        with evaluating(model):
-            output = cls.forward(model, **self.call, return_dict=True)
-        tokens = self.call["attention_mask"] != 0
-        found = {"last_hidden_state": output.last_hidden_state[tokens]}
-        if output.get("pooler_output") is not None:
-            found["pooler_output"] = output.pooler_output
-        return found
+        found: dict[str, list[Tensor]] = {}
+        for batch in self.batches:
+            with evaluating(model):
+                output = cls.forward(model, **batch, return_dict=True)
+            tokens = batch["attention_mask"] != 0
+            found.setdefault("last_hidden_state", []).append(output.last_hidden_state[tokens])
+            if output.get("pooler_output") is not None:
+                found.setdefault("pooler_output", []).append(output.pooler_output)
+        return {name: torch.cat(parts) for name, parts in found.items()}

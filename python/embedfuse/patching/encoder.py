@@ -12,14 +12,18 @@ from embedfuse.patching.check import Probe
 from embedfuse.patching.engine import PackedModel
 from embedfuse.patching.plan import Plan
 
+# All compute softmax(q k^T scale) v; a name registered by somebody else may compute anything.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 
 class PackedEncoder(PackedModel):
     @classmethod
     def probe(cls, model: nn.Module) -> Probe:
-        config = model.config
-        padding_idx = config.pad_token_id or 0
-        room = config.max_position_embeddings - padding_idx - 1
-        return Probe.random(config.vocab_size, padding_idx, room, model.device)
+        tables = model.embeddings
+        room = tables.position_embeddings.num_embeddings - cls.first_position(tables)
+        padding_idx = model.config.pad_token_id or 0
+        words = tables.word_embeddings.num_embeddings
+        return Probe.random(words, padding_idx, room, model.device)
 
     def make_plan(self) -> Plan:
         if refusal := self._refusal():
@@ -32,6 +36,8 @@ class PackedEncoder(PackedModel):
             return "the model is configured as a decoder"
         if getattr(config, "position_embedding_type", "absolute") != "absolute":
             return f"config.position_embedding_type is {config.position_embedding_type!r}"
+        if config._attn_implementation not in _ATTENTIONS:
+            return f"attention {config._attn_implementation!r} is not one of transformers' own"
         return _not_stock(
             {"embeddings": self.embeddings, "encoder": self.encoder}, self.original.__module__
         ) or next(filter(None, map(self._block_refusal, range(len(self.encoder.layer)))), None)
@@ -55,16 +61,24 @@ class PackedEncoder(PackedModel):
     def position_ids(self, input_ids: Tensor) -> Tensor:
         """(batch, length) as the original numbers them."""
 
+    @staticmethod
     @abstractmethod
-    def last_position(self, packed: Packed) -> int:
-        """The largest position id of the batch."""
+    def first_position(embeddings: nn.Module) -> int:
+        """The position id of a row's first token."""
 
-    def check_ids(self, input_ids: Tensor, packed: Packed) -> None:
+    @staticmethod
+    @abstractmethod
+    def positions_used(packed: Packed) -> int:
+        """How many position ids the longest row runs through."""
+
+    def check_ids(self, call: dict, packed: Packed) -> None:
+        input_ids = call["input_ids"]
         places = self.embeddings.position_embeddings.num_embeddings
-        if self.last_position(packed) >= places:
+        last = self.first_position(self.embeddings) + self.positions_used(packed) - 1
+        if last >= places and call.get("position_ids") is None:
             raise ValueError(
                 f"input_ids: length {packed.shape[1]} (longest sequence {packed.max_seqlen}) needs "
-                f"position {self.last_position(packed)}; the position table ends at {places - 1}"
+                f"position {last}; the position table ends at {places - 1}"
             )
         if input_ids.is_cpu and input_ids.numel():  # on a GPU the look would wait for it
             low, high = input_ids.aminmax()
@@ -115,7 +129,7 @@ def read_layer(block: nn.Module) -> EncoderLayer:
         qkv=FusedLinear((attention.query, attention.key, attention.value)),
         heads=attention.num_attention_heads,
         scale=attention.scaling,
-        attention_dropout=attention.dropout,
+        attention=attention,
         out=output.dense,
         dropout1=output.dropout,
         norm1=output.LayerNorm,

@@ -13,6 +13,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import Packed, pack
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.plan import Plan
@@ -52,12 +53,12 @@ class Patched:
 
     @classmethod
     def swap_in(cls, model: nn.Module, report: Report) -> None:
-        model.__class__ = cls
         model._embedfuse = PatchState(report)
+        model.__class__ = cls
 
     def swap_out(self) -> None:
-        del self._embedfuse
         self.__class__ = self.original
+        del self._embedfuse
 
 
 def _new_patched(original: type) -> Patched:
@@ -71,6 +72,7 @@ class PatchState:
     def __init__(self, report: Report):
         self.report = report
         self.plan: Plan | None = None
+        self.fused: list[FusedLinear] = []
         self.lock = threading.Lock()
 
     def __getstate__(self):
@@ -95,7 +97,7 @@ class PackedModel(Patched):
         """Read the model's layers; a Plan with `refusal` when they are not the stock ones."""
 
     @abstractmethod
-    def check_ids(self, input_ids: Tensor, packed: Packed) -> None:
+    def check_ids(self, call: dict, packed: Packed) -> None:
         """Raise for ids or lengths that the embedding tables do not have."""
 
     @abstractmethod
@@ -137,16 +139,19 @@ class PackedModel(Patched):
             model.uninstall()
             raise
         report.memory_bytes = parameter_bytes(model) - before
+        report.original_calls.clear()  # the probe's own
         return report
 
     def uninstall(self) -> None:
-        plan = self._embedfuse.plan
-        for layer in plan.layers if plan else ():
-            layer.qkv.part()
+        for fused in self._embedfuse.fused:
+            fused.part()
         self.swap_out()
 
     def _forward(self, *args, **kwargs):
-        call = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        names = self._argument_names
+        if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+            return self.original.forward(self, *args, **kwargs)  # for its TypeError
+        call = dict(zip(names, args, strict=False)) | kwargs
         packed_states = self.packed_states(call)
         if packed_states is None:
             return self.original.forward(self, *args, **kwargs)
@@ -156,8 +161,11 @@ class PackedModel(Patched):
             return_dict = getattr(self.config, "return_dict", True)
         return self.make_output(packed.pad(states), return_dict)
 
-    def packed_states(self, call: dict) -> tuple[Tensor, Packed] | None:
-        """The states of a forward call's arguments, packed; None when the original has to run."""
+    def packed_states(self, call: dict, count: bool = True) -> tuple[Tensor, Packed] | None:
+        """The states of a forward call's arguments, packed; None when the original has to run.
+
+        count: whether to count that in the report; a caller that goes on to `forward` leaves it to it.
+        """
         # The original is traced as it is: under a compiler the padding is the compiler's business.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -167,9 +175,10 @@ class PackedModel(Patched):
             packed = pack(call["input_ids"], call.get("attention_mask"))
             reason = self.misfit(packed)
         if reason is not None:
-            self._embedfuse.report.original(reason)
+            if count:
+                self._embedfuse.report.original(reason)
             return None
-        self.check_ids(call["input_ids"], packed)
+        self.check_ids(call, packed)
         return self.run_packed(plan, packed, call), packed
 
     def misfit(self, packed: Packed) -> str | None:
@@ -183,8 +192,11 @@ class PackedModel(Patched):
         for name in _FLAGS - {"use_cache"}:
             if call.get(name) is None and getattr(self.config, name, False):
                 return f"config.{name} is set"
-        if call.get("input_ids") is None:
-            return "called without input_ids"
+        input_ids = call.get("input_ids")
+        if type(input_ids) is not Tensor:
+            return f"input_ids is a {type(input_ids).__name__}"
+        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "the call is captured into a CUDA graph"
         mask = call.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             return f"attention_mask has {mask.dim()} dimensions"
@@ -208,8 +220,11 @@ class PackedModel(Patched):
         Not called in forward, because other threads may be running the model.
         """
         layers = self._current_plan().layers
-        joined = sum(layer.qkv.fuse() for layer in layers)
-        return [f"{len(layers)} layers without padding", f"{joined} QKV projections as one GEMM"]
+        self._embedfuse.fused = [layer.qkv for layer in layers if layer.qkv.fuse()]
+        return [
+            f"{len(layers)} layers without padding",
+            f"{len(self._embedfuse.fused)} QKV projections as one GEMM",
+        ]
 
     def train(self, mode: bool = True):
         # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
@@ -226,4 +241,6 @@ class PackedModel(Patched):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        for layer in self._current_plan().layers:
+            layer.qkv.part()  # pickle gives each view of a storage the whole of it
         self.fuse()

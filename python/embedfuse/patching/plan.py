@@ -8,7 +8,7 @@ from torch.nn.modules import module as torch_module
 from embedfuse.nn.encoder import EncoderLayer
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # transformers' own hooks that the packed path may pass over: the first records only while a call with
 # output_hidden_states runs, and that one goes to the original; the second (gradient checkpointing,
 # PEFT) sits on the word embeddings, which the packed path calls as the module that they are.
@@ -43,17 +43,20 @@ class Plan:
             return "a hook on all modules"
         for _, _, child, path in self.watched:
             state = child.__dict__
-            # transformers 5.0 leaves the class's own forward behind as an attribute.
-            if "forward" in state and not _is_own_forward(child):
+            if has_own_forward(child):
                 return f"{path} has a forward of its own (offloaded, compiled or wrapped)"
             for name in _HOOKS:
-                if state[name] and not all(map(_is_harmless, state[name].values())):
+                hooks = state.get(name)
+                if hooks and not all(map(_is_harmless, hooks.values())):
                     return f"{path} has a hook"
         return None
 
 
-def _is_own_forward(module: nn.Module) -> bool:
-    return getattr(module.__dict__["forward"], "__func__", None) is type(module).forward
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody put another forward on this very module (accelerate does, to offload)."""
+    forward = module.__dict__.get("forward")
+    # transformers 5.0 leaves the class's own forward behind as an attribute.
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _is_harmless(hook) -> bool:

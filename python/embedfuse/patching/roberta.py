@@ -1,6 +1,6 @@
 """RoBERTa: positions count the tokens that are not the padding token, from padding_idx + 1 on."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.roberta import modeling_roberta
 
 from embedfuse.packing import Packed
@@ -14,8 +14,13 @@ class RobertaPositions(PackedEncoder):
         # A padding token inside the text keeps position padding_idx, as in the original.
         return tokens.cumsum(1) * tokens + padding_idx
 
-    def last_position(self, packed: Packed) -> int:
-        return packed.max_seqlen + self.embeddings.padding_idx
+    @staticmethod
+    def first_position(embeddings: nn.Module) -> int:
+        return embeddings.padding_idx + 1
+
+    @staticmethod
+    def positions_used(packed: Packed) -> int:
+        return packed.max_seqlen
 
 
 class RobertaModel(RobertaPositions, modeling_roberta.RobertaModel):
