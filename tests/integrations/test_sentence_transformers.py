@@ -278,6 +278,26 @@ def test_a_failed_check_rolls_both_back(model, monkeypatch):
     assert [type(m) for m in model.modules()] == kinds
 
 
+def test_an_error_while_patching_leaves_the_inner_model_as_it_was(model, monkeypatch):
+    inner = model[0].model
+    kind = type(inner)
+    monkeypatch.setattr(model, "preprocess", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        embedfuse.patch(model)
+    assert type(inner) is kind
+    embedfuse.patch(inner)
+    with pytest.raises(ZeroDivisionError):
+        embedfuse.patch(model)
+    assert embedfuse.report(inner).fused  # it was patched before
+
+
+def test_an_original_call_is_counted_once(model):
+    report = embedfuse.patch(model)
+    model[0].model.encoder.layer[0].register_forward_hook(lambda *_: None)
+    model.encode(TEXTS[:1])
+    assert report.original_calls == {"encoder.layer.0 has a hook": 1}
+
+
 def test_first_module_of_another_kind():
     from sentence_transformers.sentence_transformer.modules import BoW
 

@@ -68,6 +68,25 @@ def test_4d_mask(model):
     assert dict(report.original_calls) == {"attention_mask has 4 dimensions": 1}
 
 
+def test_3d_mask(model):
+    """Whatever the original makes of it, an error included."""
+    ids = make_batch(model, (6, 6))["input_ids"]
+    call = {"input_ids": ids, "attention_mask": torch.ones(2, 6, 6).tril()}
+
+    def run():
+        try:
+            with torch.no_grad():
+                return model(**call).last_hidden_state
+        except Exception as error:
+            return type(error)
+
+    before = run()
+    report = embedfuse.patch(model)
+    after = run()
+    assert before == after if isinstance(before, type) else torch.equal(before, after)
+    assert dict(report.original_calls) == {"attention_mask has 3 dimensions": 1}
+
+
 def test_decoder(family):
     model = make_model(family, is_decoder=True)
     before, after, report = both(model, make_batch(model, (6, 6)))
