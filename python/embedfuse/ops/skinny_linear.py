@@ -8,8 +8,9 @@ from embedfuse.registry import Cost, Op
 
 OP = Op("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
-# Up to this many rows the kernel beat torch's linear on 2 cores of an EPYC 9004 (`make bench`).
-# Above, torch's blocked GEMM wins; sooner in 16 bits, where it multiplies bf16 directly.
+# Up to this many rows the kernel beat torch's linear on 2 cores of an EPYC 9004 without AMX: in fp32
+# and bf16 by `make bench`, fp16 taken like bf16. Above, torch's blocked GEMM wins; sooner in 16 bits,
+# where it multiplies bf16 directly.
 MAX_ROWS = {torch.float32: 32, torch.float16: 4, torch.bfloat16: 4}
 
 
