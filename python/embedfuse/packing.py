@@ -13,13 +13,15 @@ class Packed:
 
     lengths: tokens of each sequence. cu_seqlens: (batch + 1,) int32, their running sum from 0.
     shape: (batch, length) of the padded batch. index: (tokens,) place of each token in the padded
-    batch read row by row; None when nothing was padded.
+    batch read row by row; None when nothing was padded. starts_padded: whether some row begins with
+    padding.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     shape: tuple[int, int]
     index: Tensor | None
+    starts_padded: bool = False
 
     @property
     def tokens(self) -> int:
@@ -39,14 +41,6 @@ class Packed:
             else:
                 runs.append((1, length))
         return tuple(runs)
-
-    @property
-    def starts_padded(self) -> bool:
-        """Whether some row begins with padding."""
-        if self.index is None:
-            return False
-        first = self.index[self.cu_seqlens[:-1].long()]
-        return bool((first % self.shape[1] != 0).any())
 
     def pack(self, padded: Tensor) -> Tensor:
         """(batch, length, ...) -> (tokens, ...)"""
@@ -95,7 +89,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
     device = input_ids.device
     if attention_mask is None:
         lengths = [length] * batch
-        keep = None
+        keep, starts_padded = None, False
     else:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -103,7 +97,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
                 f"{tuple(input_ids.shape)}"
             )
         keep = attention_mask.to(device) != 0
-        lengths = _count(keep)
+        lengths, starts_padded = _count(keep)
     if 0 in lengths:
         raise ValueError(
             f"attention_mask: row {lengths.index(0)} has no token; every row needs one"
@@ -111,19 +105,26 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
     index = None
     if sum(lengths) != batch * length:
         index = keep.flatten().nonzero().squeeze(1)
-    return Packed(tuple(lengths), _cu_seqlens(lengths, device), (batch, length), index)
+    return Packed(
+        tuple(lengths), _cu_seqlens(lengths, device), (batch, length), index, starts_padded
+    )
 
 
-def _count(keep: Tensor) -> list[int]:
-    """Tokens of each row. Raises for rows whose tokens do not stand together."""
+def _count(keep: Tensor) -> tuple[list[int], bool]:
+    """Tokens of each row, and whether some row begins with padding; on a GPU one wait for both.
+
+    Raises for rows whose tokens do not stand together.
+    """
+    if keep.shape[1] == 0:
+        return [0] * keep.shape[0], False
     # A row has as many stretches of tokens as it has tokens whose left neighbour is none.
     begins = keep.clone()
     begins[:, 1:] &= ~keep[:, :-1]
-    counts, stretches = torch.stack((keep.sum(1), begins.sum(1))).tolist()
+    counts, stretches, first = torch.stack((keep.sum(1), begins.sum(1), keep[:, 0])).tolist()
     for row, n in enumerate(stretches):
         if n > 1:
             raise ValueError(
                 f"attention_mask: row {row} has a hole (0 between ones); accepted is padding at the "
                 "ends. Masks with holes run on the unpatched model, or as a 4-D mask"
             )
-    return counts
+    return counts, 0 in first
