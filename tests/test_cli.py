@@ -64,7 +64,7 @@ def test_doctor_says_for_each_op_which_backend_runs_or_why_not(facts):
     assert found["ops"]["pool_normalize"]["reference"] == "yes"
     assert found["ops"]["pool_normalize"]["cpp"] == "yes"
     assert found["ops"]["pool_normalize"]["triton"] == NO_GPU
-    assert found["ops"]["skinny_linear"]["triton"] == "this op has no such version"
+    assert found["ops"]["linear"]["triton"] == "this op has no such version"
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_doctor_tells_why_the_module_cannot_be_used(facts, monkeypatch, error):
 
     monkeypatch.setattr(native, "cpu", missing)
     found = facts()
-    assert found["ops"]["skinny_linear"]["cpp"] == str(error)
-    assert found["ops"]["skinny_linear"]["reference"] == "yes"
+    assert found["ops"]["linear"]["cpp"] == str(error)
+    assert found["ops"]["linear"]["reference"] == "yes"
     assert found["cpu"]["ISA in use"] == str(error)
 
 
@@ -96,7 +96,7 @@ def test_doctor_environment(facts, monkeypatch):
     assert environment["EMBEDFUSE_CPU_ISA"] == {
         "value": "baseline",
         "meaning": config.VARIABLES["EMBEDFUSE_CPU_ISA"].meaning,
-        "accepted": "avx512, avx2, baseline",
+        "accepted": "avx512_bf16, avx512, avx2, baseline",
         "default": "the best there is",
     }
     assert environment["EMBEDFUSE_BUILD_CPP"]["value"] is None
@@ -118,8 +118,8 @@ def test_doctor_text_holds_all_that_the_json_holds(facts, capsys, monkeypatch):
     names = [name for section in found.values() for name in section]
     assert [part for part in (*names, *values(found)) if part not in text] == []
     lines = text.splitlines()
-    row = next(line for line in lines if line.split()[:1] == ["skinny_linear"])
-    assert row.split() == ["skinny_linear", "reference", "yes"]
+    row = next(line for line in lines if line.split()[:1] == ["linear"])
+    assert row.split() == ["linear", "reference", "yes"]
     assert lines[lines.index(row) + 1].split() == ["cpp", "yes"]
 
 

@@ -8,8 +8,8 @@ import torch
 
 import embedfuse
 from embedfuse import native, registry
+from embedfuse.ops.linear import OP as LINEAR
 from embedfuse.ops.pool_normalize import OP as POOL
-from embedfuse.ops.skinny_linear import OP as SKINNY
 from embedfuse.registry import BackendError, Op, use_backend
 
 CPU, F32 = "cpu", torch.float32
@@ -94,7 +94,7 @@ def test_explicit_choice_never_falls_back(op):
 @pytest.mark.parametrize(
     ("op", "backend", "dtype", "reason"),
     [
-        (SKINNY, "triton", F32, "this op has no such version"),
+        (LINEAR, "triton", F32, "this op has no such version"),
         (POOL, "triton", F32, "runs on cuda tensors, not on cpu"),
         (POOL, "cpp", torch.float64, "takes float32, float16, bfloat16, not float64"),
     ],

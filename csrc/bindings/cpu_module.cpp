@@ -1,8 +1,14 @@
-// Python module embedfuse._cpu: addresses in, nothing out. Checks what would corrupt memory.
+// Python module embedfuse._cpu: addresses in, results where they point. Checks what would corrupt memory.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <vector>
+
+#include "cpu/cu_seqlens.h"
 #include "cpu/dispatch.h"
+#include "cpu/lexical.h"
 #include "cpu/pool_normalize_common.h"
 #include "embedfuse/parallel.h"
 
@@ -10,6 +16,13 @@ namespace py = pybind11;
 using namespace embedfuse;
 
 namespace {
+
+void check_cu_seqlens(const std::string& name, const int32_t* cu_seqlens, int64_t batch,
+                      int64_t tokens) {
+  if (!valid_cu_seqlens(cu_seqlens, batch, tokens)) {
+    throw py::value_error(name + ": must start at 0, never fall, and end at the number of tokens");
+  }
+}
 
 void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int64_t batch_stride,
                     uintptr_t cu_seqlens, uintptr_t attention_mask, int mask_bytes, int64_t batch,
@@ -30,17 +43,214 @@ void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int6
                                (void*)out,
                                out_dtype,
                                (float*)norm};
-  if (args.cu_seqlens && !valid_cu_seqlens(args.cu_seqlens, batch, length)) {
-    throw py::value_error(
-        "cu_seqlens: must start at 0, never fall, and end at the number of tokens");
-  }
+  if (args.cu_seqlens) check_cu_seqlens("cu_seqlens", args.cu_seqlens, batch, length);
   cpu_kernels().pool_normalize(args, (float*)scratch);
 }
 
-void skinny_linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int dtype, int64_t rows,
-                   int64_t columns, int64_t depth, int64_t x_stride, uintptr_t out) {
-  cpu_kernels().skinny_linear({(const void*)x, (const void*)weight, (const void*)bias, dtype, rows,
-                               columns, depth, x_stride, (void*)out});
+void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int dtype, int64_t rows, int64_t columns,
+            int64_t depth, int64_t x_stride, uintptr_t out, bool few_rows) {
+  const LinearArgs args{
+      (const void*)x, (const void*)weight, (const void*)bias, dtype, rows, columns, depth,
+      x_stride,       (void*)out};
+  if (few_rows) return cpu_kernels().linear_few_rows(args);
+  // Kept from call to call (a few MB): pages that are new each time cost as much as the arithmetic.
+  static thread_local std::vector<float> scratch;
+  scratch.resize(std::max<size_t>(scratch.size(), cpu_kernels().linear_scratch(args)));
+  cpu_kernels().linear(args, scratch.data());
+}
+
+void token_weights(uintptr_t hidden_states, uintptr_t weight, uintptr_t bias, int dtype,
+                   int64_t tokens, int64_t hidden, int64_t row_stride, uintptr_t weights) {
+  cpu_kernels().token_weights({(const void*)hidden_states, (const void*)weight, (const void*)bias,
+                               dtype, tokens, hidden, row_stride, (float*)weights});
+}
+
+void sparse_scatter(uintptr_t token_weights, uintptr_t input_ids, uintptr_t cu_seqlens,
+                    int64_t tokens, int64_t batch, uintptr_t index, uintptr_t counts) {
+  const SparseScatterArgs args{(const float*)token_weights, (const int64_t*)input_ids,
+                               (const int32_t*)cu_seqlens, tokens, batch};
+  check_cu_seqlens("cu_seqlens", args.cu_seqlens, batch, tokens);
+  if (!cpu::sparse_scatter(args, (int64_t*)index, (int64_t*)counts)) {
+    throw py::value_error("input_ids: an id is out of range; accepted are 0 to 2^31 - 1");
+  }
+}
+
+CsrArgs csr(const char* name, uintptr_t weights, uintptr_t token_ids, uintptr_t indptr,
+            int64_t rows, int64_t entries) {
+  const CsrArgs args{(const float*)weights, (const int64_t*)token_ids, (const int64_t*)indptr,
+                     rows};
+  if (!cpu::valid_csr(args, entries)) {
+    throw py::value_error(std::string(name) +
+                          ": indptr must rise from 0 to the number of entries, token ids "
+                          "within each row, from 0 to at most 2^31 - 1");
+  }
+  return args;
+}
+
+void lexical_scores(uintptr_t query_weights, uintptr_t query_ids, uintptr_t query_indptr,
+                    int64_t queries, int64_t query_entries, uintptr_t document_weights,
+                    uintptr_t document_ids, uintptr_t document_indptr, int64_t documents,
+                    int64_t document_entries, bool aligned, uintptr_t scores) {
+  cpu::lexical_scores(
+      {csr("queries", query_weights, query_ids, query_indptr, queries, query_entries),
+       csr("documents", document_weights, document_ids, document_indptr, documents,
+           document_entries),
+       aligned, (float*)scores});
+}
+
+// One {keys[id]: weight} per row. Keys are fetched ahead, first where the list points, then what it
+// points to: those of a large vocabulary do not fit into the caches.
+py::list csr_dicts(const py::list& keys, const py::array_t<int64_t>& indptr,
+                   const py::array_t<int64_t>& token_ids, const py::array_t<double>& weights) {
+  const int64_t rows = indptr.size() - 1, entries = token_ids.size();
+  const int64_t *bounds = indptr.data(), *ids = token_ids.data();
+  csr("indptr, token_ids", 0, (uintptr_t)ids, (uintptr_t)bounds, rows, entries);
+  PyObject** key = PySequence_Fast_ITEMS(keys.ptr());
+  py::list dicts(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    py::dict dict;
+    for (int64_t i = bounds[row]; i < bounds[row + 1]; ++i) {
+      if (i + 32 < entries) __builtin_prefetch(key + ids[i + 32]);
+      if (i + 16 < entries) __builtin_prefetch(key[ids[i + 16]], 1);
+      const py::float_ weight(weights.data()[i]);
+      const int error = PyDict_SetItem(dict.ptr(), key[ids[i]], weight.ptr());
+      if (error) throw py::error_already_set();
+    }
+    dicts[row] = std::move(dict);
+  }
+  return dicts;
+}
+
+// An address and the strides of tokens and heads.
+using Heads = std::tuple<uintptr_t, int64_t, int64_t>;
+
+HeadsArg heads_arg(const Heads& x) {
+  return {(const void*)std::get<0>(x), std::get<1>(x), std::get<2>(x)};
+}
+
+void varlen_attention(const Heads& query, const Heads& key, const Heads& value, int dtype,
+                      uintptr_t cu_seqlens_q, int64_t tokens_q, uintptr_t cu_seqlens_k,
+                      int64_t tokens_k, int64_t batch, int64_t heads, int64_t kv_heads,
+                      int64_t head_dim, float scale, bool causal, int64_t window, uintptr_t out) {
+  const VarlenAttentionArgs args{heads_arg(query),
+                                 heads_arg(key),
+                                 heads_arg(value),
+                                 dtype,
+                                 (const int32_t*)cu_seqlens_q,
+                                 (const int32_t*)cu_seqlens_k,
+                                 batch,
+                                 heads,
+                                 kv_heads,
+                                 head_dim,
+                                 scale,
+                                 causal,
+                                 window,
+                                 (void*)out};
+  check_cu_seqlens("cu_seqlens_q", args.cu_seqlens_q, batch, tokens_q);
+  check_cu_seqlens("cu_seqlens_k", args.cu_seqlens_k, batch, tokens_k);
+  cpu_kernels().varlen_attention(args);
+}
+
+void add_layer_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, int dtype,
+                    int64_t rows, int64_t hidden, int64_t x_stride, int64_t residual_stride,
+                    float eps, uintptr_t out) {
+  cpu_kernels().add_layer_norm({(const void*)x, (const void*)residual, (const void*)weight,
+                                (const void*)bias, dtype, rows, hidden, x_stride, residual_stride,
+                                eps, (void*)out});
+}
+
+// Address, stride, number of rows, address of the spans and their number.
+using Rows = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
+
+RowsArg rows_arg(const char* name, const Rows& x) {
+  const auto& [data, stride, rows, spans, count] = x;
+  const RowsArg arg{(const void*)data, stride, (const int64_t*)spans, count};
+  for (int64_t i = 0; i < count; ++i) {
+    if (arg.spans[2 * i] < 0 || arg.spans[2 * i] > arg.spans[2 * i + 1] ||
+        arg.spans[2 * i + 1] > rows) {
+      throw py::value_error(std::string(name) + "_spans: a span lies outside of the rows");
+    }
+  }
+  return arg;
+}
+
+void maxsim(const Rows& query, const Rows& document, int dtype, int64_t depth, uintptr_t zero,
+            uintptr_t pairs, int64_t pair_count, bool normalize, uintptr_t scores, uintptr_t argmax,
+            int64_t width) {
+  const MaxSimArgs args{rows_arg("query", query),
+                        rows_arg("document", document),
+                        dtype,
+                        depth,
+                        (const bool*)zero,
+                        (const int64_t*)pairs,
+                        pair_count,
+                        normalize,
+                        (float*)scores,
+                        (int32_t*)argmax,
+                        width};
+  for (int64_t p = 0; pairs && p < 2 * pair_count; ++p) {
+    const int64_t count = p % 2 ? args.document.count : args.query.count;
+    if (args.pairs[p] < 0 || args.pairs[p] >= count) {
+      throw py::value_error("pairs: " + std::to_string(args.pairs[p]) + "; accepted are 0 to " +
+                            std::to_string(count - 1));
+    }
+  }
+  for (int64_t i = 0; width && i < args.query.count; ++i) {
+    const int64_t rows = args.query.spans[2 * i + 1] - args.query.spans[2 * i];
+    if (rows > width) {
+      throw py::value_error("width: " + std::to_string(width) + "; a query has " +
+                            std::to_string(rows) + " rows");
+    }
+  }
+  // Kept from call to call, as in linear.
+  static thread_local std::vector<float> scratch;
+  scratch.resize(std::max<size_t>(scratch.size(), cpu_kernels().maxsim_scratch(args)));
+  cpu_kernels().maxsim(args, scratch.data());
+}
+
+void segment_sum(uintptr_t x, int dtype, int64_t stride, int64_t rows_of_x, int64_t depth,
+                 uintptr_t weights, uintptr_t index, int64_t entries, uintptr_t indptr,
+                 int64_t rows, uintptr_t out) {
+  const SegmentSumArgs args{(const void*)x,
+                            dtype,
+                            stride,
+                            depth,
+                            (const float*)weights,
+                            (const int64_t*)index,
+                            (const int64_t*)indptr,
+                            rows,
+                            (float*)out};
+  for (int64_t r = 0; r < rows; ++r) {
+    if (args.indptr[0] < 0 || args.indptr[r] > args.indptr[r + 1] || args.indptr[rows] > entries) {
+      throw py::value_error("indptr: must never fall and lie within the entries");
+    }
+  }
+  for (int64_t k = args.indptr[0]; k < args.indptr[rows]; ++k) {
+    if (args.index[k] < 0 || args.index[k] >= rows_of_x) {
+      throw py::value_error("index: " + std::to_string(args.index[k]) + "; accepted are 0 to " +
+                            std::to_string(rows_of_x - 1));
+    }
+  }
+  cpu_kernels().segment_sum(args);
+}
+
+void add_rms_norm(const Heads& x, const Heads& residual, uintptr_t weight, int dtype,
+                  int64_t tokens, int64_t heads, int64_t hidden, float eps, uintptr_t normed,
+                  uintptr_t summed) {
+  cpu_kernels().add_rms_norm({heads_arg(x), heads_arg(residual), (const void*)weight, dtype, tokens,
+                              heads, hidden, eps, (void*)normed, (void*)summed});
+}
+
+void rope(const Heads& x, uintptr_t cos, uintptr_t sin, int dtype, int64_t tokens, int64_t heads,
+          int64_t head_dim, int64_t cos_stride, int64_t sin_stride) {
+  cpu_kernels().rope({heads_arg(x), (const void*)cos, (const void*)sin, dtype, tokens, heads,
+                      head_dim, cos_stride, sin_stride});
+}
+
+void silu_mul(uintptr_t gate, uintptr_t up, int dtype, int64_t rows, int64_t columns,
+              int64_t gate_stride, int64_t up_stride, uintptr_t out) {
+  cpu_kernels().silu_mul({(const void*)gate, (const void*)up, dtype, rows, columns, gate_stride,
+                          up_stride, (void*)out});
 }
 
 void set_thread_pool(uintptr_t parallel_for, uintptr_t num_threads) {
@@ -50,9 +260,20 @@ void set_thread_pool(uintptr_t parallel_for, uintptr_t num_threads) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  // The kernels raise no Python error once they run, so the GIL is released around them.
+  // No kernel touches a Python object, so the GIL is released around them; csr_dicts makes them.
   m.def("pool_normalize", &pool_normalize, py::call_guard<py::gil_scoped_release>());
-  m.def("skinny_linear", &skinny_linear, py::call_guard<py::gil_scoped_release>());
+  m.def("linear", &linear, py::call_guard<py::gil_scoped_release>());
+  m.def("token_weights", &token_weights, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_scatter", &sparse_scatter, py::call_guard<py::gil_scoped_release>());
+  m.def("lexical_scores", &lexical_scores, py::call_guard<py::gil_scoped_release>());
+  m.def("csr_dicts", &csr_dicts);
+  m.def("varlen_attention", &varlen_attention, py::call_guard<py::gil_scoped_release>());
+  m.def("add_layer_norm", &add_layer_norm, py::call_guard<py::gil_scoped_release>());
+  m.def("maxsim", &maxsim, py::call_guard<py::gil_scoped_release>());
+  m.def("segment_sum", &segment_sum, py::call_guard<py::gil_scoped_release>());
+  m.def("add_rms_norm", &add_rms_norm, py::call_guard<py::gil_scoped_release>());
+  m.def("rope", &rope, py::call_guard<py::gil_scoped_release>());
+  m.def("silu_mul", &silu_mul, py::call_guard<py::gil_scoped_release>());
   m.def("set_thread_pool", &set_thread_pool);
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);

@@ -39,8 +39,33 @@ void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int6
   check(cuda::pool_normalize(args, (cudaStream_t)stream), "pool_normalize");
 }
 
+void token_weights(uintptr_t hidden_states, uintptr_t weight, uintptr_t bias, int dtype,
+                   int64_t tokens, int64_t hidden, int64_t row_stride, uintptr_t weights,
+                   uintptr_t stream) {
+  const TokenWeightsArgs args{(const void*)hidden_states,
+                              (const void*)weight,
+                              (const void*)bias,
+                              dtype,
+                              tokens,
+                              hidden,
+                              row_stride,
+                              (float*)weights};
+  check(cuda::token_weights(args, (cudaStream_t)stream), "token_weights");
+}
+
+void sparse_scatter(uintptr_t token_weights, uintptr_t input_ids, uintptr_t cu_seqlens,
+                    int64_t tokens, int64_t batch, uintptr_t kept, uintptr_t scratch,
+                    uintptr_t stream) {
+  const SparseScatterArgs args{(const float*)token_weights, (const int64_t*)input_ids,
+                               (const int32_t*)cu_seqlens, tokens, batch};
+  check(cuda::sparse_scatter(args, (bool*)kept, (void*)scratch, (cudaStream_t)stream),
+        "sparse_scatter");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("pool_normalize", &pool_normalize, py::call_guard<py::gil_scoped_release>());
+  m.def("token_weights", &token_weights, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_scatter", &sparse_scatter, py::call_guard<py::gil_scoped_release>());
 }

@@ -17,6 +17,7 @@
 #define EMBEDFUSE_BASELINE 0
 #define EMBEDFUSE_AVX2 1
 #define EMBEDFUSE_AVX512 2
+#define EMBEDFUSE_AVX512_BF16 3
 
 namespace embedfuse {
 
@@ -64,6 +65,25 @@ namespace avx512 {
     #pragma GCC pop_options
   #endif
   #undef EMBEDFUSE_ISA
+
+  #define EMBEDFUSE_ISA EMBEDFUSE_AVX512_BF16
+  #if defined(__clang__)
+    #pragma clang attribute push(                                                          \
+        __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c"))), \
+        apply_to = function)
+  #else
+    #pragma GCC push_options
+    #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
+  #endif
+namespace avx512_bf16 {
+  #include "cpu/kernels.h"
+}
+  #if defined(__clang__)
+    #pragma clang attribute pop
+  #else
+    #pragma GCC pop_options
+  #endif
+  #undef EMBEDFUSE_ISA
 #endif
 
 namespace {
@@ -74,15 +94,19 @@ struct Isa {
   const CpuKernels& kernels;
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 // Best first. A further ISA (AMX) is one entry here, one block above and one Vec or tile type.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     },
-     avx512::kKernels},
+    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+     avx512_bf16::kKernels},
+    {"avx512", has_avx512, avx512::kKernels},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
      avx2::kKernels},
 #endif

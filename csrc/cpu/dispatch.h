@@ -9,7 +9,18 @@ namespace embedfuse {
 
 struct CpuKernels {
   void (*pool_normalize)(const PoolNormalizeArgs&, float* scratch);
-  void (*skinny_linear)(const SkinnyLinearArgs&);
+  void (*linear_few_rows)(const LinearArgs&);
+  int64_t (*linear_scratch)(const LinearArgs&);
+  void (*linear)(const LinearArgs&, float* scratch);
+  void (*token_weights)(const TokenWeightsArgs&);
+  void (*varlen_attention)(const VarlenAttentionArgs&);
+  void (*add_layer_norm)(const AddLayerNormArgs&);
+  int64_t (*maxsim_scratch)(const MaxSimArgs&);
+  void (*maxsim)(const MaxSimArgs&, float* scratch);
+  void (*segment_sum)(const SegmentSumArgs&);
+  void (*add_rms_norm)(const AddRmsNormArgs&);
+  void (*rope)(const RopeArgs&);
+  void (*silu_mul)(const SiluMulArgs&);
 };
 
 // ISAs that this build has and this processor runs, best first.

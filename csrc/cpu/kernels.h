@@ -1,8 +1,23 @@
 // Every CPU kernel body; dispatch.cpp includes this once per ISA (no include guard).
 #include "embedfuse/vec.h"
 
+#include "cpu/add_layer_norm.h"
+#include "cpu/add_rms_norm.h"
+#include "cpu/linear_units.h"
+
+#include "cpu/linear.h"
+#include "cpu/linear_few_rows.h"
 #include "cpu/pool_normalize.h"
-#include "cpu/skinny_linear.h"
+#include "cpu/rope.h"
+#include "cpu/segment_sum.h"
+#include "cpu/silu_mul.h"
+#include "cpu/token_weights.h"
+#include "cpu/varlen_attention.h"
+
+#include "cpu/maxsim.h"
 
 // A constant: a function compiled for this ISA must not run before the processor was asked.
-constexpr CpuKernels kKernels{pool_normalize, skinny_linear};
+constexpr CpuKernels kKernels{pool_normalize, linear_few_rows,  linear_scratch, linear,
+                              token_weights,  varlen_attention, add_layer_norm, maxsim_scratch,
+                              maxsim,         segment_sum,      add_rms_norm,   rope,
+                              silu_mul};

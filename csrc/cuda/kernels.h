@@ -7,5 +7,8 @@
 namespace embedfuse::cuda {
 
 cudaError_t pool_normalize(const PoolNormalizeArgs&, cudaStream_t);
+cudaError_t token_weights(const TokenWeightsArgs&, cudaStream_t);
+// kept (tokens): whether each token stands for its id. scratch: 24 bytes a token.
+cudaError_t sparse_scatter(const SparseScatterArgs&, bool* kept, void* scratch, cudaStream_t);
 
 }  // namespace embedfuse::cuda

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from embedfuse import config, native
 from embedfuse.native import Unavailable
@@ -153,6 +154,20 @@ class Op:
         if key not in self._chosen:
             self._chosen[key] = self._choose(forced, device, dtype)
         return self._chosen[key]
+
+    def accelerates(self, x: Tensor) -> bool:
+        """Whether a call on such a tensor would run on something faster than the reference.
+
+        A tower keeps torch's own layer where not, be it that another backend was asked for. The C++
+        kernels without vector registers lose to torch.
+        """
+        try:
+            chosen = self.select(x.device.type, x.dtype)
+        except BackendError:
+            return False
+        if chosen is self._reference:
+            return False
+        return not x.is_cpu or triton_interprets() or native.cpu().selected_isa() != "baseline"
 
     def refusal(self, backend: str, device: str, dtype: torch.dtype) -> str | None:
         """Why `backend` cannot run this op on such tensors; None when it can."""

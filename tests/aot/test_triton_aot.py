@@ -76,6 +76,9 @@ def source_of(kernel, args, kwargs) -> tuple[ASTSource, dict]:
         elif value == 1 and not parameter.do_not_specialize:
             signature[name], constants[name] = "constexpr", value
             continue
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         else:
             signature[name], number = "i32" if -(2**31) <= value < 2**31 else "i64", value
         if number % 16 == 0 and not parameter.do_not_specialize:

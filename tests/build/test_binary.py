@@ -42,7 +42,8 @@ def outside(functions, *namespaces):
 
 def test_every_instruction_set_is_compiled(instructions):
     wide = users(instructions, "%zmm")
-    assert {f for f in wide if "avx512::skinny_linear" in f or "avx512::dot_tile" in f}
+    assert {f for f in wide if "avx512::linear_block" in f or "avx512::dot_tile" in f}
+    assert {f for f in users(instructions, "vdpbf16ps") if "avx512_bf16::" in f}
     assert {f for f in wide if "avx512::add_row" in f or "avx512::pool" in f}
     assert {f for f in users(instructions, "%ymm") if "embedfuse::avx2::" in f}
     assert {f for f, _ in instructions if "embedfuse::baseline::" in f}
@@ -51,12 +52,12 @@ def test_every_instruction_set_is_compiled(instructions):
 def test_avx512_stays_in_its_namespace(instructions):
     # Masks and registers 16 to 31 exist in AVX-512 alone.
     found = users(instructions, r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]")
-    assert outside(found, "avx512") == []
+    assert outside(found, "avx512", "avx512_bf16") == []
 
 
 def test_avx_stays_in_its_namespaces(instructions):
     # Every AVX mnemonic starts with v, and so does nothing that a compiler emits otherwise.
-    assert outside(users(instructions, r"%ymm|^v"), "avx512", "avx2") == []
+    assert outside(users(instructions, r"%ymm|^v"), "avx512", "avx512_bf16", "avx2") == []
 
 
 def test_no_second_runtime_is_linked(cpu_module):

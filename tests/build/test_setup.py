@@ -35,7 +35,7 @@ def test_without_cpp_the_ops_run_on_the_reference_and_doctor_says_why(build, run
         "print(embedfuse.__file__)\n"
         "print(embedfuse.ops.pool_normalize(torch.tensor([[[3., 4.]]], dtype=torch.float64)).tolist())\n"
         "with embedfuse.use_backend('cpp'):\n"
-        "    try: embedfuse.ops.skinny_linear(torch.ones(1, 2), torch.ones(3, 2))\n"
+        "    try: embedfuse.ops.linear(torch.ones(1, 2), torch.ones(3, 2))\n"
         "    except embedfuse.BackendError as error: print(error)\n"
     )
     lines = run_with(built, "-c", script)

@@ -24,14 +24,149 @@ struct PoolNormalizeArgs {
   float* norm;  // (batch)
 };
 
-// out = hidden_states @ weight^T + bias for few rows; all of one dtype, weight (columns, depth).
-struct SkinnyLinearArgs {
+// out = x weight^T + bias; all of one dtype, weight (columns, depth).
+struct LinearArgs {
   const void* x;
   const void* weight;
   const void* bias;  // or null
   int dtype;
   int64_t rows, columns, depth;
   int64_t x_stride;
+  void* out;  // (rows, columns)
+};
+
+// weights = relu(hidden_states . weight + bias), one per token, fp32.
+struct TokenWeightsArgs {
+  const void* hidden_states;
+  const void* weight;  // (hidden), of the same dtype
+  const void* bias;    // one element, or null
+  int dtype;
+  int64_t tokens, hidden;
+  int64_t row_stride;
+  float* weights;  // (tokens)
+};
+
+// Per sequence, the token of the largest weight among those of equal id. Weights that are not
+// positive give nothing; NaN is the largest of all; of equal ones the first counts.
+struct SparseScatterArgs {
+  const float* token_weights;  // (tokens)
+  const int64_t* input_ids;    // (tokens)
+  const int32_t* cu_seqlens;   // (batch + 1)
+  int64_t tokens, batch;
+};
+
+// Rows of sorted token ids with their weights.
+struct CsrArgs {
+  const float* weights;      // (entries)
+  const int64_t* token_ids;  // (entries)
+  const int64_t* indptr;     // (rows + 1)
+  int64_t rows;
+};
+
+// scores[q][d], or scores[q] of row q against row q when `aligned`: sum of w_q w_d over shared ids.
+struct LexicalScoresArgs {
+  CsrArgs queries, documents;
+  bool aligned;
+  float* scores;
+};
+
+// (tokens, heads, head_dim) with head_dim adjacent in memory.
+struct HeadsArg {
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+
+// out = softmax(query key^T scale) value within each sequence; all of one dtype. Query heads are
+// heads / kv_heads neighbours to each head of key and value.
+struct VarlenAttentionArgs {
+  HeadsArg query, key, value;
+  int dtype;
+  const int32_t* cu_seqlens_q;  // (batch + 1)
+  const int32_t* cu_seqlens_k;  // (batch + 1)
+  int64_t batch, heads, kv_heads, head_dim;
+  float scale;
+  bool causal;     // the last query row of a sequence stands at its last key
+  int64_t window;  // keys that a row sees, its own the last; 0: all. Causal only
+  void* out;       // (tokens_q, heads, head_dim)
+};
+
+// Rows of one matrix, depth adjacent, and the runs of them that each text has.
+struct RowsArg {
+  const void* data;
+  int64_t stride;
+  const int64_t* spans;  // (count, 2): first row, row after the last
+  int64_t count;
+};
+
+// scores[p] = sum over query rows of the largest product with a document row; the pairs are those listed,
+// or all, documents changing fastest.
+struct MaxSimArgs {
+  RowsArg query, document;
+  int dtype;  // of both
+  int64_t depth;
+  const bool* zero;      // (documents): whether a zero vector counts as a further row; or null
+  const int64_t* pairs;  // (pair_count, 2): query, document; or null
+  int64_t pair_count;
+  bool normalize;   // rows to length 1
+  float* scores;    // (pairs)
+  int32_t* argmax;  // (pairs, width): row of the document that gave the maximum; -1 none
+  int64_t width;
+};
+
+// out[r] = sum over k in [indptr[r], indptr[r + 1]) of weights[k] x[index[k]]
+struct SegmentSumArgs {
+  const void* x;
+  int dtype;
+  int64_t stride, depth;
+  const float* weights;   // (entries)
+  const int64_t* index;   // (entries)
+  const int64_t* indptr;  // (rows + 1)
+  int64_t rows;
+  float* out;  // (rows, depth)
+};
+
+// out = (x + residual - mean) rstd weight + bias over rows of `hidden`; all of one dtype.
+struct AddLayerNormArgs {
+  const void* x;
+  const void* residual;
+  const void* weight;
+  const void* bias;  // or null
+  int dtype;
+  int64_t rows, hidden;
+  int64_t x_stride, residual_stride;
+  float eps;
+  void* out;  // (rows, hidden)
+};
+
+// summed = x + residual, normed = summed / rms(summed) weight over rows of `hidden`, of which each
+// token has `heads`; all of one dtype.
+struct AddRmsNormArgs {
+  HeadsArg x, residual;  // residual.data may be null: then summed is x, and not written
+  const void* weight;
+  int dtype;
+  int64_t tokens, heads, hidden;
+  float eps;
+  void* normed;  // (tokens, heads, hidden)
+  void* summed;  // (tokens, heads, hidden) or null
+};
+
+// x_d, x_{d + half} of each head turned by the token's angle d.
+struct RopeArgs {
+  HeadsArg x;  // in and out
+  const void* cos;
+  const void* sin;  // (tokens, head_dim / 2), head_dim / 2 adjacent
+  int dtype;
+  int64_t tokens, heads, head_dim;
+  int64_t cos_stride, sin_stride;
+};
+
+// out = gate sigmoid(gate) up; all of one dtype.
+struct SiluMulArgs {
+  const void* gate;
+  const void* up;
+  int dtype;
+  int64_t rows, columns;
+  int64_t gate_stride, up_stride;
   void* out;  // (rows, columns)
 };
 

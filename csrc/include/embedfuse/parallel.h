@@ -1,6 +1,7 @@
 // Threads: a pointer to torch's own parallel_for, given by Python at load. Without it, serial.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
 
 namespace embedfuse {
 
@@ -13,9 +14,12 @@ struct ThreadPool {
 };
 extern ThreadPool thread_pool;
 
+// Throws std::runtime_error when `fn` threw on one of the threads.
 inline void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* context) {
   if (thread_pool.parallel_for && end - begin > grain) {
-    thread_pool.parallel_for(begin, end, grain, fn, context);
+    if (thread_pool.parallel_for(begin, end, grain, fn, context) != 0) {
+      throw std::runtime_error("embedfuse: a kernel's thread failed, most likely out of memory");
+    }
   } else if (end > begin) {
     fn(begin, end, context);
   }

@@ -1,6 +1,36 @@
 """The kernels' contracts: what each computes, on which shapes, with which gradient."""
 
+from embedfuse.ops.add_layer_norm import add_layer_norm
+from embedfuse.ops.add_rms_norm import add_rms_norm
+from embedfuse.ops.bias_gelu import bias_gelu
+from embedfuse.ops.csr import Csr
+from embedfuse.ops.lexical_scores import lexical_scores
+from embedfuse.ops.lexical_weights import lexical_weights
+from embedfuse.ops.linear import linear
+from embedfuse.ops.maxsim import maxsim, maxsim_packed, maxsim_rerank
 from embedfuse.ops.pool_normalize import pool_normalize
-from embedfuse.ops.skinny_linear import skinny_linear
+from embedfuse.ops.rope import rope, rope_
+from embedfuse.ops.segment_sum import segment_sum
+from embedfuse.ops.silu_mul import silu_mul
+from embedfuse.ops.sparse_scatter import sparse_scatter
+from embedfuse.ops.varlen_attention import varlen_attention
 
-__all__ = ["pool_normalize", "skinny_linear"]
+__all__ = [
+    "Csr",
+    "add_layer_norm",
+    "add_rms_norm",
+    "bias_gelu",
+    "lexical_scores",
+    "lexical_weights",
+    "linear",
+    "maxsim",
+    "maxsim_packed",
+    "maxsim_rerank",
+    "pool_normalize",
+    "rope",
+    "rope_",
+    "segment_sum",
+    "silu_mul",
+    "sparse_scatter",
+    "varlen_attention",
+]

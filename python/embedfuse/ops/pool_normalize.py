@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
 from embedfuse.registry import Cost, Op, triton_function
 
 # Order = codes of enum Pooling in csrc/include/embedfuse/args.h.
@@ -93,11 +94,7 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
         raise ValueError(
             f"hidden_states: shape {shape}; accepted with cu_seqlens is (tokens, hidden)"
         )
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(
-            f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; "
-            "accepted is int32 (batch + 1,)"
-        )
+    check_layout("cu_seqlens", cu_seqlens)
     return None
 
 
@@ -111,7 +108,7 @@ def _token_weights(
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if cu_seqlens is not None:
         row = torch.arange(like.shape[0], device=like.device)
-        sequence = torch.bucketize(row, cu_seqlens[1:], right=True)
+        sequence = sequence_of(cu_seqlens, like.shape[0])
         start, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
         n = (end - start).to(dtype)
         weights = {
@@ -139,7 +136,8 @@ def _token_weights(
 
 @OP.reference
 def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
-    _check_cu_seqlens(cu_seqlens, hidden_states)
+    if cu_seqlens is not None:
+        check_values("cu_seqlens", cu_seqlens, len(hidden_states))
     weights, sequence = _token_weights(hidden_states, cu_seqlens, attention_mask, pooling)
     weights = weights[..., None]
     # A row of weight 0 is left out, not multiplied: 0 * NaN would be NaN.
@@ -153,13 +151,6 @@ def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
     if normalize:
         pooled = pooled / norm[:, None].clamp_min(EPS)
     return pooled.to(out_dtype), norm
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor | None, hidden_states: Tensor) -> None:
-    if cu_seqlens is None or cu_seqlens.is_cuda:  # reading it would wait for the GPU
-        return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(hidden_states) or (cu_seqlens.diff() < 0).any():
-        raise ValueError("cu_seqlens: must start at 0, never fall, and end at the number of tokens")
 
 
 @OP.fake

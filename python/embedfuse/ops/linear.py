@@ -1,4 +1,6 @@
-"""Linear layer for few rows: one query, or a handful of short texts."""
+"""Linear layer on the CPU that reads the model's own weight: nothing is prepacked, nothing can be stale."""
+
+import functools
 
 import torch
 from torch import Tensor
@@ -6,16 +8,36 @@ from torch import Tensor
 from embedfuse import native
 from embedfuse.registry import Cost, Op
 
-OP = Op("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+OP = Op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
-# Up to this many rows the kernel beat torch's linear on 2 cores of an EPYC 9004 without AMX: in fp32
-# and bf16 by `make bench`, fp16 taken like bf16. Above, torch's blocked GEMM wins; sooner in 16 bits,
-# where it multiplies bf16 directly.
-MAX_ROWS = {torch.float32: 32, torch.float16: 4, torch.bfloat16: 4}
+# Up to this many rows the result is computed as dot products along the weight's rows, above in tiles
+# (csrc/cpu/linear_few_rows.h and linear.h). They cross between 20 and 32 rows in fp32 and bf16, for
+# 1024 x 3072 and 4096 x 1024 (EPYC 9004, one thread, `make bench ARGS="-k linear"` has the shapes).
+FEW_ROWS = 24
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x weight^T + bias, like torch.nn.functional.linear, fast when x has few rows.
+@functools.cache
+def most_rows(dtype: torch.dtype) -> float:
+    """Rows up to which the C++ kernel is faster than torch's linear on this processor.
+
+    On an EPYC 9004, against torch 2.13: fp32 1.1 to 2x, fp16 2 to 4x, with AVX2 and with AVX-512; bf16
+    1.02 to 2x where the processor multiplies bf16 (avx512_bf16). Without that, and with AMX above a few
+    rows, torch's bf16 is taken.
+    """
+    try:
+        isa = native.cpu().selected_isa()
+    except native.Unavailable:
+        return 0
+    if isa == "baseline" or dtype not in native.DTYPES:
+        return 0
+    if dtype == torch.bfloat16 and isa != "avx512_bf16":
+        return 0
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return FEW_ROWS if dtype == torch.bfloat16 and amx else float("inf")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x weight^T + bias, like torch.nn.functional.linear.
 
     x: (rows, depth). weight: (columns, depth). bias: (columns,) or None. All of one dtype; sums are fp32.
     Returns (rows, columns). No gradient: for inference.
@@ -37,7 +59,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         raise RuntimeError(
-            "x, weight, bias: one requires a gradient, which skinny_linear has not; "
+            "x, weight, bias: one requires a gradient, which linear has not; "
             "call it under torch.no_grad()"
         )
     return OP(x, weight, bias)
@@ -54,7 +76,7 @@ def _(x, weight, bias):
 
 
 def _load_cpp():
-    kernel = native.cpu().skinny_linear
+    kernel = native.cpu().linear
 
     def run(x, weight, bias):
         if x.stride(-1) != 1:
@@ -73,6 +95,7 @@ def _load_cpp():
             depth,
             x.stride(0),
             out.data_ptr(),
+            rows <= FEW_ROWS,
         )
         return out
 
@@ -90,15 +113,20 @@ def _(device, dtype, size):
         return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype)
 
     if size == "bench":
-        return [(tensor(rows, 1024), tensor(4096, 1024), tensor(4096)) for rows in (1, 4, 32)]
-    shapes = ((1, 37, 5), (7, 64, 130), (16, 384, 33), (3, 8, 1), (0, 16, 4))
+        return [(tensor(rows, 1024), tensor(4096, 1024), tensor(4096)) for rows in (1, 8, 64, 1024)]
+    shapes = (
+        *((1, 37, 5), (7, 64, 130), (16, 384, 33), (3, 8, 1), (0, 16, 4)),  # rows, depth, columns
+        *((17, 64, 16), (48, 70, 50), (49, 33, 64), (130, 1030, 70), (600, 1024, 40)),
+    )
     samples = [
         (tensor(rows, depth), tensor(columns, depth), tensor(columns))
         for rows, depth, columns in shapes
     ]
-    wide = tensor(5, 100)
+    wide = tensor(50, 100)
     samples.append((wide[:, 20:60], tensor(6, 40), None))
+    samples.append((wide[:5, 20:60], tensor(6, 40), None))
     samples.append((tensor(4, 12), tensor(12, 9).t(), None))
+    samples.append((tensor(20, 12).t(), tensor(9, 20), tensor(9)))
     return samples
 
 

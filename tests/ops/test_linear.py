@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import numerics
-from embedfuse.ops import skinny_linear
-from embedfuse.ops.skinny_linear import OP
+from embedfuse.ops import linear
+from embedfuse.ops.linear import OP
 
 
 def tensor(*shape, dtype=torch.float32, seed=0):
@@ -17,27 +17,54 @@ def test_values_by_hand(backend):
     x = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 0.5]])
     weight = torch.tensor([[1.0, 0.0, 0.0], [0.0, 10.0, 100.0]])
     bias = torch.tensor([0.25, -1.0])
-    assert skinny_linear(x, weight).tolist() == [[1, 320], [0, 40]]
-    assert skinny_linear(x, weight, bias).tolist() == [[1.25, 319], [0.25, 39]]
+    assert linear(x, weight).tolist() == [[1, 320], [0, 40]]
+    assert linear(x, weight, bias).tolist() == [[1.25, 319], [0.25, 39]]
 
 
-# 1 to 13 rows: one to three tiles of at most six; 1,001 columns: threads, and a last tile of one.
-@pytest.mark.parametrize("rows", range(1, 14))
+# 1 to 24 rows: one tile or several; 1,001 columns: threads, and a last tile of one.
+@pytest.mark.parametrize("rows", range(1, 25))
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_every_tile_height_on_several_threads(backend, rows, dtype):
     args = (tensor(rows, 301, dtype=dtype), tensor(1001, 301, dtype=dtype, seed=1), None)
     numerics.assert_close_to_reference(OP, args, backend)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 7, 8, 15, 16, 17, 31, 33])
-def test_depths_around_a_register(backend, depth):
-    x, weight, bias = tensor(5, depth), tensor(9, depth, seed=1), tensor(9, seed=2)
-    numerics.assert_close_to_reference(OP, (x, weight, bias), backend)
+# Above FEW_ROWS: one to three registers of rows in a block, whole and part blocks; an odd depth has no
+# pairs of bf16.
+@pytest.mark.parametrize("rows", [25, 31, 33, 48, 49, 97, 150])
+@pytest.mark.parametrize("depth", [300, 301])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_blocks_of_rows_on_several_threads(backend, rows, depth, dtype):
+    args = (tensor(rows, depth, dtype=dtype), tensor(1001, depth, dtype=dtype, seed=1), None)
+    numerics.assert_close_to_reference(OP, args, backend)
+
+
+@pytest.mark.parametrize("rows", [5, 30])
+@pytest.mark.parametrize("depth", [0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 255, 256, 257, 512, 514])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_depths_around_a_register_and_a_stretch_of_sums(backend, rows, depth, dtype):
+    shapes = ((rows, depth), (9, depth), (9,))
+    args = tuple(tensor(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    numerics.assert_close_to_reference(OP, args, backend)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 33])
+def test_columns_around_a_tile(backend, columns):
+    args = (tensor(30, 40), tensor(columns, 40, seed=1), tensor(columns, seed=2))
+    numerics.assert_close_to_reference(OP, args, backend)
+
+
+def test_rows_that_are_rearranged_in_several_passes(backend):
+    # 8,192 columns of x: about 130 rows at a time.
+    args = (tensor(300, 8192), tensor(20, 8192, seed=1), tensor(20, seed=2))
+    numerics.assert_close_to_reference(OP, args, backend)
 
 
 def test_strided_inputs(backend):
-    wide = tensor(10, 96)
+    wide, tall = tensor(10, 96), tensor(60, 96)
     cases = [
+        (tall[::2, 7:40], tensor(6, 33), tensor(12)[::2]),
+        (tall.t(), tensor(30, 120)[:, ::2], None),
         (wide[:, 7:40], tensor(6, 33), tensor(12)[::2]),
         (wide[::3, ::2], tensor(48, 20).t(), tensor(20)[None].expand(2, 20)[1]),
         (wide[:4].t(), tensor(3, 8)[:, ::2], torch.ones(()).expand(3)),
@@ -48,9 +75,7 @@ def test_strided_inputs(backend):
             None if t is None else t.clone(memory_format=torch.contiguous_format)
             for t in (x, weight, bias)
         ]
-        torch.testing.assert_close(
-            skinny_linear(x, weight, bias), skinny_linear(*copies), rtol=1e-6, atol=1e-6
-        )
+        torch.testing.assert_close(linear(x, weight, bias), linear(*copies), rtol=1e-6, atol=1e-6)
 
 
 def test_offsets_past_31_bits(backend):
@@ -58,16 +83,18 @@ def test_offsets_past_31_bits(backend):
     x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 40), (2**31, 1))
     x.copy_(tensor(2, 40))
     weight = tensor(6, 40, dtype=torch.float16, seed=1)
-    assert torch.equal(skinny_linear(x, weight), skinny_linear(x.clone(), weight))
+    assert torch.equal(linear(x, weight), linear(x.clone(), weight))
 
 
 def test_nan_and_infinity_stay_in_their_row(backend):
-    x = torch.ones(3, 20)
-    x[1, 19], x[2, 0] = float("nan"), float("inf")
-    got = skinny_linear(x, torch.ones(6, 20))
-    assert got[0].eq(20).all()
-    assert got[1].isnan().all()
-    assert got[2].isposinf().all()
+    for rows in (3, 40):
+        x = torch.ones(rows, 20)
+        x[1, 19], x[2, 0] = float("nan"), float("inf")
+        got = linear(x, torch.ones(6, 20))
+        assert got[0].eq(20).all()
+        assert got[3:].eq(20).all()
+        assert got[1].isnan().all()
+        assert got[2].isposinf().all()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +118,7 @@ def test_nan_and_infinity_stay_in_their_row(backend):
 )
 def test_errors_name_the_argument(backend, text, args):
     with pytest.raises(ValueError, match=text):
-        skinny_linear(*args)
+        linear(*args)
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -99,6 +126,6 @@ def test_a_gradient_is_refused(backend, which):
     args = [torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)]
     args[which].requires_grad_()
     with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
-        skinny_linear(*args)
+        linear(*args)
     with torch.no_grad():
-        assert skinny_linear(*args).eq(4).all()
+        assert linear(*args).eq(4).all()

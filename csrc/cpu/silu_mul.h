@@ -1,0 +1,36 @@
+// out = gate e / (1 + e) up,  e = exp(gate), in fp32.
+// Included once per ISA (no include guard).
+
+inline Vec silu(Vec gate) {
+  // At most 80, where e / (1 + e) is 1 in fp32 long since and e is no infinity yet.
+  const Vec e = exp(Vec::zero() - max(Vec::all(-80.f), Vec::zero() - gate));
+  return gate * (e / (Vec::all(1.f) + e));
+}
+
+template <class T>
+void silu_mul_rows(int64_t begin, int64_t end, void* context) {
+  const SiluMulArgs& a = *(const SiluMulArgs*)context;
+  const int64_t whole = a.columns - a.columns % Vec::N;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = (const T*)a.gate + row * a.gate_stride;
+    const T* up = (const T*)a.up + row * a.up_stride;
+    T* out = (T*)a.out + row * a.columns;
+    for (int64_t j = 0; j < whole; j += Vec::N) {
+      (silu(Vec::load(gate + j)) * Vec::load(up + j)).store(out + j);
+    }
+    // The rest one by one, each filling a register.
+    for (int64_t j = whole; j < a.columns; ++j) {
+      float product[Vec::N];
+      (silu(Vec::all(to_float(gate[j]))) * Vec::all(to_float(up[j]))).store(product);
+      from_float(product[0], out + j);
+    }
+  }
+}
+
+void silu_mul(const SiluMulArgs& a) {
+  const int64_t grain = 8192 / (a.columns + 1) + 1;
+  void* context = (void*)&a;
+  if (a.dtype == kFloat32) return parallel_for(0, a.rows, grain, silu_mul_rows<float>, context);
+  if (a.dtype == kFloat16) return parallel_for(0, a.rows, grain, silu_mul_rows<f16>, context);
+  parallel_for(0, a.rows, grain, silu_mul_rows<bf16>, context);
+}

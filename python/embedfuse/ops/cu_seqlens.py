@@ -1,0 +1,25 @@
+"""cu_seqlens, (batch + 1,) int32: where each packed sequence starts, and where the last ends."""
+
+import torch
+from torch import Tensor
+
+
+def check_layout(name: str, cu_seqlens: Tensor) -> None:
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"{name}: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; "
+            "accepted is int32 (batch + 1,)"
+        )
+
+
+def check_values(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens.is_cuda:  # reading it would wait for the GPU
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{name}: must start at 0, never fall, and end at the number of tokens")
+
+
+def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(tokens,) the sequence that each token belongs to."""
+    row = torch.arange(tokens, device=cu_seqlens.device)
+    return torch.bucketize(row, cu_seqlens[1:], right=True)

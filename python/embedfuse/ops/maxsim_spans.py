@@ -1,0 +1,50 @@
+"""Padded texts as runs of rows of one matrix, so that a kernel sees no mask."""
+
+import torch
+from torch import Tensor
+
+
+def padded_spans(name: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x (texts, length, dim) as rows (rows, dim), without a copy unless its mask has holes or its memory none
+    of the layouts of a matrix; spans (texts, 2) int64, first row and row after the last; and (texts,)
+    bool, whether the mask leaves any row out."""
+    texts, length, _ = x.shape
+    if mask is None:
+        rows, pitch = _rows(x)
+        first = torch.arange(texts, device=x.device) * pitch
+        spans = torch.stack((first, first + length), 1)
+        return rows, spans, torch.zeros(texts, dtype=torch.bool, device=x.device)
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"{name}_mask: shape {tuple(mask.shape)}; accepted is {tuple(x.shape[:2])}"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"{name}_mask: on {mask.device}; accepted is the device of {name}, {x.device}"
+        )
+    keep = mask != 0
+    tokens = keep.sum(1)
+    padded = tokens < length
+    place = torch.arange(length, device=x.device).expand(texts, length)
+    # Texts without tokens end where they start.
+    none = torch.zeros(texts, 1, dtype=torch.int64, device=x.device)
+    last = torch.cat((torch.where(keep, place + 1, 0), none), 1).amax(1)
+    first = torch.cat((torch.where(keep, place, length), none + length), 1).amin(1).minimum(last)
+    if (last - first != tokens).any():
+        last = tokens.cumsum(0)
+        return x[keep], torch.stack((last - tokens, last), 1), padded
+    rows, pitch = _rows(x)
+    start = torch.arange(texts, device=x.device) * pitch
+    return rows, torch.stack((start + first, start + last), 1), padded
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """A matrix whose row i * pitch + t is x[i, t]."""
+    texts, length, dim = x.shape
+    step = max(x.stride(1), 1)
+    pitch = x.stride(0) // step
+    whole = x.stride(0) == pitch * step and pitch >= length and step >= dim and x.stride(2) == 1
+    if x.numel() == 0 or pitch == length or not whole:
+        return x.reshape(texts * length, dim), length
+    # Columns or tokens of a wider tensor, as x[:, 1:]; rows between the texts are read by none.
+    return x.as_strided(((texts - 1) * pitch + length, dim), (step, 1)), pitch

@@ -1,0 +1,205 @@
+"""Scores by hand, masks, layouts, empty texts, NaN, large offsets and errors."""
+
+import pytest
+import torch
+
+import numerics
+from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank
+from embedfuse.ops.maxsim_op import OP
+from embedfuse.ops.maxsim_spans import padded_spans
+
+NAN = float("nan")
+# Products with QUERY's rows: DOCUMENTS[0] 3 -1 2 and 0 4 -2, DOCUMENTS[1] -5 -6 -1 and -2 -1 -3.
+QUERY = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+DOCUMENTS = torch.tensor(
+    [[[3.0, 0.0], [-1.0, 4.0], [2.0, -2.0]], [[-5.0, -2.0], [-6.0, -1.0], [-1.0, -3.0]]]
+)
+
+
+def tensor(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+
+def cu(*lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def test_values_by_hand(backend):
+    assert maxsim(QUERY, DOCUMENTS).tolist() == [[3 + 4, -1 + -1]]
+    assert maxsim(QUERY, DOCUMENTS, reduction="mean").tolist() == [[3.5, -1]]
+    # Of lengths 5 and 1: rows 0.6 0.8 and 1 0, the query's 1 0 and 0 1.
+    q, d = QUERY * 7, torch.tensor([[[3.0, 4.0], [0.5, 0.0]]])
+    assert maxsim(q, d, normalize=True).item() == pytest.approx(1 + 0.8, abs=1e-6)
+    zeros = torch.zeros(1, 2, 2)
+    assert maxsim(q, zeros, normalize=True).item() == 0
+
+
+def test_masks_by_hand(backend):
+    d_mask = torch.tensor([[1, 0, 0], [0, 1, 0]])
+    # First tokens alone: 3 and 0; middle one: -6 and -1.
+    assert maxsim(QUERY, DOCUMENTS, d_mask=d_mask).tolist() == [[3, -7]]
+    assert maxsim(QUERY, DOCUMENTS, d_mask=d_mask, padding="zero_vector").tolist() == [[3, 0]]
+    # Nothing is left out, so there is no zero vector.
+    whole = torch.ones(2, 3)
+    assert maxsim(QUERY, DOCUMENTS, d_mask=whole, padding="zero_vector").tolist() == [[7, -2]]
+    q_mask = torch.tensor([[False, True]])
+    assert maxsim(QUERY, DOCUMENTS, q_mask, reduction="mean").tolist() == [[4, -1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.float32], ids=str)
+def test_padding_is_never_read(backend, dtype):
+    d = tensor(4, 6, 8)
+    keep = torch.tensor(
+        [[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0]]
+    )
+    q, q_keep = tensor(3, 5, 8, seed=1), torch.tensor([[1] * 5, [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
+    wanted = torch.stack(
+        [
+            torch.stack(
+                [(a[m == 1] @ b[n == 1].T).amax(1).sum() for b, n in zip(d, keep, strict=True)]
+            )
+            for a, m in zip(q, q_keep, strict=True)
+        ]
+    )
+    d[keep == 0], q[q_keep == 0] = NAN, NAN
+    # Two documents whose tokens stand side by side: no copy; all four: one has a hole.
+    for documents in ([0, 1, 3], [0, 1, 2, 3]):
+        got = maxsim(q, d[documents], q_keep.to(dtype), keep[documents].to(dtype))
+        torch.testing.assert_close(got, wanted[:, documents], rtol=1e-5, atol=1e-6)
+
+
+def test_layouts_that_need_no_copy():
+    x = tensor(4, 9, 16)
+    mask = torch.arange(9) < torch.tensor([[9], [3], [0], [5]])
+    for view, keep in ((x, None), (x, mask), (x, mask.flip(1)), (x[:, 1:], mask[:, 1:])):
+        rows, spans, _ = padded_spans("d", view, keep)
+        assert rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        for i, (start, end) in enumerate(spans.tolist()):
+            wanted = view[i] if keep is None else view[i][keep[i]]
+            assert torch.equal(rows[start:end], wanted)
+
+
+def test_views_score_as_their_copies(backend):
+    wide = tensor(6, 10, 40)
+    for view in (
+        wide[:, 1:],
+        wide[::2, :, 3:30],
+        wide[..., ::2],
+        wide.transpose(0, 1),
+        wide[:1].expand(3, -1, -1),
+    ):
+        q = tensor(2, 4, view.shape[2], seed=1)
+        torch.testing.assert_close(maxsim(q, view), maxsim(q, view.clone()))
+        torch.testing.assert_close(maxsim(view, q), maxsim(view.clone(), q))
+
+
+def test_empty_texts(backend):
+    q, d = tensor(3, 4), tensor(5, 4, seed=1)
+    scores = maxsim_packed(q, cu(0, 3, 0), d, cu(0, 5, 0), reduction="mean")
+    wanted = torch.zeros(3, 3)
+    wanted[1, 1] = (q @ d.T).amax(1).mean()
+    torch.testing.assert_close(scores, wanted)
+    nothing = torch.zeros(1, 5)
+    for padding in ("exclude", "zero_vector"):
+        assert maxsim(q[None], d[None], d_mask=nothing, padding=padding).tolist() == [[0]]
+    assert maxsim(q[None], d[None], nothing[:, :3]).tolist() == [[0]]
+    assert maxsim(q[None], d[None, :0]).tolist() == [[0]]
+    assert maxsim(q[None, :0], d[None], reduction="mean").tolist() == [[0]]
+    assert maxsim(q[None][:0], d[None]).shape == (0, 1)
+    assert maxsim(q[None], d[None][:0]).shape == (1, 0)
+    assert maxsim(q[None, :, :0], d[None, :, :0]).tolist() == [[0]]
+
+
+def test_packed_is_padded(backend):
+    q_lengths, d_lengths = [4, 1, 33], [7, 20, 2, 300]
+    q, d = tensor(sum(q_lengths), 24), tensor(sum(d_lengths), 24, seed=1)
+    padded = [
+        torch.nn.utils.rnn.pad_sequence(x.split(n), batch_first=True)
+        for x, n in ((q, q_lengths), (d, d_lengths))
+    ]
+    masks = [torch.arange(max(n)) < torch.tensor(n)[:, None] for n in (q_lengths, d_lengths)]
+    packed = (q, cu(*q_lengths), d, cu(*d_lengths))
+    for settings in ({}, {"normalize": True, "reduction": "mean"}):
+        wanted = maxsim(*padded, *masks, **settings)
+        assert torch.equal(maxsim_packed(*packed, **settings), wanted)
+        pairs = torch.tensor([[2, 3], [0, 0], [2, 1], [2, 1], [1, 2]])
+        got = maxsim_packed(*packed, pairs, **settings)
+        assert torch.equal(got, wanted[pairs[:, 0], pairs[:, 1]])
+        assert maxsim_packed(*packed, pairs[:0], **settings).shape == (0,)
+
+
+# Whole and part blocks of query rows; documents of several chunks; an odd depth has no pairs of bf16.
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 32, 33, 48, 49, 100])
+@pytest.mark.parametrize("depth", [64, 65])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_query_lengths_on_several_threads(backend, rows, depth, dtype):
+    q, d = tensor(rows, depth, dtype=dtype), tensor(2200, depth, dtype=dtype, seed=1)
+    spans = torch.tensor([[0, 700], [700, 701], [701, 2200], [3, 90]])
+    args = (q, torch.tensor([[0, rows]]), d, spans, None, None, False, rows)
+    numerics.assert_close_to_reference(OP, args, backend)
+
+
+def test_more_queries_than_a_group_on_threads(backend):
+    q, d = tensor(150, 10, 128), tensor(2, 30, 128, seed=1)
+    wanted = torch.einsum("aid,bjd->abij", q, d).amax(3).sum(2)
+    torch.testing.assert_close(maxsim(q, d), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_products(backend):
+    d = DOCUMENTS.clone()
+    d[0, 1, 0] = NAN
+    scores = maxsim(QUERY, d)
+    assert scores.isnan().tolist() == [[True, False]]
+    q = QUERY.clone()
+    q[0, 0] = NAN
+    assert maxsim(q, DOCUMENTS).isnan().all()
+    assert (
+        maxsim(q, DOCUMENTS, d_mask=torch.tensor([[1, 0, 0]] * 2), padding="zero_vector")
+        .isnan()
+        .all()
+    )
+    args = (d[0], torch.tensor([[0, 3]]), QUERY[0], torch.tensor([[0, 2]]), None, None, False, 3)
+    assert OP(*args)[1].tolist() == [[0, 0, 0]]
+
+
+def test_infinite_products(backend):
+    d = torch.tensor(
+        [[[-float("inf"), 0.0], [-float("inf"), 0.0]], [[1.0, float("inf")], [2.0, 5.0]]]
+    )
+    q = torch.tensor([[[1.0, 1.0]]])
+    assert maxsim(q, d).tolist() == [[-float("inf"), float("inf")]]
+
+
+def test_rerank(backend):
+    documents = [tensor(n, 8, seed=n) for n in (5, 300, 1, 17)] + [torch.zeros(0, 8)]
+    query = tensor(6, 8)
+    wanted = torch.stack([(query @ d.T).amax(1).sum() for d in documents[:4]] + [torch.tensor(0.0)])
+    scores, indices = maxsim_rerank(query, documents, 3)
+    torch.testing.assert_close(scores, wanted.sort(descending=True).values[:3])
+    assert indices.tolist() == wanted.argsort(descending=True)[:3].tolist()
+    arrays = maxsim_rerank(query.numpy(), [d.numpy() for d in documents])
+    assert arrays[1].tolist() == wanted.argsort(descending=True).tolist()
+    equal = maxsim_rerank(query, tensor(1, 9, 8).expand(4, -1, -1), 2)
+    assert equal[1].tolist() == [0, 1]
+    assert maxsim_rerank(query, [])[1].tolist() == []
+
+
+def test_offsets_past_31_bits(backend):
+    # 4 GiB of addresses; only the pages that the spans touch become memory.
+    x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 40), (2**31, 1))
+    x.copy_(tensor(2, 40, dtype=torch.float16))
+    spans = torch.tensor([[1, 2]])
+    q = tensor(3, 40, dtype=torch.float16, seed=1)
+    args = (q, torch.tensor([[0, 3]]), x, spans, None, None, True, 3)
+    numerics.assert_close_to_reference(OP, args, backend)
+
+
+def test_same_bits_on_several_threads(backend, restore_threads):
+    q, d = tensor(20, 40, 96), tensor(30, 70, 96, seed=1)
+    mask = torch.arange(70) < torch.arange(5, 65, 2)[:, None]
+    torch.set_num_threads(1)
+    alone = maxsim(q, d, d_mask=mask, normalize=True)
+    torch.set_num_threads(2)
+    for _ in range(3):
+        assert torch.equal(maxsim(q, d, d_mask=mask, normalize=True), alone)

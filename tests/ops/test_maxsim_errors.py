@@ -1,0 +1,76 @@
+"""Errors name the argument, what came and what is accepted."""
+
+import pytest
+import torch
+
+from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank
+from embedfuse.ops.maxsim_op import OP
+
+Q, D = torch.ones(2, 3, 4), torch.ones(5, 6, 4)
+CU_Q, CU_D = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 6], [0, 5, 30]))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("q", {"q": Q[0]}),
+        ("d", {"d": D[..., :3]}),
+        ("d", {"d": D.half()}),
+        ("q", {"q": Q.long(), "d": D.long()}),
+        ("d", {"d": D.to("meta")}),
+        ("q_mask", {"q_mask": torch.ones(2, 4)}),
+        ("d_mask", {"d_mask": torch.ones(6, 5)}),
+        ("d_mask", {"d_mask": torch.ones(5, 6, device="meta")}),
+        ("reduction", {"reduction": "max"}),
+        ("padding", {"padding": "zero"}),
+    ],
+)
+def test_padded_errors(name, changes):
+    with pytest.raises(ValueError, match=rf"^{name}[:=]"):
+        maxsim(**({"q": Q, "d": D} | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("q", {"q": Q}),
+        ("cu_q", {"cu_q": CU_Q.long()}),
+        ("cu_d", {"cu_d": CU_D + 1}),
+        ("cu_d", {"cu_d": CU_D[:0]}),
+        ("cu_d", {"cu_d": CU_D.to("meta")}),
+        ("pairs", {"pairs": torch.zeros(3, dtype=torch.int64)}),
+        ("pairs", {"pairs": torch.zeros(3, 2)}),
+        ("pairs", {"pairs": torch.tensor([[0, 2]])}),
+        ("pairs", {"pairs": torch.tensor([[-1, 0]])}),
+    ],
+)
+def test_packed_errors(name, changes):
+    args = {"q": Q.view(6, 4), "cu_q": CU_Q, "d": D.view(30, 4), "cu_d": CU_D}
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        maxsim_packed(**(args | changes))
+
+
+def test_rerank_errors():
+    for name, args in {
+        "top_k=0": (Q[0], D, 0),
+        "query": (Q, D),
+        r"documents\[1\]": (Q[0], [D[0], D]),
+        r"documents\[0\]": (Q[0], [D[0].half()]),
+        "d": (Q[0], D.half()),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            maxsim_rerank(*args)
+
+
+def test_the_kernel_guards_its_memory(cpu_module):
+    q, d = Q.view(6, 4), D.view(30, 4)
+    spans = torch.tensor([[0, 3]])
+    for name, args in {
+        "query_spans": (torch.tensor([[4, 7]]), spans, None, 3),
+        "document_spans": (spans, torch.tensor([[-1, 7]]), None, 3),
+        "pairs": (spans, spans, torch.tensor([[0, 1]]), 3),
+        "width": (spans, spans, None, 2),
+    }.items():
+        q_spans, d_spans, pairs, width = args
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            OP(q, q_spans, d, d_spans, None, pairs, False, width)

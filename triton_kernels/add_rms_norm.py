@@ -1,0 +1,93 @@
+"""normed = round(s rstd) weight,  rstd = 1 / sqrt(mean(s^2) + eps),  s = round(x + residual)
+
+One program per row, which stays in registers: x and residual are read once, both results written once.
+Limits: the row is padded to a power of two; above 8192 columns registers may spill.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_rms_norm_kernel(
+    p_x,  # (tokens, heads, hidden)
+    p_r,  # (tokens, heads, hidden) or None
+    p_w,  # (hidden)
+    p_n,  # (tokens, heads, hidden)
+    p_s,  # (tokens, heads, hidden) or None
+    s_x,
+    s_xh,
+    s_r,
+    s_rh,
+    heads,
+    hidden,
+    eps,
+    B_D: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64)
+    i_t, i_h = i_r // heads, i_r % heads
+    o_d = tl.arange(0, B_D)
+    m_d = o_d < hidden
+    dtype = p_n.dtype.element_ty
+    b_s = tl.load(p_x + i_t * s_x + i_h * s_xh + o_d, mask=m_d, other=0).to(tl.float32)
+    if p_r is not None:
+        b_s += tl.load(p_r + i_t * s_r + i_h * s_rh + o_d, mask=m_d, other=0).to(tl.float32)
+        tl.store(p_s + i_r * hidden + o_d, b_s.to(dtype), mask=m_d)
+        b_s = b_s.to(dtype).to(tl.float32)
+    rstd = 1 / tl.sqrt(tl.sum(b_s * b_s, 0) / hidden + eps)
+    b_n = (b_s * rstd).to(dtype).to(tl.float32)
+    b_n *= tl.load(p_w + o_d, mask=m_d, other=0).to(tl.float32)
+    tl.store(p_n + i_r * hidden + o_d, b_n.to(dtype), mask=m_d)
+
+
+def add_rms_norm(x, residual, weight, eps):
+    """Launcher; arguments and results are those of the op (python/embedfuse/ops/add_rms_norm.py)."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if residual is not None and residual.stride(-1) != 1:
+        residual = residual.contiguous()
+    weight = weight.contiguous()
+    normed = x.new_empty(x.shape)
+    summed = x.new_empty(0 if residual is None else x.shape)
+    hidden, heads = x.shape[-1], 1 if x.dim() == 2 else x.shape[1]
+    block = triton.next_power_of_2(hidden)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            add_rms_norm_kernel[(x.numel() // hidden,)](
+                x,
+                residual,
+                weight,
+                normed,
+                None if residual is None else summed,
+                *_strides(x),
+                *((0, 0) if residual is None else _strides(residual)),
+                heads,
+                hidden,
+                eps,
+                B_D=block,
+                # Eight elements per thread: 16 bytes of a 16-bit row in one load.
+                num_warps=max(1, min(16, block // 256)),
+            )
+    return normed, summed
+
+
+def _strides(x) -> tuple[int, int]:
+    """Of tokens and heads; rows are tokens of one head."""
+    return x.stride(0), x.stride(1) if x.dim() == 3 else 0
+
+
+def aot_calls() -> Iterator[tuple]:
+    """(launcher, its arguments on the meta device): block sizes, dtypes, with and without residual."""
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for hidden in (1, 37, 384, 1024, 2560, 4096, 8192):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight = empty(100, hidden, dtype=dtype), empty(hidden, dtype=dtype)
+            yield add_rms_norm, (x, x, weight, 1e-5)
+            yield add_rms_norm, (x, None, weight, 1e-5)
+    x = empty(100, 48, 128, dtype=torch.float16)
+    yield add_rms_norm, (x[:, :32], None, empty(128, dtype=torch.float16), 1e-6)

@@ -1,0 +1,220 @@
+"""token_weights:  w_t = relu(h_t . weight + bias)
+sparse_scatter: of each sequence's tokens of one id with w > 0, the first of the largest w is kept
+lexical_scores: s_qd = sum over the ids that both hold of w_q w_d
+
+token_weights takes a block of rows per program. sparse_scatter compares every token with every other of
+its sequence, in tiles, since Triton shows no shared-memory atomics to hash with: time grows with the
+square of the length. lexical_scores looks up a query's ids in one document by binary search.
+Limits: lexical_scores launches a program per pair, which short rows do not fill.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+# Programs that share a sequence's tokens: known without reading its length from the GPU.
+SPLITS = 16
+# Tokens per tile; a tile compares each with as many others, in registers.
+BLOCK = 64
+
+
+@triton.jit
+def token_weights_kernel(
+    p_h,  # (tokens, hidden)
+    p_w,  # (hidden)
+    p_b,  # one fp32 element or None
+    p_o,  # (tokens)
+    s_ht,
+    tokens,
+    hidden,
+    B_T: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    o_t = tl.program_id(0).to(tl.int64) * B_T + tl.arange(0, B_T)
+    m_t = o_t < tokens
+    b_acc = tl.zeros([B_T, B_D], tl.float32)
+    for d in range(0, hidden, B_D):
+        o_d = d + tl.arange(0, B_D)
+        m_d = o_d < hidden
+        p_x = p_h + o_t[:, None] * s_ht + o_d[None, :]
+        b_x = tl.load(p_x, mask=m_t[:, None] & m_d[None, :], other=0).to(tl.float32)
+        b_acc += b_x * tl.load(p_w + o_d, mask=m_d, other=0).to(tl.float32)[None, :]
+    b_o = tl.sum(b_acc, 1)
+    if p_b is not None:
+        b_o += tl.load(p_b)
+    # tl.maximum would drop a NaN.
+    tl.store(p_o + o_t, tl.where(b_o <= 0, 0.0, b_o), mask=m_t)
+
+
+@triton.jit
+def load_keys(p_w, p_id, o_t, end):
+    """Ids, and weights as integers of the same order: 0 for what gives nothing, NaN above all."""
+    m_t = o_t < end
+    b_w = tl.load(p_w + o_t, mask=m_t, other=0)
+    b_key = tl.where(b_w > 0, b_w.to(tl.int32, bitcast=True), 0)
+    return tl.load(p_id + o_t, mask=m_t, other=0), tl.where(b_w != b_w, 0x7FC00000, b_key)
+
+
+@triton.jit
+def sparse_scatter_kernel(
+    p_w,  # (tokens)
+    p_id,  # (tokens)
+    p_cu,  # (batch + 1)
+    p_kept,  # (tokens)
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_b = tl.program_id(0)
+    start, end = tl.load(p_cu + i_b), tl.load(p_cu + i_b + 1)
+    for t in range(start + tl.program_id(1) * BLOCK, end, SPLITS * BLOCK):
+        o_t = t + tl.arange(0, BLOCK)
+        b_id, b_key = load_keys(p_w, p_id, o_t, end)
+        b_beaten = tl.zeros([BLOCK], tl.int32)
+        for u in range(start, end, BLOCK):
+            o_u = u + tl.arange(0, BLOCK)
+            b_other, b_other_key = load_keys(p_w, p_id, o_u, end)
+            larger = b_other_key[None, :] > b_key[:, None]
+            earlier = (b_other_key[None, :] == b_key[:, None]) & (o_u[None, :] < o_t[:, None])
+            beats = (b_other[None, :] == b_id[:, None]) & (larger | earlier)
+            b_beaten = tl.maximum(b_beaten, tl.max(beats.to(tl.int32), 1))
+        kept = (b_key > 0) & (b_beaten == 0)
+        tl.store(p_kept + o_t, kept.to(tl.uint8), mask=o_t < end)
+
+
+@triton.jit(do_not_specialize=["documents"])
+def lexical_scores_kernel(
+    p_qw,  # (query entries)
+    p_qid,
+    p_qptr,  # (queries + 1)
+    p_dw,  # (document entries)
+    p_did,
+    p_dptr,  # (documents + 1)
+    p_o,  # (queries, documents), or (queries) if ALIGNED
+    documents,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    i_q = pair
+    i_d = pair
+    if not ALIGNED:
+        i_q = pair // documents
+        i_d = pair % documents
+    q_end = tl.load(p_qptr + i_q + 1)
+    d_start, d_end = tl.load(p_dptr + i_d), tl.load(p_dptr + i_d + 1)
+    b_acc = tl.zeros([BLOCK], tl.float32)
+    for t in range(tl.load(p_qptr + i_q), q_end, BLOCK):
+        o_q = t + tl.arange(0, BLOCK)
+        m_q = o_q < q_end
+        b_id = tl.load(p_qid + o_q, mask=m_q, other=-1)
+        # The first entry whose id is not below: each round halves what is left to search.
+        b_low = tl.zeros([BLOCK], tl.int64) + d_start
+        b_high = tl.zeros([BLOCK], tl.int64) + d_end
+        left = d_end - d_start
+        while left > 0:
+            b_middle = (b_low + b_high) // 2
+            m = b_low < b_high
+            below = m & (tl.load(p_did + b_middle, mask=m, other=0) < b_id)
+            b_low = tl.where(below, b_middle + 1, b_low)
+            b_high = tl.where(m & (below == 0), b_middle, b_high)
+            left = left // 2
+        m_q &= b_low < d_end
+        m_q &= tl.load(p_did + b_low, mask=m_q, other=-1) == b_id
+        b_w = tl.load(p_qw + o_q, mask=m_q, other=0)
+        b_acc += b_w * tl.load(p_dw + b_low, mask=m_q, other=0)
+    tl.store(p_o + pair, tl.sum(b_acc, 0))
+
+
+def token_weights(hidden_states, weight, bias):
+    """Launcher; arguments and results are those of the op (python/embedfuse/ops/lexical_weights.py)."""
+    if hidden_states.stride(-1) != 1:
+        hidden_states = hidden_states.contiguous()
+    tokens, hidden = hidden_states.shape
+    out = hidden_states.new_empty(tokens, dtype=torch.float32)
+    block_hidden = min(1024, triton.next_power_of_2(max(hidden, 1)))
+    block_rows = max(4, min(64, 4096 // block_hidden))
+    if tokens:
+        with torch.cuda.device_of(hidden_states):
+            token_weights_kernel[(triton.cdiv(tokens, block_rows),)](
+                hidden_states,
+                weight.contiguous(),
+                None if bias is None else bias.float(),
+                out,
+                hidden_states.stride(0),
+                tokens,
+                hidden,
+                B_T=block_rows,
+                B_D=block_hidden,
+            )
+    return out
+
+
+def sparse_scatter(token_weights, input_ids, cu_seqlens):
+    """Launcher; arguments are those of the op (python/embedfuse/ops/sparse_scatter.py).
+
+    Returns (tokens,) bool: whether each token is kept.
+    """
+    kept = torch.empty_like(input_ids, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    batch = len(cu_seqlens) - 1
+    if batch:
+        with torch.cuda.device_of(input_ids):
+            sparse_scatter_kernel[(batch, SPLITS)](
+                token_weights.float().contiguous(),
+                input_ids.contiguous(),
+                cu_seqlens.contiguous(),
+                kept,
+                SPLITS=SPLITS,
+                BLOCK=BLOCK,
+            )
+    return kept.view(torch.bool)
+
+
+def lexical_scores(
+    query_weights,
+    query_ids,
+    query_indptr,
+    document_weights,
+    document_ids,
+    document_indptr,
+    aligned,
+):
+    """Launcher; arguments and results are those of the op (python/embedfuse/ops/lexical_scores.py)."""
+    queries, documents = len(query_indptr) - 1, len(document_indptr) - 1
+    out = query_weights.new_empty(
+        (queries,) if aligned else (queries, documents), dtype=torch.float32
+    )
+    if out.numel():
+        with torch.cuda.device_of(query_weights):
+            lexical_scores_kernel[(out.numel(),)](
+                query_weights.float().contiguous(),
+                query_ids.contiguous(),
+                query_indptr.contiguous(),
+                document_weights.float().contiguous(),
+                document_ids.contiguous(),
+                document_indptr.contiguous(),
+                out,
+                documents,
+                ALIGNED=aligned,
+                BLOCK=BLOCK,
+            )
+    return out
+
+
+def aot_calls() -> Iterator[tuple]:
+    """(launcher, its arguments on the meta device): every tile and every branch."""
+
+    def empty(*shape, dtype=torch.int64):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for hidden in (1, 37, 64, 384, 1024, 2560):
+            x, weight = empty(100, hidden, dtype=dtype), empty(hidden, dtype=dtype)
+            yield token_weights, (x, weight, empty(1, dtype=dtype))
+        yield token_weights, (x, weight, None)
+        cu_seqlens = empty(5, dtype=torch.int32)
+        yield sparse_scatter, (empty(100, dtype=dtype), empty(100), cu_seqlens)
+        csr = (empty(100, dtype=dtype), empty(100), empty(5))
+        yield lexical_scores, (*csr, *csr, True)
+        yield lexical_scores, (*csr, *csr, False)
