@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from embedfuse.packing import pack, unpadded
@@ -34,18 +33,6 @@ def test_no_padding_copies_nothing():
 
 def test_right_padding_starts_with_tokens():
     assert not pack(IDS, torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])).starts_padded
-
-
-@pytest.mark.parametrize(
-    ("lengths", "runs"),
-    [
-        ([], ()),
-        ([5], ((1, 5),)),
-        ([5, 5, 2, 5], ((2, 5), (1, 2), (1, 5))),
-    ],
-)
-def test_runs(lengths, runs):
-    assert unpadded(lengths, torch.device("cpu")).runs == runs
 
 
 def test_split():

@@ -32,15 +32,19 @@ class Packed:
         return max(self.lengths, default=0)
 
     @cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """(sequences, length) for each run of neighbours of one length."""
-        runs: list[tuple[int, int]] = []
-        for length in self.lengths:
-            if runs and runs[-1][1] == length:
-                runs[-1] = (runs[-1][0] + 1, length)
-            else:
-                runs.append((1, length))
-        return tuple(runs)
+    def sequence(self) -> Tensor:
+        """(tokens,) which sequence each token belongs to."""
+        lengths = self.cu_seqlens.diff().long()
+        which = torch.arange(len(self.lengths), device=lengths.device)
+        return which.repeat_interleave(lengths, output_size=self.tokens)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(tokens,) column of each token in the padded batch; its place in the sequence without one."""
+        if self.index is not None:
+            return self.index % self.shape[1]
+        row = torch.arange(self.tokens, device=self.cu_seqlens.device)
+        return row - self.cu_seqlens[self.sequence]
 
     def pack(self, padded: Tensor) -> Tensor:
         """(batch, length, ...) -> (tokens, ...)"""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from embedfuse.nn.linear import MAX_ROWS, FusedLinear, joined, linear
+from embedfuse.nn.linear import FusedLinear, joined, linear
 
 
 def layers(bias=True, sizes=(6, 6, 4)):
@@ -91,16 +91,25 @@ def test_a_linear_of_another_class_runs_as_it_is():
         assert torch.equal(linear(module, x, plain=True), module(x))
 
 
-def test_few_rows_take_the_skinny_kernel(monkeypatch):
+def test_the_kernel_runs_where_it_is_faster(monkeypatch):
     import embedfuse.nn.linear as subject
 
     calls = []
-    monkeypatch.setattr(subject, "SKINNY", lambda *args: calls.append(args[0].shape) or args[0])
+
+    class Kernel:
+        def __call__(self, x, weight, bias):
+            calls.append(x.shape)
+            return x
+
+        def accelerates(self, x):
+            return True
+
+    monkeypatch.setattr(subject, "LINEAR", Kernel())
+    monkeypatch.setattr(subject, "most_rows", lambda dtype: 5 if dtype == torch.float32 else 0)
     module = nn.Linear(8, 8)
-    most = MAX_ROWS[torch.float32]
     with torch.no_grad():
-        for rows in (1, most, most + 1):
+        for rows in (1, 5, 6):
             linear(module, torch.zeros(rows, 8), plain=True)
         linear(module, torch.zeros(1, 8), plain=False)
         linear(module.double(), torch.zeros(1, 8).double(), plain=True)
-    assert calls == [(1, 8), (most, 8)]
+    assert calls == [(1, 8), (5, 8)]

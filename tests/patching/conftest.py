@@ -4,10 +4,13 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
     XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
     XLMRobertaModel,
 )
 
@@ -16,11 +19,15 @@ FAMILIES = {
     "roberta": (RobertaConfig, RobertaModel),
     "xlm_roberta": (XLMRobertaConfig, XLMRobertaModel),
 }
+CLASSIFIERS = {
+    "bert": BertForSequenceClassification,
+    "roberta": RobertaForSequenceClassification,
+    "xlm_roberta": XLMRobertaForSequenceClassification,
+}
 VOCABULARY, PLACES = 211, 70
 
 
-def make_model(family: str, *, pooler: bool = True, **changes):
-    config, model = FAMILIES[family]
+def make_config(family: str, **changes):
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 48,
@@ -30,8 +37,19 @@ def make_model(family: str, *, pooler: bool = True, **changes):
         "max_position_embeddings": PLACES,
         "initializer_range": 0.2,  # large enough that a wrong position or mask shows
     }
+    return FAMILIES[family][0](**{**sizes, **changes})
+
+
+def make_model(family: str, *, pooler: bool = True, **changes):
     torch.manual_seed(0)
-    return model(config(**{**sizes, **changes}), add_pooling_layer=pooler).eval()
+    return FAMILIES[family][1](make_config(family, **changes), add_pooling_layer=pooler).eval()
+
+
+def make_classifier(family: str, **changes):
+    """A reranker: one label unless told otherwise, and segments for pairs as BERT has them."""
+    torch.manual_seed(0)
+    config = make_config(family, **{"num_labels": 1, "type_vocab_size": 2, **changes})
+    return CLASSIFIERS[family](config).eval()
 
 
 def make_batch(model, lengths=(20, 3, 11, 1), side: str = "right") -> dict[str, torch.Tensor]:
@@ -60,3 +78,8 @@ def states(model, batch, **kwargs) -> torch.Tensor:
     with torch.no_grad():
         output = model(**batch, **kwargs)
     return output.last_hidden_state[batch["attention_mask"] != 0]
+
+
+def logits(model, batch, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch, **kwargs).logits

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
-from embedfuse.nn import encoder
+from embedfuse.nn import tower
 from tests.patching.conftest import make_batch, make_model, states
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
@@ -123,7 +123,7 @@ def test_steps_do_not_change_the_vectors(model, monkeypatch):
     batch = make_batch(model, (20, 3, 11, 1, 20, 20))
     expected = states(model, batch)
     embedfuse.patch(model)
-    monkeypatch.setattr(encoder, "STEP_TOKENS", 21)
+    monkeypatch.setattr(tower, "STEP_TOKENS", 21)
     assert_close(states(model, batch), expected, **TIGHT)
 
 

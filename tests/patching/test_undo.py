@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -109,9 +110,9 @@ def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
     if broken == "positions":
         original = encoder.PackedEncoder._embed
 
-        def off_by_one(self, packed, call):
-            positions = self.position_ids(call["input_ids"]) + 1
-            return original(self, packed, {**call, "position_ids": positions})
+        def off_by_one(self, packed, tokens):
+            positions = self.position_ids(tokens.input_ids, packed) + 1
+            return original(self, packed, dataclasses.replace(tokens, position_ids=positions))
 
         monkeypatch.setattr(encoder.PackedEncoder, "_embed", off_by_one)
     elif broken == "mask":
@@ -127,7 +128,7 @@ def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
         read = encoder.read_layer
         monkeypatch.setattr(encoder, "read_layer", lambda b: _with(read(b), heads=2))
     elif broken == "norm":
-        monkeypatch.setattr(tower, "layer_norm", lambda norm, x: x)
+        monkeypatch.setattr(tower, "add_norm", lambda norm, dropout, y, x, plain: y + x)
     else:
         monkeypatch.setattr(tower, "attention", lambda *a, **k: 1 / 0)
     expected = ZeroDivisionError if broken == "raises" else embedfuse.PatchError

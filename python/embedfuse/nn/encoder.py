@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import FusedLinear, is_plain, linear
-from embedfuse.packing import Packed
-
-# Bounds the activations of a large batch on the CPU. Speed hardly depends on it: 1,024 to all tokens
-# at once differed by at most 5 % (all-MiniLM-L6-v2, 160 long docstrings, 2 cores of an EPYC 9004).
-STEP_TOKENS = 2048
+from embedfuse.nn.tower import alike, checkpointed, project, steps
+from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
+from embedfuse.packing import Packed, unpadded
 
 
 @dataclass
@@ -25,7 +23,7 @@ class EncoderLayer:
     """
 
     block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
-    qkv: FusedLinear
+    qkv: FusedLinear  # of query, key and value
     heads: int
     scale: float
     attention: nn.Module  # its training flag and its dropout's rate
@@ -38,26 +36,62 @@ class EncoderLayer:
     dropout2: nn.Module
     norm2: nn.Module
 
-    def __call__(self, x: Tensor, packed: Packed, plain: bool) -> Tensor:
-        query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(x, plain))
+    @property
+    def projections(self) -> dict[str, FusedLinear]:
+        return {"QKV": self.qkv}
+
+    def __call__(
+        self, x: Tensor, packed: Packed, plain: bool, rows: Tensor | None = None
+    ) -> Tensor:
+        """x: (tokens, hidden). With `rows`, the result for these tokens alone (see `encode`)."""
+        projections = project(self.qkv, x, rows, plain)
+        query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in projections)
+        queries = None
+        if rows is not None:
+            queries = unpadded([1] * len(rows), x.device)
+            x = x[rows]
         dropout = self.attention.dropout.p if self.attention.training else 0.0
-        y = attention(query, key, value, packed, scale=self.scale, dropout=dropout)
-        x = layer_norm(self.norm1, dense_add(self.out, self.dropout1, y, x, plain))
-        y = self.activation(linear(self.up, x, plain))
-        return layer_norm(self.norm2, dense_add(self.down, self.dropout2, y, x, plain))
+        y = attention(query, key, value, packed, scale=self.scale, dropout=dropout, queries=queries)
+        x = add_norm(self.norm1, self.dropout1, linear(self.out, y, plain), x, plain)
+        y = activate(self.activation, self.up, x, plain)
+        return add_norm(self.norm2, self.dropout2, linear(self.down, y, plain), x, plain)
 
 
-def dense_add(
-    dense: nn.Module, dropout: nn.Module, y: Tensor, residual: Tensor, plain: bool
-) -> Tensor:
-    y = linear(dense, y, plain)
-    idle = type(dropout) is nn.Dropout and not dropout.training
-    if not idle:
-        y = dropout(y)
+def activate(activation: nn.Module, up: nn.Module, x: Tensor, plain: bool) -> Tensor:
+    y = linear(up, x, plain)
     # Only our own result is written to, never what somebody else's module returned.
-    if plain and idle and type(dense) is nn.Linear and y.dtype == residual.dtype:
-        return y.add_(residual)
-    return y + residual
+    if plain and type(up) is nn.Linear and is_exact_gelu(activation):
+        return torch.ops.aten.gelu_(y)
+    return activation(y)
+
+
+def is_exact_gelu(activation: nn.Module) -> bool:
+    from transformers.activations import GELUActivation  # loaded already by whoever has a model
+
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none"
+    return type(activation) is GELUActivation and activation.act is F.gelu
+
+
+def add_norm(
+    norm: nn.Module, dropout: nn.Module, y: Tensor, residual: Tensor, plain: bool
+) -> Tensor:
+    """norm(dropout(y) + residual)"""
+    if not (type(dropout) is nn.Dropout and not dropout.training):
+        y = dropout(y)
+    if plain and kernel_takes(norm, y, residual):
+        return ADD_LAYER_NORM(y, residual, norm.weight, norm.bias, norm.eps)
+    return layer_norm(norm, y + residual)
+
+
+def kernel_takes(norm: nn.Module, y: Tensor, residual: Tensor) -> bool:
+    if type(norm) is not nn.LayerNorm or norm.weight is None or y.shape != residual.shape:
+        return False
+    return (
+        alike(y, residual, norm.weight, norm.bias)
+        and norm.weight.shape == y.shape[1:]
+        and ADD_LAYER_NORM.accelerates(y)
+    )
 
 
 def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -66,24 +100,27 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def encode(layers: list[EncoderLayer], x: Tensor, packed: Packed) -> Tensor:
-    """x: (tokens, hidden) embeddings -> (tokens, hidden) states after the last layer."""
+def encode(
+    layers: list[EncoderLayer], x: Tensor, packed: Packed, rows: Tensor | None = None
+) -> Tensor:
+    """x: (tokens, hidden) embeddings -> (tokens, hidden) states after the last layer.
+
+    rows: (batch,) int64, one token of each sequence in turn (its first or its last, say), where only
+    their states are wanted. The last layer then computes keys and values for all tokens and the rest
+    for these; returns (batch, hidden).
+    """
     plain = is_plain(x)
-    if plain and x.is_cpu and packed.tokens > STEP_TOKENS:
-        parts = packed.split(STEP_TOKENS)
-        states = [
-            run(layers, part_x, part, plain)
-            for part_x, part in zip(x.split([p.tokens for p in parts]), parts, strict=True)
-        ]
-        return torch.cat(states)
-    return run(layers, x, packed, plain)
+    states = [
+        run(layers, x[tokens], part, plain, of_part)
+        for tokens, part, of_part in steps(x, packed, rows)
+    ]
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
-def run(layers: list[EncoderLayer], x: Tensor, packed: Packed, plain: bool) -> Tensor:
+def run(
+    layers: list[EncoderLayer], x: Tensor, packed: Packed, plain: bool, rows: Tensor | None
+) -> Tensor:
     for layer in layers:
-        step = partial(layer, packed=packed, plain=plain)
-        if getattr(layer.block, "gradient_checkpointing", False) and layer.block.training:
-            x = layer.block._gradient_checkpointing_func(step, x)
-        else:
-            x = step(x)
-    return x
+        wanted = rows if layer is layers[-1] else None
+        x = checkpointed(layer.block, partial(layer, packed=packed, plain=plain, rows=wanted), x)
+    return x if layers or rows is None else x[rows]

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embedfuse.ops.skinny_linear import MAX_ROWS
-from embedfuse.ops.skinny_linear import OP as SKINNY
+from embedfuse.ops.linear import OP as LINEAR
+from embedfuse.ops.linear import most_rows
 
 
 def is_plain(x: Tensor) -> bool:
@@ -21,8 +21,14 @@ def linear(module: nn.Module, x: Tensor, plain: bool) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, plain: bool) -> Tensor:
-    if plain and x.is_cpu and x.shape[0] <= MAX_ROWS.get(x.dtype, 0) and _fits(x, weight, bias):
-        return SKINNY(x, weight, bias)
+    if (
+        plain
+        and x.is_cpu
+        and x.shape[0] <= most_rows(x.dtype)
+        and _fits(x, weight, bias)
+        and LINEAR.accelerates(x)
+    ):
+        return LINEAR(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

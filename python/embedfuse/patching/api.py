@@ -8,33 +8,38 @@ from torch import Tensor, nn
 from embedfuse.ops import pool_normalize
 from embedfuse.packing import pack
 from embedfuse.patching.engine import PackedModel, Patched
+from embedfuse.patching.plan import is_hooked
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 
 
-def patch(model: nn.Module) -> Report:
+def patch(model) -> Report:
     """Make a live model faster, in place: same calls, same vectors.
 
-    model: a transformers BertModel, RobertaModel or XLMRobertaModel, or a SentenceTransformer that
-        holds one. Its class becomes a subclass of the same name; weights stay where they are,
-        except that query, key and value of a layer move into one storage (other objects that held
-        the same memory, such as a model loaded with assign=True from this one, keep the old).
+    model: a transformers BertModel, RobertaModel or XLMRobertaModel, or its
+        …ForSequenceClassification; a MistralModel, LlamaModel, Qwen2Model or Qwen3Model; a
+        SentenceTransformer, CrossEncoder or PEFT model that holds one; FlagEmbedding's
+        BGEM3FlagModel or FlagReranker. Its class becomes a subclass of the same name; weights stay
+        where they are, except that query, key and value of a layer move into one storage, as do gate
+        and up of a decoder (other objects that held the same memory, such as a model loaded with
+        assign=True from this one, keep the old).
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
-    leaves out are zero (the original fills them with values that mean nothing). Calls that the
+    leaves out are zero (the original fills them with values that mean nothing). A decoder makes no
+    cache unless the call says use_cache=True, whatever its config. Calls that the
     packed forward cannot serve run on the original forward; the report counts them by reason.
 
     A probe batch runs through both forwards first. Returns the live Report; patching twice is one
-    patch. Raises TypeError for another kind of object, PatchError (and changes nothing) for weights
-    on the meta device or outputs that differ by more than the dtype's bound. Patch and unpatch while
-    no other thread is running the model.
+    patch. Raises TypeError for another kind of object or an object that holds one, PatchError (and
+    changes nothing) for weights on the meta device or outputs that differ by more than the dtype's
+    bound. Patch and unpatch while no other thread is running the model.
     """
     if isinstance(model, Patched):
         return model._embedfuse.report
     return recipe_of(model).install(model)
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model) -> None:
     """Put a patched model back: class, parameters and outputs as before, bit for bit.
 
     Raises ValueError for a model that is not patched.
@@ -45,7 +50,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module) -> Iterator[Report]:
+def patched(model) -> Iterator[Report]:
     """patch on entry, unpatch on exit; a model that was patched before stays patched."""
     before = isinstance(model, Patched)
     report = patch(model)
@@ -56,7 +61,7 @@ def patched(model: nn.Module) -> Iterator[Report]:
             unpatch(model)
 
 
-def report(model: nn.Module) -> Report:
+def report(model) -> Report:
     """The Report of a patched model, kept up to date. ValueError for one that is not patched."""
     if not isinstance(model, Patched):
         raise ValueError(f"model: this {type(model).__name__} is not patched")
@@ -73,18 +78,20 @@ def embed(
 ) -> Tensor:
     """Pooled, normalised vectors of a batch of token ids.
 
-    model: a transformers model that `patch` takes. Patched, the states are pooled where they lie,
-        without padding.
+    model: a transformers model without a head that `patch` takes. Patched, the states are pooled
+        where they lie, without padding.
     input_ids, attention_mask: (batch, length); no mask means no padding.
     pooling: "cls", "last", "mean" or "weighted_mean", as in ops.pool_normalize.
 
     Returns (batch, hidden) in the model's dtype. Differentiable under grad.
     """
-    if not issubclass(recipe_of(model), PackedModel):
-        raise TypeError(f"model: {type(model).__name__}; accepted are transformers models")
+    if not issubclass(recipe_of(model), PackedModel) or model.base_model is not model:
+        raise TypeError(
+            f"model: {type(model).__name__}; accepted are transformers models without a head"
+        )
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if isinstance(model, PackedModel) and not (model._forward_hooks or model._forward_pre_hooks):
-        found = model.packed_states(call)
+    if isinstance(model, PackedModel) and not is_hooked(model):
+        found = model.packed_states(call, pooling)
         if found is not None:
             states, packed = found
             return pool_normalize(

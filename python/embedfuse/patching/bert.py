@@ -1,18 +1,16 @@
 """BERT: positions are the columns of the padded batch."""
 
-import torch
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert
 
 from embedfuse.packing import Packed
+from embedfuse.patching.classifier import PackedClassifier
 from embedfuse.patching.encoder import PackedEncoder
 
 
-class BertModel(PackedEncoder, modeling_bert.BertModel):
-    original = modeling_bert.BertModel
-
-    def position_ids(self, input_ids: Tensor) -> Tensor:
-        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+class BertPositions(PackedEncoder):
+    def position_ids(self, input_ids: Tensor, packed: Packed) -> Tensor:
+        return packed.columns
 
     @staticmethod
     def first_position(embeddings: nn.Module) -> int:
@@ -20,4 +18,15 @@ class BertModel(PackedEncoder, modeling_bert.BertModel):
 
     @staticmethod
     def positions_used(packed: Packed) -> int:
-        return packed.shape[1]
+        return packed.max_seqlen if packed.index is None else packed.shape[1]
+
+
+class BertModel(BertPositions, modeling_bert.BertModel):
+    original = modeling_bert.BertModel
+
+
+class BertForSequenceClassification(
+    PackedClassifier, BertPositions, modeling_bert.BertForSequenceClassification
+):
+    original = modeling_bert.BertForSequenceClassification
+    first_row_reader = "bert.pooler"

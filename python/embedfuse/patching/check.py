@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from embedfuse.patching.plan import has_own_forward
 from embedfuse.patching.report import PatchError
 
-# Largest |patched - original| accepted, as a part of the original's largest value. Both forwards
-# round differently in every layer; a wrong mask or position moves the outputs by far more.
-BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# Accepted deviations (see `deviations`). Both forwards round differently in every layer: on BGE-M3's
+# 24 layers with random weights, bfloat16 differs by 0.03 to 0.04, and positions that are off by one move
+# the outputs by 0.57 to 0.9.
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.12}
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -25,6 +26,15 @@ def check_loaded(model: nn.Module) -> None:
             f"{len(missing)} of {total} parameters are on the meta device, {missing[0]} among them: "
             "load the weights before patching"
         )
+
+
+def check_ids(input_ids: Tensor, words: int) -> None:
+    """Raise IndexError for a token id that the embedding table does not have."""
+    if input_ids.is_cpu and input_ids.numel():  # on a GPU the look would wait for it
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= words:
+            bad = int(low if low < 0 else high)
+            raise IndexError(f"input_ids: token {bad}; accepted are 0 to {words - 1}")
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -47,27 +57,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def deviations(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """|found - expected| / max|expected| per output. Raises PatchError where it exceeds BOUNDS."""
+def deviations(
+    model: nn.Module, expected: dict[str, Tensor], found: dict[str, Tensor]
+) -> dict[str, float]:
+    """max_r |found_r - expected_r| / max_r |expected_r| per output, with the L2 norms of its rows r.
+
+    Raises PatchError where it exceeds the bound of the coarsest dtype among output and parameters.
+    """
+    # A head kept in fp32 scores what layers in 16 bits have rounded.
+    dtypes = {p.dtype for p in model.parameters()} & BOUNDS.keys()
     result = {}
     for name, reference in expected.items():
-        scale = reference.double().abs().nan_to_num().max().clamp_min(1e-6)
-        difference = (found[name].double() - reference.double()).abs()
+        difference = found[name].double() - reference.double()
         both_nan = reference.isnan() & found[name].isnan()
-        worst = (difference.masked_fill(both_nan, 0).max() / scale).item()
-        bound = BOUNDS[reference.dtype]
+        scale = _longest_row(reference.double().nan_to_num()).clamp_min(1e-6)
+        worst = (_longest_row(difference.masked_fill(both_nan, 0)) / scale).item()
+        dtype = max({reference.dtype} | dtypes, key=BOUNDS.__getitem__)
+        bound = BOUNDS[dtype]
         if not worst <= bound:
             raise PatchError(
-                f"{name}: the patched forward deviates by {worst:.1e} of the largest value, "
-                f"accepted for {reference.dtype} is {bound:.0e}; the model is as before"
+                f"{name}: the patched forward deviates by {worst:.1e} of the longest row, "
+                f"accepted for {dtype} is {bound:.0e}; the model is as before"
             )
         result[name] = worst
     return result
 
 
+def _longest_row(x: Tensor) -> Tensor:
+    return (x if x.dim() > 1 else x[:, None]).norm(dim=-1).max()
+
+
+# Outputs that the probe looks at; those of three dimensions are states of tokens.
+_COMPARED = ("last_hidden_state", "pooler_output", "logits")
+
+
 @dataclass(frozen=True)
 class Probe:
-    """Batches for an encoder, compared at the tokens only: mixed lengths, and one short query."""
+    """Batches for an encoder, mixed lengths and one short query; states are compared at the tokens."""
 
     batches: list[dict[str, Tensor]]
 
@@ -93,7 +119,7 @@ class Probe:
             with evaluating(model):
                 output = cls.forward(model, **batch, return_dict=True)
             tokens = batch["attention_mask"] != 0
-            found.setdefault("last_hidden_state", []).append(output.last_hidden_state[tokens])
-            if output.get("pooler_output") is not None:
-                found.setdefault("pooler_output", []).append(output.pooler_output)
+            for name in _COMPARED:
+                if (value := output.get(name)) is not None:
+                    found.setdefault(name, []).append(value[tokens] if value.dim() == 3 else value)
         return {name: torch.cat(parts) for name, parts in found.items()}

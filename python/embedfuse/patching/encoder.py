@@ -2,33 +2,36 @@
 
 import sys
 from abc import abstractmethod
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm
 from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import Packed
-from embedfuse.patching.check import Probe
-from embedfuse.patching.engine import PackedModel
-from embedfuse.patching.plan import Plan
-
-# All compute softmax(q k^T scale) v; a name registered by somebody else may compute anything.
-_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+from embedfuse.patching.check import Probe, check_ids
+from embedfuse.patching.engine import PackedModel, Tokens, padded_call
+from embedfuse.patching.plan import Plan, not_stock
 
 
 class PackedEncoder(PackedModel):
+    """Its layers are those of transformers' `base_model`: the model itself, or the one under its head."""
+
     @classmethod
     def probe(cls, model: nn.Module) -> Probe:
-        tables = model.embeddings
-        room = tables.position_embeddings.num_embeddings - cls.first_position(tables)
         padding_idx = model.config.pad_token_id or 0
-        words = tables.word_embeddings.num_embeddings
-        return Probe.random(words, padding_idx, room, model.device)
+        words = model.base_model.embeddings.word_embeddings.num_embeddings
+        return Probe.random(words, padding_idx, model.longest_sequence(), model.device)
+
+    def longest_sequence(self) -> int:
+        """Tokens that the position table has room for."""
+        tables = self.base_model.embeddings
+        return tables.position_embeddings.num_embeddings - self.first_position(tables)
 
     def make_plan(self) -> Plan:
         if refusal := self._refusal():
             return Plan(self, refusal=refusal)
-        return Plan(self, [read_layer(block) for block in self.encoder.layer])
+        return Plan(self, [read_layer(block) for block in self.base_model.encoder.layer])
 
     def _refusal(self) -> str | None:
         config = self.config
@@ -36,30 +39,32 @@ class PackedEncoder(PackedModel):
             return "the model is configured as a decoder"
         if getattr(config, "position_embedding_type", "absolute") != "absolute":
             return f"config.position_embedding_type is {config.position_embedding_type!r}"
-        if config._attn_implementation not in _ATTENTIONS:
-            return f"attention {config._attn_implementation!r} is not one of transformers' own"
-        return _not_stock(
-            {"embeddings": self.embeddings, "encoder": self.encoder}, self.original.__module__
-        ) or next(filter(None, map(self._block_refusal, range(len(self.encoder.layer)))), None)
+        return not_stock(self, self.assumed())
 
-    def _block_refusal(self, i: int) -> str | None:
-        block, stock, path = self.encoder.layer[i], self.original.__module__, f"encoder.layer.{i}"
-        if why := _not_stock({path: block}, stock):
-            return why
-        children = {f"{path}.{name}": child for name, child in block.named_children()}
-        if why := _not_stock(children, stock):
-            return why
-        inner = block.attention.named_children()
-        return _not_stock({f"{path}.attention.{name}": child for name, child in inner}, stock)
+    def assumed(self) -> Iterator[tuple[str, nn.Module]]:
+        """Path and module of all whose class has to be transformers' own, from the outside in."""
+        base = self.base_model
+        own = "" if base is self else f"{self.base_model_prefix}."
+        if own:
+            yield own[:-1], base
+        yield f"{own}embeddings", base.embeddings
+        yield f"{own}encoder", base.encoder
+        for i, block in enumerate(base.encoder.layer):
+            path = f"{own}encoder.layer.{i}"
+            yield path, block
+            for name, child in block.named_children():
+                yield f"{path}.{name}", child
+            for name, child in block.attention.named_children():
+                yield f"{path}.attention.{name}", child
 
     def misfit(self, packed: Packed) -> str | None:
-        if self.pooler is not None and packed.starts_padded:
+        if self.base_model.pooler is not None and packed.starts_padded:
             return "left padding: the model's pooler reads column 0, where a row has no token"
         return None
 
     @abstractmethod
-    def position_ids(self, input_ids: Tensor) -> Tensor:
-        """(batch, length) as the original numbers them."""
+    def position_ids(self, input_ids: Tensor, packed: Packed) -> Tensor:
+        """(tokens,) as the original numbers them."""
 
     @staticmethod
     @abstractmethod
@@ -71,55 +76,53 @@ class PackedEncoder(PackedModel):
     def positions_used(packed: Packed) -> int:
         """How many position ids the longest row runs through."""
 
-    def check_ids(self, call: dict, packed: Packed) -> None:
-        input_ids = call["input_ids"]
-        places = self.embeddings.position_embeddings.num_embeddings
-        last = self.first_position(self.embeddings) + self.positions_used(packed) - 1
-        if last >= places and call.get("position_ids") is None:
+    def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
+        tables = self.base_model.embeddings
+        places = tables.position_embeddings.num_embeddings
+        last = self.first_position(tables) + self.positions_used(packed) - 1
+        if last >= places and tokens.position_ids is None:
             raise ValueError(
                 f"input_ids: length {packed.shape[1]} (longest sequence {packed.max_seqlen}) needs "
                 f"position {last}; the position table ends at {places - 1}"
             )
-        if input_ids.is_cpu and input_ids.numel():  # on a GPU the look would wait for it
-            low, high = input_ids.aminmax()
-            words = self.embeddings.word_embeddings.num_embeddings
-            if low < 0 or high >= words:
-                bad = int(low if low < 0 else high)
-                raise IndexError(f"input_ids: token {bad}; accepted are 0 to {words - 1}")
+        check_ids(tokens.input_ids, tables.word_embeddings.num_embeddings)
 
-    def run_packed(self, plan: Plan, packed: Packed, call: dict) -> Tensor:
-        return encode(plan.layers, self._embed(packed, call), packed)
+    def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
+        return encode(plan.layers, self._embed(packed, tokens), packed, rows)
 
-    def _embed(self, packed: Packed, call: dict) -> Tensor:
-        tables, input_ids = self.embeddings, call["input_ids"]
-        positions = call.get("position_ids")
-        positions = self.position_ids(input_ids) if positions is None else positions
-        types = call.get("token_type_ids")
+    def sequence_states(
+        self, input_ids: Tensor, packed: Packed, pooling: str | None = None
+    ) -> tuple[Tensor, Packed]:
+        """States of token ids that never were padded, as token_states; what it refuses is padded."""
+        found = self.token_states(input_ids, packed, pooling)
+        if found is not None:
+            return found
+        call = padded_call(input_ids, packed, self.config.pad_token_id)
+        states = self(**call, return_dict=True).last_hidden_state
+        return states[call["attention_mask"] != 0], packed
+
+    def _embed(self, packed: Packed, tokens: Tokens) -> Tensor:
+        tables, input_ids = self.base_model.embeddings, tokens.input_ids
+        positions, types = tokens.position_ids, tokens.token_type_ids
+        if positions is None:
+            positions = self.position_ids(input_ids, packed)
         # The order of the sums is the original's.
-        x = tables.word_embeddings(packed.pack(input_ids))
+        x = tables.word_embeddings(input_ids)
         if types is None:
             x = x + tables.token_type_embeddings.weight[0]
         else:
-            x = x + tables.token_type_embeddings(packed.pack(types))
-        x = x + tables.position_embeddings(packed.pack(positions.expand_as(input_ids)))
+            x = x + tables.token_type_embeddings(types)
+        x = x + tables.position_embeddings(positions)
         return tables.dropout(layer_norm(tables.LayerNorm, x))
 
     def make_output(self, states: Tensor, return_dict: bool):
-        pooled = self.pooler(states) if self.pooler is not None else None
+        pooler = self.base_model.pooler
+        pooled = pooler(states) if pooler is not None else None
         modeling = sys.modules[self.original.__module__]
         output = modeling.BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=states, pooler_output=pooled
         )
         return output if return_dict else output.to_tuple()
-
-
-def _not_stock(modules: dict[str, nn.Module], stock: str) -> str | None:
-    """The first module that transformers' file `stock` does not define."""
-    for path, module in modules.items():
-        kind = type(module)
-        if kind.__module__ != stock:
-            return f"{path} is a {kind.__module__}.{kind.__qualname__}, not one of {stock}"
-    return None
 
 
 def read_layer(block: nn.Module) -> EncoderLayer:

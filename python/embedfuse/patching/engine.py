@@ -9,14 +9,16 @@ import functools
 import inspect
 import threading
 from abc import abstractmethod
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.linear import FusedLinear
-from embedfuse.packing import Packed, pack
+from embedfuse.packing import Packed, pack, unpadded
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
-from embedfuse.patching.plan import Plan
+from embedfuse.patching.plan import Plan, is_hooked
 from embedfuse.patching.recipes import recipe
 from embedfuse.patching.report import Report
 
@@ -29,7 +31,7 @@ _FLAGS = {"output_attentions", "output_hidden_states", "use_cache"}
 class Patched:
     """Mixin of every patched object. `original` is the class that it had."""
 
-    original: type[nn.Module]
+    original: type
     _embedfuse: "PatchState"
 
     def __init_subclass__(cls, **kwargs):
@@ -44,7 +46,7 @@ class Patched:
 
     @classmethod
     @abstractmethod
-    def install(cls, model: nn.Module) -> Report:
+    def install(cls, model) -> Report:
         """Patch `model`, check it, and put everything back if the check fails."""
 
     @abstractmethod
@@ -52,7 +54,7 @@ class Patched:
         """Put back what install changed."""
 
     @classmethod
-    def swap_in(cls, model: nn.Module, report: Report) -> None:
+    def swap_in(cls, model, report: Report) -> None:
         model._embedfuse = PatchState(report)
         model.__class__ = cls
 
@@ -67,12 +69,14 @@ def _new_patched(original: type) -> Patched:
 
 
 class PatchState:
-    """What a patched model carries: its report and its plan. Copies and pickles without the plan."""
+    """What a patched model carries: its report and its plan. Copies and pickles without plan and cache."""
 
     def __init__(self, report: Report):
         self.report = report
         self.plan: Plan | None = None
         self.fused: list[FusedLinear] = []
+        self.cache: dict = {}  # what an integration builds once per object
+        self.patched_before = False  # of a holder: whether the model inside was
         self.lock = threading.Lock()
 
     def __getstate__(self):
@@ -82,10 +86,39 @@ class PatchState:
         self.__init__(state["report"])
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What the embedding layer reads, each (tokens,); None where the model fills it in."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, call: dict, packed: Packed) -> "Tokens":
+        input_ids = call["input_ids"]
+        others = (call.get("token_type_ids"), call.get("position_ids"))
+        return cls(
+            packed.pack(input_ids),
+            *(None if t is None else packed.pack(t.expand_as(input_ids)) for t in others),
+        )
+
+
+def padded_call(input_ids: Tensor, packed: Packed, padding_idx: int | None) -> dict[str, Tensor]:
+    """Arguments of a transformers forward for token ids (tokens,), padded on the right."""
+    parts = input_ids.split(packed.lengths)
+    padded = nn.utils.rnn.pad_sequence(parts, True, padding_idx or 0)
+    lengths = torch.tensor(packed.lengths, device=input_ids.device)[:, None]
+    mask = torch.arange(padded.shape[1], device=input_ids.device) < lengths
+    return {"input_ids": padded, "attention_mask": mask.long()}
+
+
 class PackedModel(Patched):
     """A transformers model that runs without padding. Recipes give the five methods below."""
 
     _argument_names: tuple[str, ...]
+    # Poolings for which run_packed takes `rows`.
+    pruned_poolings: tuple[str, ...] = ("cls", "last")
 
     @classmethod
     @abstractmethod
@@ -97,12 +130,12 @@ class PackedModel(Patched):
         """Read the model's layers; a Plan with `refusal` when they are not the stock ones."""
 
     @abstractmethod
-    def check_ids(self, call: dict, packed: Packed) -> None:
+    def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
         """Raise for ids or lengths that the embedding tables do not have."""
 
     @abstractmethod
-    def run_packed(self, plan: Plan, packed: Packed, call: dict) -> Tensor:
-        """(tokens, hidden) states of the call."""
+    def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
+        """(tokens, hidden) states, or those of `rows`, which holds one row of each sequence."""
 
     @abstractmethod
     def make_output(self, states: Tensor, return_dict: bool):
@@ -134,7 +167,7 @@ class PackedModel(Patched):
                 probe = cls.probe(model)
                 expected = probe.run(model, cls.original)
                 report.fused += model.fuse()
-                report.deviations = deviations(expected, probe.run(model, cls))
+                report.deviations = deviations(model, expected, probe.run(model, cls))
         except BaseException:
             model.uninstall()
             raise
@@ -152,18 +185,27 @@ class PackedModel(Patched):
         if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
             return self.original.forward(self, *args, **kwargs)  # for its TypeError
         call = dict(zip(names, args, strict=False)) | kwargs
-        packed_states = self.packed_states(call)
-        if packed_states is None:
-            return self.original.forward(self, *args, **kwargs)
-        states, packed = packed_states
+        output = self.packed_output(call)
+        return self.original.forward(self, *args, **kwargs) if output is None else output
+
+    def packed_output(self, call: dict):
+        """What forward returns, from the packed states; None when the original has to run."""
+        found = self.packed_states(call)
+        if found is None:
+            return None
+        states, packed = found
         return_dict = call.get("return_dict")
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return self.make_output(packed.pad(states), return_dict)
 
-    def packed_states(self, call: dict, count: bool = True) -> tuple[Tensor, Packed] | None:
+    def packed_states(
+        self, call: dict, pooling: str | None = None, count: bool = True
+    ) -> tuple[Tensor, Packed] | None:
         """The states of a forward call's arguments, packed; None when the original has to run.
 
+        pooling: what the caller will pool with. Where that reads one row of each sequence
+        (pruned_poolings), only these rows come back, as sequences of one token.
         count: whether to count that in the report; a caller that goes on to `forward` leaves it to it.
         """
         # The original is traced as it is: under a compiler the padding is the compiler's business.
@@ -178,8 +220,28 @@ class PackedModel(Patched):
             if count:
                 self._embedfuse.report.original(reason)
             return None
-        self.check_ids(call, packed)
-        return self.run_packed(plan, packed, call), packed
+        return self._run(plan, packed, Tokens.of(call, packed), pooling)
+
+    def token_states(
+        self, input_ids: Tensor, packed: Packed, pooling: str | None = None
+    ) -> tuple[Tensor, Packed] | None:
+        """The states of token ids (tokens,) that never were padded; otherwise as packed_states."""
+        plan = self._current_plan()
+        reason = plan.refusal or plan.bypassed() or self._unserved({"input_ids": input_ids})
+        if reason is not None or is_hooked(self):
+            return None  # a caller that goes on to `forward` leaves the count to it
+        return self._run(plan, packed, Tokens(input_ids), pooling)
+
+    def _run(
+        self, plan: Plan, packed: Packed, tokens: Tokens, pooling: str | None
+    ) -> tuple[Tensor, Packed]:
+        self.check_tokens(tokens, packed)
+        if pooling not in self.pruned_poolings or 0 in packed.lengths:
+            return self.run_packed(plan, packed, tokens, None), packed
+        ends = packed.cu_seqlens
+        rows = ends[:-1] if pooling == "cls" else ends[1:] - 1
+        batch = len(packed.lengths)
+        return self.run_packed(plan, packed, tokens, rows), unpadded([1] * batch, ends.device)
 
     def misfit(self, packed: Packed) -> str | None:
         """Why the original has to serve a batch of this shape."""
@@ -198,6 +260,8 @@ class PackedModel(Patched):
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             return "the call is captured into a CUDA graph"
         mask = call.get("attention_mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            return f"attention_mask is a {type(mask).__name__}"
         if mask is not None and mask.dim() != 2:
             return f"attention_mask has {mask.dim()} dimensions"
         return None
@@ -220,11 +284,16 @@ class PackedModel(Patched):
         Not called in forward, because other threads may be running the model.
         """
         layers = self._current_plan().layers
-        self._embedfuse.fused = [layer.qkv for layer in layers if layer.qkv.fuse()]
-        return [
-            f"{len(layers)} layers without padding",
-            f"{len(self._embedfuse.fused)} QKV projections as one GEMM",
-        ]
+        self._embedfuse.fused = []
+        counts = Counter()
+        for layer in layers:
+            for name, projection in layer.projections.items():
+                fused = projection.fuse()
+                counts[name] += fused
+                if fused:
+                    self._embedfuse.fused.append(projection)
+        told = [f"{n} {name} projections as one GEMM" for name, n in counts.items()]
+        return [f"{len(layers)} layers without padding", *told]
 
     def train(self, mode: bool = True):
         # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
@@ -242,5 +311,6 @@ class PackedModel(Patched):
     def __setstate__(self, state):
         super().__setstate__(state)
         for layer in self._current_plan().layers:
-            layer.qkv.part()  # pickle gives each view of a storage the whole of it
+            for projection in layer.projections.values():
+                projection.part()  # pickle gives each view of a storage the whole of it
         self.fuse()

@@ -1,10 +1,12 @@
 """Plan: a model's layers as the packed tower sees them, and whether they still are what they were."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -15,12 +17,28 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _HARMLESS = ("output_capturing_hook", "make_inputs_require_grads")
 
 
+# All compute softmax(q k^T scale) v; a name registered by somebody else may compute anything.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def not_stock(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """The first of these (path, module) whose class is not of the model's own file, or its attention."""
+    if model.config._attn_implementation not in _ATTENTIONS:
+        return f"attention {model.config._attn_implementation!r} is not one of transformers' own"
+    stock = model.original.__module__
+    for path, module in modules:
+        kind = type(module)
+        if kind.__module__ != stock:
+            return f"{path} is a {kind.__module__}.{kind.__qualname__}, not one of {stock}"
+    return None
+
+
 @dataclass
 class Plan:
     """layers, or `refusal`: why this model's own forward has to run."""
 
     model: nn.Module
-    layers: list[EncoderLayer] = field(default_factory=list)
+    layers: list[EncoderLayer] | list[DecoderLayer] = field(default_factory=list)
     refusal: str | None = None
     watched: list[tuple[dict, str, nn.Module, str]] = field(default_factory=list)
 
@@ -50,6 +68,11 @@ class Plan:
                 if hooks and not all(map(_is_harmless, hooks.values())):
                     return f"{path} has a hook"
         return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its class's forward."""
+    return has_own_forward(module) or any(module.__dict__.get(name) for name in _HOOKS)
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -2,15 +2,35 @@
 
 import importlib
 
+_BERT = "transformers.models.bert.modeling_bert"
+_ROBERTA = "transformers.models.roberta.modeling_roberta"
+_XLM_ROBERTA = "transformers.models.xlm_roberta.modeling_xlm_roberta"
+_MODELS = "transformers.models"
 # Class of the original -> module that has the patched class of the same name.
 RECIPES = {
-    "transformers.models.bert.modeling_bert.BertModel": "embedfuse.patching.bert",
-    "transformers.models.roberta.modeling_roberta.RobertaModel": "embedfuse.patching.roberta",
-    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel": (
-        "embedfuse.patching.xlm_roberta"
-    ),
+    f"{_BERT}.BertModel": "embedfuse.patching.bert",
+    f"{_BERT}.BertForSequenceClassification": "embedfuse.patching.bert",
+    f"{_ROBERTA}.RobertaModel": "embedfuse.patching.roberta",
+    f"{_ROBERTA}.RobertaForSequenceClassification": "embedfuse.patching.roberta",
+    f"{_XLM_ROBERTA}.XLMRobertaModel": "embedfuse.patching.xlm_roberta",
+    f"{_XLM_ROBERTA}.XLMRobertaForSequenceClassification": "embedfuse.patching.xlm_roberta",
+    f"{_MODELS}.mistral.modeling_mistral.MistralModel": "embedfuse.patching.mistral",
+    f"{_MODELS}.llama.modeling_llama.LlamaModel": "embedfuse.patching.llama",
+    f"{_MODELS}.qwen2.modeling_qwen2.Qwen2Model": "embedfuse.patching.qwen2",
+    f"{_MODELS}.qwen3.modeling_qwen3.Qwen3Model": "embedfuse.patching.qwen3",
     "sentence_transformers.sentence_transformer.model.SentenceTransformer": (
         "embedfuse.integrations.sentence_transformers"
+    ),
+    "peft.peft_model.PeftModel": "embedfuse.integrations.peft",
+    "peft.peft_model.PeftModelForFeatureExtraction": "embedfuse.integrations.peft",
+    "FlagEmbedding.inference.embedder.encoder_only.m3.M3Embedder": (
+        "embedfuse.integrations.flag_embedding"
+    ),
+    "FlagEmbedding.inference.reranker.encoder_only.base.BaseReranker": (
+        "embedfuse.integrations.flag_reranker"
+    ),
+    "sentence_transformers.cross_encoder.model.CrossEncoder": (
+        "embedfuse.integrations.cross_encoder"
     ),
 }
 

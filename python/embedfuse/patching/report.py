@@ -15,7 +15,7 @@ class PatchError(RuntimeError):
 class Report:
     """What was fused, what was refused and why, and what it costs.
 
-    deviations: largest |patched - original| / max|original| of each output on the probe batch.
+    deviations: largest |patched row - original row| / largest |original row| of each output on the probe.
     memory_bytes: parameter memory after patching minus before.
     original_calls: calls served by the original forward since patching, by reason.
     """
@@ -38,7 +38,7 @@ class Report:
         lines += [f"  fused    {what}" for what in self.fused]
         lines += [f"  refused  {what}: {why}" for what, why in self.refused.items()]
         lines += [
-            f"  checked  {name}: largest deviation {value:.1e} of its largest value"
+            f"  checked  {name}: largest deviation {value:.1e} of its longest row"
             for name, value in self.deviations.items()
         ]
         lines.append(f"  memory   {self.memory_bytes:+,} bytes")

@@ -1,18 +1,22 @@
 """RoBERTa: positions count the tokens that are not the padding token, from padding_idx + 1 on."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.roberta import modeling_roberta
 
 from embedfuse.packing import Packed
+from embedfuse.patching.classifier import PackedClassifier
 from embedfuse.patching.encoder import PackedEncoder
 
 
 class RobertaPositions(PackedEncoder):
-    def position_ids(self, input_ids: Tensor) -> Tensor:
-        padding_idx = self.embeddings.padding_idx
+    def position_ids(self, input_ids: Tensor, packed: Packed) -> Tensor:
+        padding_idx = self.base_model.embeddings.padding_idx
         tokens = input_ids != padding_idx
+        count = F.pad(tokens.cumsum(0), (1, 0))
+        before = count[packed.cu_seqlens[:-1].long()][packed.sequence]
         # A padding token inside the text keeps position padding_idx, as in the original.
-        return tokens.cumsum(1) * tokens + padding_idx
+        return (count[1:] - before) * tokens + padding_idx
 
     @staticmethod
     def first_position(embeddings: nn.Module) -> int:
@@ -25,3 +29,10 @@ class RobertaPositions(PackedEncoder):
 
 class RobertaModel(RobertaPositions, modeling_roberta.RobertaModel):
     original = modeling_roberta.RobertaModel
+
+
+class RobertaForSequenceClassification(
+    PackedClassifier, RobertaPositions, modeling_roberta.RobertaForSequenceClassification
+):
+    original = modeling_roberta.RobertaForSequenceClassification
+    first_row_reader = "classifier"

@@ -1,0 +1,178 @@
+"""The pre-norm decoder tower (Mistral, LLaMA, Qwen) on packed tokens."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from embedfuse.nn.attention import attention
+from embedfuse.nn.linear import FusedLinear, is_plain, linear
+from embedfuse.nn.tower import alike, checkpointed, project, steps
+from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
+from embedfuse.ops.rope import OP as ROPE
+from embedfuse.ops.rope import rotate
+from embedfuse.ops.silu_mul import OP as SILU_MUL
+from embedfuse.packing import Packed, unpadded
+
+
+@dataclass
+class DecoderLayer:
+    """The modules of one layer, wherever the model keeps them.
+
+    x = x + out(attention(qkv(norm1(x))));  x = x + down(activation(gate(n)) up(n)), n = norm2(x).
+    Query and key are normalised per head (Qwen3) and rotated. The norms are transformers'
+    …RMSNorm: `weight` and `variance_epsilon`.
+    """
+
+    block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
+    norm1: nn.Module
+    qkv: FusedLinear  # of query, key and value
+    head_dim: int
+    scale: float
+    window: int | None  # keys that a token sees, its own the last
+    attention: nn.Module  # its training flag
+    dropout: float  # of attention weights, in training
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    out: nn.Module
+    norm2: nn.Module
+    gate_up: FusedLinear
+    activation: nn.Module
+    down: nn.Module
+
+    @property
+    def projections(self) -> dict[str, FusedLinear]:
+        return {"QKV": self.qkv, "gate and up": self.gate_up}
+
+    def __call__(
+        self,
+        y: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        packed: Packed,
+        plain: bool,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's input is y + residual (tokens, hidden), and so is its output.
+
+        Left as two, because the norm that follows adds them. With `rows`, the result for these
+        tokens alone (see `decode`).
+        """
+        x, residual = add_norm(self.norm1, y, residual, plain)
+        y = self.attend(x, cos, sin, packed, plain, rows)
+        if rows is not None:
+            residual = residual[rows]
+        x, residual = add_norm(self.norm2, linear(self.out, y, plain), residual, plain)
+        gate, up = self.gate_up(x, plain)
+        return linear(self.down, activate(self.activation, gate, up, plain), plain), residual
+
+    def attend(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        packed: Packed,
+        plain: bool,
+        rows: Tensor | None,
+    ) -> Tensor:
+        projections = project(self.qkv, x, rows, plain)
+        query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
+        queries, at_query = None, (cos, sin)
+        if rows is not None:
+            queries, at_query = unpadded([1] * len(rows), x.device), (cos[rows], sin[rows])
+        to_query, to_key, _ = self.qkv.linears
+        return attention(
+            turn(to_query, self.query_norm, query, *at_query, plain),
+            turn(to_key, self.key_norm, key, cos, sin, plain),
+            value,
+            packed,
+            scale=self.scale,
+            dropout=self.dropout if self.attention.training else 0.0,
+            queries=queries,
+            causal=True,
+            window=self.window,
+        )
+
+
+def turn(
+    module: nn.Module, norm: nn.Module | None, x: Tensor, cos: Tensor, sin: Tensor, plain: bool
+) -> Tensor:
+    """module's result x (tokens, heads, head_dim), normalised and rotated, in place where it is ours."""
+    ours = type(module) is nn.Linear
+    if norm is not None:
+        x, ours = add_norm(norm, x, None, plain)[0], True
+    if not (plain and alike(x, cos, sin) and ROPE.accelerates(x)):
+        return rotate(x, cos, sin)
+    x = x if ours else x.clone()
+    ROPE(x, cos, sin)
+    return x
+
+
+def add_norm(
+    norm: nn.Module, y: Tensor, residual: Tensor | None, plain: bool
+) -> tuple[Tensor, Tensor]:
+    """norm(y + residual) and the sum; no residual is none to add."""
+    if plain and alike(y, residual, norm.weight) and ADD_RMS_NORM.accelerates(y):
+        normed, summed = ADD_RMS_NORM(y, residual, norm.weight, norm.variance_epsilon)
+        return normed, y if residual is None else summed
+    summed = y if residual is None else residual + y
+    return norm(summed), summed
+
+
+def activate(activation: nn.Module, gate: Tensor, up: Tensor, plain: bool) -> Tensor:
+    """activation(gate) up"""
+    if plain and is_silu(activation) and alike(gate, up) and SILU_MUL.accelerates(gate):
+        return SILU_MUL(gate, up)
+    return activation(gate) * up
+
+
+def is_silu(activation: nn.Module) -> bool:
+    from transformers.activations import SiLUActivation  # loaded already by whoever has a model
+
+    return type(activation) in (nn.SiLU, SiLUActivation)
+
+
+def decode(
+    layers: list[DecoderLayer],
+    norm: nn.Module,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    packed: Packed,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """x: (tokens, hidden) embeddings -> norm of the (tokens, hidden) states after the last layer.
+
+    cos, sin: (tokens, head_dim / 2), as in ops.rope, of each token's position.
+    rows: (batch,) int64, the last token of each sequence, where only their states are wanted (last
+    because attention counts query rows from the end). The last layer then computes keys and values
+    for all tokens and the rest for these; returns (batch, hidden).
+    """
+    plain = is_plain(x)
+    states = [
+        run(layers, norm, x[tokens], cos[tokens], sin[tokens], part, plain, of_part)
+        for tokens, part, of_part in steps(x, packed, rows)
+    ]
+    return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def run(
+    layers: list[DecoderLayer],
+    norm: nn.Module,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    packed: Packed,
+    plain: bool,
+    rows: Tensor | None,
+) -> Tensor:
+    state = x, None
+    for layer in layers:
+        wanted = rows if layer is layers[-1] else None
+        step = partial(layer, cos=cos, sin=sin, packed=packed, plain=plain, rows=wanted)
+        state = checkpointed(layer.block, step, *state)
+    if rows is not None and not layers:
+        state = x[rows], None
+    return add_norm(norm, *state, plain)[0]

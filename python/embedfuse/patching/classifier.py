@@ -1,0 +1,71 @@
+"""…ForSequenceClassification (rerankers): a packed encoder under the original's own head and loss."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from embedfuse.packing import Packed
+from embedfuse.patching.encoder import PackedEncoder
+from embedfuse.patching.engine import Patched, padded_call
+from embedfuse.patching.report import PatchError, Report
+
+# Arguments of the head alone; the second comes from transformers' Trainer, and the originals ignore it.
+_HEAD_ARGUMENTS = {"labels", "num_items_in_batch"}
+
+
+class PackedClassifier(PackedEncoder):
+    """The head reads the first row of each sequence, so no other row is padded back.
+
+    Head, loss and output are the original forward itself, run with these rows where the base model
+    would be called. The base model inside keeps its class: what the packed path cannot serve runs on
+    the original from end to end.
+    """
+
+    # Path of the module that takes row 0 of the states.
+    first_row_reader: str
+
+    @classmethod
+    def install(cls, model: nn.Module) -> Report:
+        if isinstance(model.base_model, Patched):
+            raise PatchError(
+                f"{model.base_model_prefix} is patched on its own: unpatch it, then patch the whole"
+            )
+        return super().install(model)
+
+    def assumed(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().assumed()
+        yield self.first_row_reader, self.get_submodule(self.first_row_reader)
+
+    def misfit(self, packed: Packed) -> str | None:
+        if packed.starts_padded:
+            return "left padding: the classifier reads column 0, where a row has no token"
+        return None
+
+    def packed_output(self, call: dict):
+        found = self.packed_states(
+            {k: v for k, v in call.items() if k not in _HEAD_ARGUMENTS}, pooling="cls"
+        )
+        return None if found is None else self._head(found[0], **call)
+
+    def sequence_logits(self, input_ids: Tensor, packed: Packed) -> Tensor:
+        """(batch, labels) of token ids (tokens,) that never were padded."""
+        found = self.token_states(input_ids, packed, pooling="cls")
+        if found is None:
+            return self(**padded_call(input_ids, packed, self.config.pad_token_id)).logits
+        return self._head(found[0], input_ids).logits
+
+    def _head(self, rows: Tensor, *args, **kwargs):
+        """The original forward's output, given the states (batch, hidden) of the first tokens."""
+        base_output = self.make_output(rows[:, None], return_dict=True)
+        return self.original.forward(_BaseModelDone(self, base_output), *args, **kwargs)
+
+
+class _BaseModelDone:
+    """A model whose base model has run: called by the model's forward, it returns `base_output`."""
+
+    def __init__(self, model: nn.Module, base_output):
+        self._model = model
+        setattr(self, model.base_model_prefix, lambda *args, **kwargs: base_output)
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)

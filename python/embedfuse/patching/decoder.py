@@ -1,0 +1,108 @@
+"""What Mistral, LLaMA, Qwen2 and Qwen3 share: module names, rotary positions, outputs."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from embedfuse.nn.decoder import DecoderLayer, decode
+from embedfuse.nn.linear import FusedLinear
+from embedfuse.packing import Packed
+from embedfuse.patching.check import Probe, check_ids
+from embedfuse.patching.engine import PackedModel, Tokens
+from embedfuse.patching.plan import Plan, not_stock
+
+_PROBE_TOKENS = 64  # at least as long as any text of the probe
+
+
+class PackedDecoder(PackedModel):
+    """A causal tower without its head, run once over whole texts: no cache is read or made.
+
+    `past_key_values` of the output is None unless a call asks for it with use_cache=True, which the
+    original serves; config.use_cache, true by default, does not count as asking.
+    """
+
+    # The tower takes a sequence's last row alone: its attention counts query rows from the end.
+    pruned_poolings = ("last",)
+
+    @classmethod
+    def probe(cls, model: nn.Module) -> Probe:
+        config = model.config
+        padding_idx = config.pad_token_id or 0
+        return Probe.random(config.vocab_size, padding_idx, _PROBE_TOKENS, model.device)
+
+    def make_plan(self) -> Plan:
+        if refusal := not_stock(self, self._assumed()):
+            return Plan(self, refusal=refusal)
+        blocks = self.layers[: self.config.num_hidden_layers]
+        return Plan(self, [self._read_layer(i, block) for i, block in enumerate(blocks)])
+
+    def _assumed(self) -> Iterator[tuple[str, nn.Module]]:
+        """Path and module of all whose class has to be transformers' own."""
+        yield "norm", self.norm
+        yield "rotary_emb", self.rotary_emb
+        for i, block in enumerate(self.layers):
+            yield f"layers.{i}", block
+            for name, child in block.named_children():
+                yield f"layers.{i}.{name}", child
+            for name, child in block.self_attn.named_children():
+                if name in ("q_norm", "k_norm"):
+                    yield f"layers.{i}.self_attn.{name}", child
+
+    def _read_layer(self, index: int, block: nn.Module) -> DecoderLayer:
+        attention, mlp = block.self_attn, block.mlp
+        return DecoderLayer(
+            block=block,
+            norm1=block.input_layernorm,
+            qkv=FusedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
+            head_dim=attention.head_dim,
+            scale=attention.scaling,
+            window=self.window(index),
+            attention=attention,
+            dropout=attention.attention_dropout,
+            query_norm=getattr(attention, "q_norm", None),
+            key_norm=getattr(attention, "k_norm", None),
+            out=attention.o_proj,
+            norm2=block.post_attention_layernorm,
+            gate_up=FusedLinear((mlp.gate_proj, mlp.up_proj)),
+            activation=mlp.act_fn,
+            down=mlp.down_proj,
+        )
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a token sees in this layer, its own the last; None: all before it."""
+        types = getattr(self.config, "layer_types", None)
+        return self.config.sliding_window if types and types[layer] == "sliding_attention" else None
+
+    def _unserved(self, call: dict) -> str | None:
+        config, blocks = self.config, self.layers
+        causal = getattr(config, "is_causal", True) and all(b.self_attn.is_causal for b in blocks)
+        if not causal:
+            return "the model is configured to look ahead (is_causal is false)"
+        if call.get("position_ids") is not None and call.get("attention_mask") is None:
+            return "position_ids without attention_mask: each restart begins a text of its own"
+        return super()._unserved(call)
+
+    def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
+        if type(self.embed_tokens) is nn.Embedding:
+            check_ids(tokens.input_ids, self.embed_tokens.num_embeddings)
+
+    def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
+        x = self.embed_tokens(tokens.input_ids)
+        if tokens.position_ids is None:
+            # All columns, as the original: some rotary modules look at the largest position.
+            length = packed.max_seqlen if packed.index is None else packed.shape[1]
+            columns = torch.arange(length, device=x.device)
+            angles = [t[0][packed.columns] for t in self.rotary_emb(x, columns[None])]
+        else:
+            angles = [t[0] for t in self.rotary_emb(x, tokens.position_ids[None])]
+        # They hold each angle twice, once for either half of a head.
+        cos, sin = (t[:, : t.shape[1] // 2] for t in angles)
+        return decode(plan.layers, self.norm, x, cos, sin, packed, rows)
+
+    def make_output(self, states: Tensor, return_dict: bool):
+        output = sys.modules[self.original.__module__].BaseModelOutputWithPast(
+            last_hidden_state=states
+        )
+        return output if return_dict else output.to_tuple()

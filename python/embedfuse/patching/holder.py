@@ -1,0 +1,49 @@
+"""Objects that hold a transformers model: patched together with it."""
+
+from abc import abstractmethod
+
+from torch import nn
+
+from embedfuse.patching.engine import Patched
+from embedfuse.patching.recipes import recipe_of
+from embedfuse.patching.report import Report
+
+
+class PatchedHolder(Patched):
+    """Mixin of a patched object that holds a transformers model and has it patched too.
+
+    A holder of a model that was patched before leaves it patched when it is put back.
+    """
+
+    @classmethod
+    @abstractmethod
+    def held(cls, model) -> nn.Module:
+        """The transformers model inside. TypeError for what cannot be patched."""
+
+    @classmethod
+    @abstractmethod
+    def wrap(cls, model, report: Report) -> None:
+        """swap_in `model`, whose held model is patched, and compare its results before and after."""
+
+    @classmethod
+    def install(cls, model) -> Report:
+        inner = cls.held(model)
+        patched_before = isinstance(inner, Patched)
+        report = inner._embedfuse.report if patched_before else recipe_of(inner).install(inner)
+        try:
+            cls.wrap(model, report)
+        except BaseException:
+            if isinstance(model, Patched):
+                model.swap_out()
+            if not patched_before:
+                inner.uninstall()
+            raise
+        report.original_calls.clear()  # those of the comparison
+        model._embedfuse.patched_before = patched_before
+        return report
+
+    def uninstall(self) -> None:
+        inner = self.held(self)
+        if isinstance(inner, Patched) and not self._embedfuse.patched_before:
+            inner.uninstall()
+        self.swap_out()
