@@ -12,3 +12,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def m3_folder(tmp_path_factory) -> str:
+    """BGE-M3's architecture and file layout at small size, random weights."""
+    from benchmarks.checkpoints import SMALL, make_bge_m3
+
+    return str(make_bge_m3(tmp_path_factory.mktemp("bge-m3"), SMALL))
+
+
+@pytest.fixture(scope="session")
+def reranker_folder(tmp_path_factory) -> str:
+    """bge-reranker-v2-m3's architecture at small size, random weights."""
+    from benchmarks.checkpoints import SMALL, make_reranker
+
+    return str(make_reranker(tmp_path_factory.mktemp("bge-reranker"), SMALL))

@@ -6,6 +6,7 @@ from embedfuse.registry import BackendError, use_backend
 
 __all__ = [
     "BackendError",
+    "Embedder",
     "PatchError",
     "Report",
     "embed",
@@ -16,3 +17,11 @@ __all__ = [
     "unpatch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str):
+    if name == "Embedder":  # on first use, because it imports transformers
+        from embedfuse.embedder import Embedder
+
+        return Embedder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

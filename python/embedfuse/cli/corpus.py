@@ -1,6 +1,7 @@
 """Real text that every machine has: the docstrings of Python's standard library."""
 
 import ast
+import functools
 import random
 import sysconfig
 import warnings
@@ -9,6 +10,11 @@ from pathlib import Path
 
 def stdlib_docstrings(limit: int | None = None) -> list[str]:
     """Distinct docstrings of modules, classes and functions, in a fixed shuffled order."""
+    return list(_stdlib_docstrings()[:limit])
+
+
+@functools.cache
+def _stdlib_docstrings() -> tuple[str, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, None] = {}
     for path in sorted(root.rglob("*.py")):
@@ -27,4 +33,4 @@ def stdlib_docstrings(limit: int | None = None) -> list[str]:
                     found[docstring] = None
     texts = list(found)
     random.Random(0).shuffle(texts)
-    return texts[:limit]
+    return tuple(texts)

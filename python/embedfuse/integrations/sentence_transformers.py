@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from embedfuse.ops import pool_normalize
 from embedfuse.patching.check import deviations, evaluating
-from embedfuse.patching.engine import PackedModel, Patched
+from embedfuse.patching.engine import PackedModel
+from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.report import Report
 
 _ORIGINAL = sentence_transformers.SentenceTransformer
@@ -52,52 +53,30 @@ def _pooled(only: bool) -> Iterator[None]:
         _pooled_only.reset(token)
 
 
-class SentenceTransformer(Patched, _ORIGINAL):
+class SentenceTransformer(PatchedHolder, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
-    def install(cls, model: _ORIGINAL) -> Report:
-        from embedfuse.patching.api import patch
+    def held(cls, model: _ORIGINAL) -> nn.Module:
+        return transformers_model(model)
 
-        inner = getattr(model[0], "model", None)
-        if type(model[0]) is not Transformer or not isinstance(inner, nn.Module):
-            raise TypeError(
-                f"model: its first module is {type(model[0]).__name__}; accepted is Transformer"
-            )
-        patched_before = isinstance(inner, Patched)
-        report = patch(inner)
-        try:
-            features = dict(model.preprocess(list(_PROBE_TEXTS)))
-            for name, value in features.items():
-                features[name] = value.to(model.device) if isinstance(value, Tensor) else value
-            with evaluating(model):
-                expected = _ORIGINAL.forward(model, dict(features))
-            cls.swap_in(model, report)
-            pooling = model._fused_pooling(features)
-            if pooling is None:
-                report.refused["pooling"] = (
-                    "not a Transformer, one standard Pooling, and a known rest"
-                )
-            else:
-                report.fused.append(f"{pooling} pooling and normalisation in one kernel")
-            with _pooled(only=True), evaluating(model):
-                found = model.forward(dict(features))
-            if _VECTOR in expected:
-                report.deviations |= deviations({_VECTOR: expected[_VECTOR]}, found)
-            report.original_calls.clear()  # the probe's own
-        except BaseException:
-            if isinstance(model, Patched):
-                model.swap_out()
-            if not patched_before:
-                inner.uninstall()
-            raise
-        return report
-
-    def uninstall(self) -> None:
-        inner = self[0].model
-        if isinstance(inner, Patched):
-            inner.uninstall()
-        self.swap_out()
+    @classmethod
+    def wrap(cls, model: _ORIGINAL, report: Report) -> None:
+        features = dict(model.preprocess(list(_PROBE_TEXTS)))
+        for name, value in features.items():
+            features[name] = value.to(model.device) if isinstance(value, Tensor) else value
+        with evaluating(model):
+            expected = _ORIGINAL.forward(model, dict(features))
+        cls.swap_in(model, report)
+        pooling = model._fused_pooling(features)
+        if pooling is None:
+            report.refused["pooling"] = "not a Transformer, one standard Pooling, and a known rest"
+        else:
+            report.fused.append(f"{pooling} pooling and normalisation in one kernel")
+        with _pooled(only=True), evaluating(model):
+            found = model.forward(dict(features))
+        if _VECTOR in expected:
+            report.deviations |= deviations(model, {_VECTOR: expected[_VECTOR]}, found)
 
     @functools.wraps(_ORIGINAL.encode)
     def encode(self, *args, **kwargs):
@@ -111,7 +90,7 @@ class SentenceTransformer(Patched, _ORIGINAL):
     def forward(self, input, **kwargs):
         pooling = self._fused_pooling(input) if _pooled_only.get() and not kwargs else None
         call = {name: input[name] for name in _INPUTS & set(input)}
-        found = pooling and self[0].model.packed_states(call, count=False)
+        found = pooling and self[0].model.packed_states(call, pooling, count=False)
         if not found:
             return super().forward(input, **kwargs)
         states, packed = found
@@ -144,6 +123,16 @@ class SentenceTransformer(Patched, _ORIGINAL):
         if pooling.pooling_mode == "weightedmean" and mask is not None and not mask[:, 0].all():
             return None  # sentence-transformers before 6.1 counts from column 0 there
         return _POOLINGS.get(pooling.pooling_mode)
+
+
+def transformers_model(model: nn.Sequential) -> nn.Module:
+    """The transformers model that the pipeline starts with. TypeError where it has none."""
+    inner = getattr(model[0], "model", None)
+    if type(model[0]) is not Transformer or not isinstance(inner, nn.Module):
+        raise TypeError(
+            f"model: its first module is {type(model[0]).__name__}; accepted is Transformer"
+        )
+    return inner
 
 
 _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}

@@ -1,0 +1,145 @@
+"""Checkpoint folders of BGE-M3's and its reranker's true architecture, with random weights.
+
+The files lie as in the published repositories, so FlagEmbedding, sentence-transformers and embedfuse
+load the same folder. `python -m benchmarks.checkpoints bge-m3 FOLDER` writes the full size (2.3 GB).
+Every figure made with one says "random weights, true architecture".
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from torch import nn
+
+from embedfuse.cli.corpus import stdlib_docstrings
+
+FULL = {
+    "vocab_size": 250002,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 8194,
+}
+SMALL = {
+    "vocab_size": 2000,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 8194,
+}
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as published
+
+
+def make_bge_m3(folder: Path, sizes: dict = FULL, seed: int = 0) -> Path:
+    """XLM-RoBERTa with the dense, sparse and multi-vector heads of BGE-M3; returns the folder."""
+    from transformers import XLMRobertaModel
+
+    model = _random(XLMRobertaModel, sizes, seed)
+    hidden = sizes["hidden_size"]
+    _write(folder, model, sizes)
+    colbert, sparse = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+    nn.init.constant_(
+        sparse.bias, 0.5
+    )  # most tokens then weigh something, as in the published model
+    torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
+    torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
+    _write_json(folder / "modules.json", _MODULES)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": 8192})
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {"word_embedding_dimension": hidden, "pooling_mode_cls_token": True}
+    _write_json(folder / "1_Pooling/config.json", {**pooling, "pooling_mode_mean_tokens": False})
+    return folder
+
+
+def make_reranker(folder: Path, sizes: dict = FULL, seed: int = 0) -> Path:
+    """XLMRobertaForSequenceClassification with one label, as bge-reranker-v2-m3; returns the folder."""
+    from transformers import XLMRobertaForSequenceClassification
+
+    _write(folder, _random(XLMRobertaForSequenceClassification, sizes, seed, num_labels=1), sizes)
+    return folder
+
+
+def _random(cls, sizes: dict, seed: int, **config):
+    from transformers import XLMRobertaConfig
+
+    torch.manual_seed(seed)
+    config = XLMRobertaConfig(
+        **sizes,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        # Wide enough that attention tells tokens apart: narrower, all texts get nearly one vector, and
+        # wider, 24 layers blow rounding up.
+        initializer_range=sizes["hidden_size"] ** -0.5,
+        **config,
+    )
+    return cls(config).eval()
+
+
+def _write(folder: Path, model, sizes: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer = _train_tokenizer(min(sizes["vocab_size"], 16000))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
+    names |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    _write_json(folder / "special_tokens_map.json", names)
+    config = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 8192}
+    _write_json(folder / "tokenizer_config.json", names | config)
+
+
+def _train_tokenizer(size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("\n", " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size - 1,  # one for <mask>, which comes last
+        special_tokens=list(_SPECIAL),
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(stdlib_docstrings(size // 4), trainer)
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return tokenizer
+
+
+_MODULES = [
+    {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+    for i, (path, kind) in enumerate(
+        (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    )
+]
+
+
+def _write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    makers = {"bge-m3": make_bge_m3, "bge-reranker-v2-m3": make_reranker}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=makers)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    makers[arguments.model](arguments.folder)

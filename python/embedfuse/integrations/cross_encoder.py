@@ -1,0 +1,22 @@
+"""CrossEncoder: the transformers model inside does it all; its own code is left as it is."""
+
+import sentence_transformers
+from torch import nn
+
+from embedfuse.integrations.sentence_transformers import transformers_model
+from embedfuse.patching.holder import PatchedHolder
+from embedfuse.patching.report import Report
+
+_ORIGINAL = sentence_transformers.CrossEncoder
+
+
+class CrossEncoder(PatchedHolder, _ORIGINAL):
+    original = _ORIGINAL
+
+    @classmethod
+    def held(cls, model: _ORIGINAL) -> nn.Module:
+        return transformers_model(model)
+
+    @classmethod
+    def wrap(cls, model: _ORIGINAL, report: Report) -> None:
+        cls.swap_in(model, report)

@@ -1,0 +1,120 @@
+"""FlagEmbedding's FlagReranker: packed pairs, one forward per batch, batches by tokens."""
+
+import itertools
+
+import torch
+from FlagEmbedding.inference.reranker.encoder_only import base
+from torch import nn
+from tqdm import tqdm
+
+from embedfuse.packing import unpadded
+from embedfuse.patching.check import deviations, evaluating
+from embedfuse.patching.classifier import PackedClassifier
+from embedfuse.patching.holder import PatchedHolder
+from embedfuse.patching.recipes import recipe_of
+from embedfuse.patching.report import Report
+from embedfuse.pipeline.batches import TokenBudget
+from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
+
+_ORIGINAL = base.BaseReranker
+_PROBE_PAIRS = [["one", "Two short words"], ["a longer question than that", "One"]]
+
+
+# The original comes first: only then has the class its memory layout, as a swap of classes asks.
+class BaseReranker(_ORIGINAL, PatchedHolder):
+    original = _ORIGINAL
+
+    @classmethod
+    def held(cls, model: _ORIGINAL) -> nn.Module:
+        inner = model.model
+        if not issubclass(recipe_of(inner), PackedClassifier):
+            kind = type(inner).__name__
+            raise TypeError(f"model: it holds a {kind}; accepted are …ForSequenceClassification")
+        if inner.config.num_labels != 1:
+            raise TypeError(f"model: {inner.config.num_labels} labels; accepted is 1, the score")
+        return inner
+
+    @classmethod
+    def wrap(cls, model: _ORIGINAL, report: Report) -> None:
+        call = {"device": model.target_devices[0], "normalize": False}
+        with evaluating(model.model):
+            expected = _ORIGINAL.compute_score_single_gpu(model, _PROBE_PAIRS, **call)
+            cls.swap_in(model, report)
+            found = model.compute_score_single_gpu(_PROBE_PAIRS, **call)
+        scores = {"scores": torch.tensor(expected)}, {"scores": torch.tensor(found)}
+        report.fused.append("packed query-passage pairs, batched by tokens")
+        report.deviations |= deviations(model.model, *scores)
+
+    @torch.no_grad()
+    def compute_score_single_gpu(
+        self,
+        sentence_pairs: list[tuple[str, str]] | tuple[str, str],
+        batch_size: int | None = None,
+        query_max_length: int | None = None,
+        max_length: int | None = None,
+        normalize: bool | None = None,
+        device: str | None = None,
+        **kwargs,
+    ) -> list[float]:
+        if kwargs:
+            self._embedfuse.report.original(f"compute_score with {', '.join(kwargs)}")
+            limits = (batch_size, query_max_length, max_length, normalize, device)
+            return super().compute_score_single_gpu(sentence_pairs, *limits, **kwargs)
+        batch_size = self.batch_size if batch_size is None else batch_size
+        max_length = self.max_length if max_length is None else max_length
+        if query_max_length is None:
+            query_max_length = self.query_max_length
+        if query_max_length is None:
+            query_max_length = max_length * 3 // 4
+        self._place(device or self.target_devices[0])
+        if not sentence_pairs:
+            return []
+        pairs = [sentence_pairs] if isinstance(sentence_pairs[0], str) else sentence_pairs
+        sequences = self._pair_ids(pairs, query_max_length, max_length)
+        device = self.model.device
+        budget = self._embedfuse.cache.setdefault(("budget", str(device)), TokenBudget(device))
+        scores = torch.empty(len(pairs))
+        with tqdm(total=len(pairs), desc="Compute Scores", disable=len(pairs) < batch_size) as bar:
+            run = budget.run(
+                [len(s) for s in sequences],
+                lambda batch: self._logits(sequences, batch),
+                at_most=batch_size * max_length,
+            )
+            for batch, logits in run:
+                scores[batch] = logits.view(-1).float().cpu()
+                bar.update(len(batch))
+        if self.normalize if normalize is None else normalize:
+            return [base.sigmoid(score) for score in scores.tolist()]
+        return scores.tolist()
+
+    def _logits(self, sequences: list[list[int]], batch: list[int]) -> torch.Tensor:
+        device = self.model.device
+        chosen = [sequences[i] for i in batch]
+        input_ids = torch.tensor(list(itertools.chain.from_iterable(chosen)), device=device)
+        return self.model.sequence_logits(input_ids, unpadded([len(s) for s in chosen], device))
+
+    def _pair_ids(self, pairs, query_max_length: int, max_length: int) -> list[list[int]]:
+        """Token ids of the pairs, as the original makes them: each side cut, decoded, joined and cut."""
+        tokenize = self._embedfuse.cache.get("tokenize")
+        if tokenize is None or tokenize.tokenizer is not self.tokenizer:
+            tokenize = self._embedfuse.cache["tokenize"] = TextTokenizer(self.tokenizer)
+        sides = []
+        for side, name, length in ((0, "queries", query_max_length), (1, "passages", max_length)):
+            texts = [pair[side] for pair in pairs]
+            check_texts(texts, name)
+            distinct = list(dict.fromkeys(texts))
+            ids = tokenize(distinct, length, special=False)
+            plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            decoded = dict(zip(distinct, self.tokenizer.batch_decode(ids, **plain), strict=True))
+            sides.append([decoded[text] for text in texts])
+        return tokenize.pairs(*sides, max_length)
+
+    def _place(self, device: str) -> None:
+        """What the original does to its model before every call, where it is not done yet."""
+        if device == "cpu":
+            self.use_fp16 = False
+        if self.use_fp16 and self.model.dtype != torch.float16:
+            self.model.half()
+        if self.model.device != torch.device(device):
+            self.model.to(device)
+        self.model.eval()

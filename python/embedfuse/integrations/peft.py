@@ -1,0 +1,25 @@
+"""PEFT: the transformers model inside is patched; adapters run as the modules that they are."""
+
+import peft
+from torch import nn
+
+from embedfuse.patching.holder import PatchedHolder
+from embedfuse.patching.report import Report
+
+
+class _PatchedPeft(PatchedHolder):
+    @classmethod
+    def held(cls, model: peft.PeftModel) -> nn.Module:
+        return model.get_base_model()
+
+    @classmethod
+    def wrap(cls, model: peft.PeftModel, report: Report) -> None:
+        cls.swap_in(model, report)
+
+
+class PeftModel(_PatchedPeft, peft.PeftModel):
+    original = peft.PeftModel
+
+
+class PeftModelForFeatureExtraction(_PatchedPeft, peft.PeftModelForFeatureExtraction):
+    original = peft.PeftModelForFeatureExtraction

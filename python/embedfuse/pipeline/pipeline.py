@@ -1,0 +1,185 @@
+"""EmbeddingPipeline: texts -> token ids -> batches by tokens -> packed forward -> embeddings."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from embedfuse.nn.heads import Heads
+from embedfuse.nn.linear import linear
+from embedfuse.ops import Csr, lexical_weights, pool_normalize, sparse_scatter
+from embedfuse.packing import Packed, unpadded
+from embedfuse.patching.encoder import PackedEncoder
+from embedfuse.patching.plan import is_hooked
+from embedfuse.pipeline.batches import TokenBudget, ahead
+from embedfuse.pipeline.embeddings import OUTPUTS, Embeddings, Vectors
+from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
+
+T = TypeVar("T")
+# One window is tokenised while the one before runs, and bounds the memory of a stream.
+WINDOW_TEXTS = 256
+WINDOW_CHARACTERS = 2**18
+_NO_WEIGHTS = Csr(
+    torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+)
+
+
+class EmbeddingPipeline:
+    """A patched encoder with its tokenizer and heads. Calls from several threads are safe.
+
+    model: a patched encoder. pooling: of the dense vector, as in ops.pool_normalize. normalize: whether
+    dense and multi-vector rows get length 1. dimensions: keep so many leading entries of these; None:
+    all. prompt: put before every text that `stream` gets.
+    """
+
+    def __init__(
+        self,
+        model: PackedEncoder,
+        tokenize: TextTokenizer,
+        heads: Heads,
+        *,
+        pooling: str = "cls",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        prompt: str = "",
+    ):
+        self.model, self.heads = model, heads
+        self.tokenize = tokenize
+        self.pooling, self.normalize, self.dimensions = pooling, normalize, dimensions
+        self.prompt = prompt
+        self.budget = TokenBudget(model.device)
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        outputs: Sequence[str],
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        advance: Callable[[int], None] = lambda texts: None,
+        at_most: int | None = None,
+    ) -> Iterator[Embeddings]:
+        """Embeddings of one window of texts after the other, in order.
+
+        dtype: of dense and multi-vector arrays. advance: told how many more texts are done.
+        at_most: tokens of one forward, where the caller wants less than the budget.
+        """
+        self.check(texts, outputs)
+
+        def ids_of(window: tuple[int, list[str]]) -> list[list[int]]:
+            start, window_texts = window
+            check_texts(window_texts, start=start)
+            return self.tokenize([self.prompt + text for text in window_texts], max_length)
+
+        longest = max_length * 16  # of a longer text, hardly more is read
+        for sequences in ahead(ids_of, windows(texts, lambda text: length_of(text, longest))):
+            yield self.vectors(sequences, outputs, dtype, advance, at_most).host()
+
+    def vectors(
+        self,
+        sequences: list[list[int]],
+        outputs: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        advance: Callable[[int], None] = lambda texts: None,
+        at_most: int | None = None,
+    ) -> Vectors:
+        """Vectors of token id lists, on the model's device."""
+
+        def run(batch: list[int]) -> Vectors:
+            return self._forward([sequences[i] for i in batch], outputs, dtype)
+
+        parts = []
+        for batch, vectors in self.budget.run([len(s) for s in sequences], run, at_most):
+            parts.append((batch, vectors))
+            advance(len(batch))
+        return Vectors.collect(parts)
+
+    @torch.inference_mode()
+    def _forward(self, sequences: list[list[int]], outputs, dtype: torch.dtype) -> Vectors:
+        device = self.model.device
+        input_ids = torch.tensor(list(itertools.chain.from_iterable(sequences)), device=device)
+        packed = unpadded([len(s) for s in sequences], device)
+        only_dense = tuple(outputs) == ("dense",)
+        states, pooled = self.model.sequence_states(
+            input_ids, packed, self.pooling if only_dense else None
+        )
+        dense = sparse = multi = None
+        if "dense" in outputs:
+            dense = pool_normalize(
+                states[:, : self.dimensions],
+                cu_seqlens=pooled.cu_seqlens,
+                pooling=self.pooling,
+                normalize=self.normalize,
+                out_dtype=dtype,
+            )
+        if "sparse" in outputs:
+            sparse = self._lexical(states, input_ids, packed)
+        if "multi" in outputs:
+            head = self.heads.multi
+            rows = head(states) if is_hooked(head) else linear(head, states, plain=True)
+            rows = rows[:, : self.dimensions]
+            each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)
+            rows = pool_normalize(
+                rows, cu_seqlens=each, pooling="cls", normalize=self.normalize, out_dtype=dtype
+            )
+            # Without the first token, whose state is the dense vector.
+            multi = [x[1:] for x in rows.split(packed.lengths)]
+        return Vectors(dense, sparse, multi)
+
+    def _lexical(self, states: Tensor, input_ids: Tensor, packed: Packed) -> Csr:
+        head = self.heads.sparse
+        bounds = {"cu_seqlens": packed.cu_seqlens, "excluded": self._special_ids()}
+        if type(head) is nn.Linear and not is_hooked(head):
+            return lexical_weights(states, input_ids, head.weight[0], head.bias, **bounds)
+        return sparse_scatter(head(states).squeeze(-1).float(), input_ids, **bounds)
+
+    def _special_ids(self) -> tuple[int, ...]:
+        """Tokens that have no lexical weight, as FlagEmbedding leaves them out."""
+        tokenizer = self.tokenize.tokenizer
+        names = ("cls", "eos", "pad", "unk")
+        ids = {getattr(tokenizer, f"{name}_token_id") for name in names}
+        return tuple(sorted(ids - {None}))
+
+    def check(self, texts: Iterable[str], outputs: Sequence[str]) -> None:
+        """TypeError or ValueError for arguments that need no look into the texts."""
+        self.check_outputs(outputs)
+        if isinstance(texts, str):
+            raise TypeError("texts: a str; accepted is a list of str")
+
+    def check_outputs(self, outputs: Sequence[str]) -> None:
+        if not outputs or not set(outputs) <= set(OUTPUTS):
+            raise ValueError(f"outputs={outputs!r}: accepted is a tuple of {', '.join(OUTPUTS)}")
+        for name, head in (("sparse", self.heads.sparse), ("multi", self.heads.multi)):
+            if name in outputs and head is None:
+                file = {"sparse": "sparse_linear.pt", "multi": "colbert_linear.pt"}[name]
+                raise ValueError(f"outputs: {name!r} needs {file}, which this model does not have")
+
+    def empty(self, outputs: Sequence[str], dtype: torch.dtype) -> Embeddings:
+        """Embeddings of no text at all."""
+        columns = len(range(self.model.config.hidden_size)[: self.dimensions])
+        return Vectors(
+            torch.zeros(0, columns, dtype=dtype) if "dense" in outputs else None,
+            _NO_WEIGHTS if "sparse" in outputs else None,
+            [] if "multi" in outputs else None,
+        ).host()
+
+
+def windows(items: Iterable[T], length: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:
+    """(place of the first, items) of windows of at most WINDOW_TEXTS items and, with the item that goes
+    beyond, WINDOW_CHARACTERS characters."""
+    start, characters = 0, 0
+    window: list[T] = []
+    for item in items:
+        window.append(item)
+        characters += length(item)
+        if len(window) == WINDOW_TEXTS or characters >= WINDOW_CHARACTERS:
+            yield start, window
+            start, window, characters = start + len(window), [], 0
+    if window:
+        yield start, window
+
+
+def length_of(text: str, longest: int) -> int:
+    """Characters that count of a text; what is no str is found out later, by its place."""
+    return min(len(text), longest) if isinstance(text, str) else 0

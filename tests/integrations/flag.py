@@ -1,0 +1,39 @@
+"""What both tests of FlagEmbedding's objects share."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from embedfuse.cli.corpus import stdlib_docstrings
+
+DOCSTRINGS = [text for text in stdlib_docstrings(100) if len(text) < 800][:60]
+ODD = ["", " ", "emoji 🎉", "日本語のテキストです", "word " * 300, "<s> </s>", "a\nb\tc"]
+TEXTS = [*DOCSTRINGS, *ODD]
+
+
+@contextmanager
+def original_forbidden(original: type[torch.nn.Module]):
+    """Inside, the padded forward of this class of transformers raises."""
+
+    def forbidden(self, *args, **kwargs):
+        pytest.fail("the original's padded forward was called")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(original, "forward", forbidden)
+        yield
+
+
+@contextmanager
+def counted(model: torch.nn.Module):
+    """The tokens of each call of the packed tower, as they come."""
+    tokens = []
+    run = type(model).run_packed
+
+    def spy(self, plan, packed, *args):
+        tokens.append(packed.tokens)
+        return run(self, plan, packed, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "run_packed", spy)
+        yield tokens

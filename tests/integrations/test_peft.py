@@ -1,0 +1,76 @@
+"""LoRA on a decoder: unmerged and merged, patched from outside and from inside."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import embedfuse
+from tests.patching.test_decoder import make_batch, make_model
+
+peft = pytest.importorskip("peft")
+TIGHT = {"rtol": 0, "atol": 2e-5}
+
+
+def adapted(targets, task="FEATURE_EXTRACTION"):
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type=task, init_lora_weights=False)
+    torch.manual_seed(1)
+    return peft.get_peft_model(make_model("mistral"), config).eval()
+
+
+def states(model, batch):
+    with torch.no_grad():
+        return model(**batch).last_hidden_state[batch["attention_mask"] != 0]
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None])
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["gate_proj", "down_proj", "o_proj"], "all-linear"], ids=str
+)
+def test_lora(targets, outside, task):
+    model = adapted(targets, task)
+    kind, batch = type(model), make_batch(model.get_base_model(), side="left")
+    expected = states(model, batch)
+    with model.disable_adapter():
+        assert (states(model, batch) - expected).abs().max() > 0.1
+    whole = model if outside else model.get_base_model()
+    report = embedfuse.patch(whole)
+    assert_close(states(model, batch), expected, **TIGHT)
+    model.merge_adapter()
+    assert_close(states(model, batch), expected, rtol=0, atol=1e-4)
+    model.unmerge_adapter()
+    assert_close(states(model, batch), expected, rtol=0, atol=1e-4)
+    assert not report.original_calls
+    embedfuse.unpatch(whole)
+    assert type(model) is kind
+    assert not isinstance(model.get_base_model(), embedfuse.patching.engine.Patched)
+
+
+def test_merged_and_unloaded():
+    model = adapted("all-linear")
+    batch = make_batch(model.get_base_model())
+    expected = states(model, batch)
+    plain = model.merge_and_unload()
+    report = embedfuse.patch(plain)
+    assert report.fused[1] == "3 QKV projections as one GEMM"
+    assert_close(states(plain, batch), expected, rtol=0, atol=1e-4)
+
+
+def test_gradients_of_the_adapters():
+    model = adapted(["q_proj", "v_proj", "up_proj"])
+    batch = make_batch(model.get_base_model(), side="left")
+
+    def gradients():
+        model.zero_grad()
+        kept = model(**batch).last_hidden_state[batch["attention_mask"] != 0]
+        (kept * torch.linspace(-1, 1, kept.numel()).view_as(kept)).sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    report = embedfuse.patch(model)
+    found = gradients()
+    assert found.keys() == expected.keys()
+    assert all("lora" in name for name in found)
+    for name, value in expected.items():
+        assert_close(found[name], value, rtol=0, atol=1e-5 * value.abs().max().item(), msg=name)
+    assert not report.original_calls
