@@ -3,5 +3,5 @@
     python -m pytest benchmarks --benchmark-only --benchmark-json=out/bench.json
     python -m benchmarks.report out/bench.json        # out/bench.md and out/bench.png
 
-On a machine with a GPU the ops run there, else on the CPU. -k picks some: -k "skinny_linear and cpp".
+On a machine with a GPU the ops run there, else on the CPU. -k picks some: -k "linear and cpp".
 """

@@ -10,6 +10,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOAD = os.getloadavg()[0]  # of others: nothing of ours has run yet
 
 
+def pytest_addoption(parser):
+    parser.addoption("--bge-m3", help="checkpoint folder; default: one is written for the run")
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return DEVICE

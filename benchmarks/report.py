@@ -14,6 +14,9 @@ MODEL_HEADER = (
     "model", "workload", "dtype", "original tokens/s", "patched tokens/s", "original", "patched",
     "speed-up", "lowest cosine",
 )  # fmt: skip
+PEER_HEADER = (
+    "workload", "peer", "its dtype", "our dtype", "peer", "embedfuse", "speed-up", "lowest cosine",
+)  # fmt: skip
 HEADER = (
     "op", "sample", "dtype", "backend", "median", "GB/s", "TFLOP/s", "% of peak", "x reference",
 )  # fmt: skip
@@ -27,12 +30,15 @@ def main() -> int:
     run = json.loads(source.read_text())
     rows = [entry["extra_info"] for entry in run["benchmarks"] if "op" in entry["extra_info"]]
     models = [entry["extra_info"] for entry in run["benchmarks"] if "model" in entry["extra_info"]]
-    if not rows and not models:
+    peers = [entry["extra_info"] for entry in run["benchmarks"] if "peer" in entry["extra_info"]]
+    if not rows and not models and not peers:
         print(f"{source}: holds no result of this folder's benchmarks", file=sys.stderr)
         return 1
     parts = [machine_line(run["machine_info"])]
     if models:
         parts.append(models_table(models))
+    if peers:
+        parts.append(peers_table(peers))
     if rows:
         parts.append(ops_table(rows))
     text = "\n".join(parts)
@@ -85,6 +91,24 @@ def models_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def peers_table(rows: list[dict]) -> str:
+    """Medians of calls in turn."""
+    sizes = sorted({row["sizes"] for row in rows if "sizes" in row})
+    lines = [f"BGE-M3's architecture ({', '.join(sizes)}), random weights.", ""] if sizes else []
+    lines += [table_row(PEER_HEADER), table_row(["---"] * 4 + ["---:"] * 4)]
+    for row in rows:
+        cosine = row.get("lowest_cosine")
+        entries = (
+            *(row[key] for key in ("workload", "peer", "peer_dtype", "dtype")),
+            duration(row["peer_seconds"]),
+            duration(row["seconds"]),
+            f"{row['speedup']:.2f}x",
+            "" if cosine is None else f"{cosine:.7f}",
+        )
+        lines.append(table_row(entries))
+    return "\n".join(lines) + "\n"
+
+
 def table_row(row) -> str:
     return f"| {' | '.join(row)} |"
 
@@ -111,6 +135,8 @@ def times_reference(row: dict, rows: list[dict]) -> float | None:
 
 
 def duration(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
@@ -125,6 +151,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.barh(position, row["percent_of_peak"], color=f"C{backends.index(row['backend'])}")
         axes.text(row["percent_of_peak"], position, f" {duration(row['seconds'])}", va="center")
     labels = [" · ".join(row[key] for key in ("op", "sample", "dtype", "backend")) for row in rows]
+    labels = [label if len(label) < 90 else f"{label[:60]} … {label[-25:]}" for label in labels]
     axes.set_yticks(range(len(rows)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=1)
