@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -76,6 +77,12 @@ class Packed:
 def unpadded(lengths: list[int], device: torch.device) -> Packed:
     """Sequences that never were padded; their padded shape is one row."""
     return Packed(tuple(lengths), _cu_seqlens(lengths, device), (1, sum(lengths)), None)
+
+
+def end_to_end(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:
+    """Token ids (tokens,) of sequences that never were padded, and where each lies."""
+    input_ids = torch.tensor(list(chain.from_iterable(sequences)), device=device)
+    return input_ids, unpadded([len(sequence) for sequence in sequences], device)
 
 
 def _cu_seqlens(lengths: list[int], device: torch.device) -> Tensor:

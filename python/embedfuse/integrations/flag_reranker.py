@@ -1,13 +1,11 @@
 """FlagEmbedding's FlagReranker: packed pairs, one forward per batch, batches by tokens."""
 
-import itertools
-
 import torch
 from FlagEmbedding.inference.reranker.encoder_only import base
 from torch import nn
 from tqdm import tqdm
 
-from embedfuse.packing import unpadded
+from embedfuse.packing import end_to_end
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.classifier import PackedClassifier
 from embedfuse.patching.holder import PatchedHolder
@@ -88,10 +86,8 @@ class BaseReranker(_ORIGINAL, PatchedHolder):
         return scores.tolist()
 
     def _logits(self, sequences: list[list[int]], batch: list[int]) -> torch.Tensor:
-        device = self.model.device
         chosen = [sequences[i] for i in batch]
-        input_ids = torch.tensor(list(itertools.chain.from_iterable(chosen)), device=device)
-        return self.model.sequence_logits(input_ids, unpadded([len(s) for s in chosen], device))
+        return self.model.sequence_logits(*end_to_end(chosen, self.model.device))
 
     def _pair_ids(self, pairs, query_max_length: int, max_length: int) -> list[list[int]]:
         """Token ids of the pairs, as the original makes them: each side cut, decoded, joined and cut."""

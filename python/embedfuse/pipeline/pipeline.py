@@ -1,6 +1,5 @@
 """EmbeddingPipeline: texts -> token ids -> batches by tokens -> packed forward -> embeddings."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from embedfuse.nn.heads import Heads
 from embedfuse.nn.linear import linear
 from embedfuse.ops import Csr, lexical_weights, pool_normalize, sparse_scatter
-from embedfuse.packing import Packed, unpadded
+from embedfuse.packing import Packed, end_to_end
 from embedfuse.patching.encoder import PackedEncoder
 from embedfuse.patching.plan import is_hooked
 from embedfuse.pipeline.batches import TokenBudget, ahead
@@ -98,8 +97,7 @@ class EmbeddingPipeline:
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]], outputs, dtype: torch.dtype) -> Vectors:
         device = self.model.device
-        input_ids = torch.tensor(list(itertools.chain.from_iterable(sequences)), device=device)
-        packed = unpadded([len(s) for s in sequences], device)
+        input_ids, packed = end_to_end(sequences, device)
         only_dense = tuple(outputs) == ("dense",)
         states, pooled = self.model.sequence_states(
             input_ids, packed, self.pooling if only_dense else None
