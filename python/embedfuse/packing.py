@@ -42,8 +42,11 @@ class Packed:
     @cached_property
     def columns(self) -> Tensor:
         """(tokens,) column of each token in the padded batch; its place in the sequence without one."""
-        if self.index is not None:
-            return self.index % self.shape[1]
+        return self.places if self.index is None else self.index % self.shape[1]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(tokens,) place of each token in its sequence."""
         row = torch.arange(self.tokens, device=self.cu_seqlens.device)
         return row - self.cu_seqlens[self.sequence]
 
@@ -89,8 +92,10 @@ def _cu_seqlens(lengths: list[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device, torch.int32)
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
+def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attention_mask") -> Packed:
     """How to pack a (batch, length) batch; padding may stand on either side of each row.
+
+    name: of the mask, in errors.
 
     Raises ValueError for a mask of another shape, a row without tokens, or a row with a hole.
     """
@@ -104,15 +109,13 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
     else:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
-                f"attention_mask: shape {tuple(attention_mask.shape)}; accepted is that of input_ids, "
+                f"{name}: shape {tuple(attention_mask.shape)}; accepted is that of input_ids, "
                 f"{tuple(input_ids.shape)}"
             )
         keep = attention_mask.to(device) != 0
-        lengths, starts_padded = _count(keep)
+        lengths, starts_padded = _count(keep, name)
     if 0 in lengths:
-        raise ValueError(
-            f"attention_mask: row {lengths.index(0)} has no token; every row needs one"
-        )
+        raise ValueError(f"{name}: row {lengths.index(0)} has no token; every row needs one")
     index = None
     if sum(lengths) != batch * length:
         index = keep.flatten().nonzero().squeeze(1)
@@ -121,7 +124,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
     )
 
 
-def _count(keep: Tensor) -> tuple[list[int], bool]:
+def _count(keep: Tensor, name: str) -> tuple[list[int], bool]:
     """Tokens of each row, and whether some row begins with padding; on a GPU one wait for both.
 
     Raises for rows whose tokens do not stand together.
@@ -135,7 +138,7 @@ def _count(keep: Tensor) -> tuple[list[int], bool]:
     for row, n in enumerate(stretches):
         if n > 1:
             raise ValueError(
-                f"attention_mask: row {row} has a hole (0 between ones); accepted is padding at the "
+                f"{name}: row {row} has a hole (0 between ones); accepted is padding at the "
                 "ends. Masks with holes run on the unpatched model, or as a 4-D mask"
             )
     return counts, 0 in first

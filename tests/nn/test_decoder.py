@@ -31,20 +31,22 @@ def make(fuse: bool = True):
     model = LlamaModel(config).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
-    return model, [read(block, fuse) for block in model.layers]
+    return model, [read(i, block, fuse) for i, block in enumerate(model.layers)]
 
 
-def read(block: nn.Module, fuse: bool) -> DecoderLayer:
+def read(index: int, block: nn.Module, fuse: bool) -> DecoderLayer:
     attention, mlp = block.self_attn, block.mlp
     qkv = FusedLinear((attention.q_proj, attention.k_proj, attention.v_proj))
     gate_up = FusedLinear((mlp.gate_proj, mlp.up_proj))
     assert not fuse or (qkv.fuse() and gate_up.fuse())
     return DecoderLayer(
+        index=index,
         block=block,
         norm1=block.input_layernorm,
         qkv=qkv,
         head_dim=HEAD_DIM,
         scale=attention.scaling,
+        causal=True,
         window=None,
         attention=attention,
         dropout=0.0,

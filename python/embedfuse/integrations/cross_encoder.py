@@ -4,6 +4,7 @@ import sentence_transformers
 from torch import nn
 
 from embedfuse.integrations.sentence_transformers import transformers_model
+from embedfuse.patching.engine import Options
 from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.report import Report
 
@@ -18,5 +19,5 @@ class CrossEncoder(PatchedHolder, _ORIGINAL):
         return transformers_model(model)
 
     @classmethod
-    def wrap(cls, model: _ORIGINAL, report: Report) -> None:
-        cls.swap_in(model, report)
+    def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
+        cls.swap_in(model, report, options)

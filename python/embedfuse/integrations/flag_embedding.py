@@ -18,6 +18,7 @@ from embedfuse.nn.heads import Heads
 from embedfuse.ops import Csr, lexical_scores
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.encoder import PackedEncoder
+from embedfuse.patching.engine import Options
 from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.plan import is_hooked
 from embedfuse.patching.recipes import recipe_of
@@ -47,11 +48,11 @@ class M3Embedder(_ORIGINAL, PatchedHolder):
         return inner
 
     @classmethod
-    def wrap(cls, model: _ORIGINAL, report: Report) -> None:
+    def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
         call = _EVERYTHING | {"device": model.target_devices[0]}
         with evaluating(model.model):
             expected = _ORIGINAL.encode_single_device(model, _PROBE_TEXTS, **call)
-            cls.swap_in(model, report)
+            cls.swap_in(model, report, options)
             found = model.encode_single_device(_PROBE_TEXTS, **call)
         report.fused.append("dense, sparse and multi-vector outputs from one packed pass")
         report.deviations |= deviations(model.model, *_comparable(expected, found))

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from embedfuse.packing import end_to_end
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.classifier import PackedClassifier
+from embedfuse.patching.engine import Options
 from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
@@ -33,11 +34,11 @@ class BaseReranker(_ORIGINAL, PatchedHolder):
         return inner
 
     @classmethod
-    def wrap(cls, model: _ORIGINAL, report: Report) -> None:
+    def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
         call = {"device": model.target_devices[0], "normalize": False}
         with evaluating(model.model):
             expected = _ORIGINAL.compute_score_single_gpu(model, _PROBE_PAIRS, **call)
-            cls.swap_in(model, report)
+            cls.swap_in(model, report, options)
             found = model.compute_score_single_gpu(_PROBE_PAIRS, **call)
         scores = {"scores": torch.tensor(expected)}, {"scores": torch.tensor(found)}
         report.fused.append("packed query-passage pairs, batched by tokens")

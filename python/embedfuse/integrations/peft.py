@@ -3,6 +3,7 @@
 import peft
 from torch import nn
 
+from embedfuse.patching.engine import Options
 from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.report import Report
 
@@ -13,8 +14,8 @@ class _PatchedPeft(PatchedHolder):
         return model.get_base_model()
 
     @classmethod
-    def wrap(cls, model: peft.PeftModel, report: Report) -> None:
-        cls.swap_in(model, report)
+    def wrap(cls, model: peft.PeftModel, report: Report, options: Options) -> None:
+        cls.swap_in(model, report, options)
 
 
 class PeftModel(_PatchedPeft, peft.PeftModel):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from embedfuse.ops import pool_normalize
 from embedfuse.patching.check import deviations, evaluating
-from embedfuse.patching.engine import PackedModel
+from embedfuse.patching.engine import Options
 from embedfuse.patching.holder import PatchedHolder
+from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.report import Report
 
 _ORIGINAL = sentence_transformers.SentenceTransformer
@@ -61,13 +62,13 @@ class SentenceTransformer(PatchedHolder, _ORIGINAL):
         return transformers_model(model)
 
     @classmethod
-    def wrap(cls, model: _ORIGINAL, report: Report) -> None:
+    def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
         features = dict(model.preprocess(list(_PROBE_TEXTS)))
         for name, value in features.items():
             features[name] = value.to(model.device) if isinstance(value, Tensor) else value
         with evaluating(model):
             expected = _ORIGINAL.forward(model, dict(features))
-        cls.swap_in(model, report)
+        cls.swap_in(model, report, options)
         pooling = model._fused_pooling(features)
         if pooling is None:
             report.refused["pooling"] = "not a Transformer, one standard Pooling, and a known rest"

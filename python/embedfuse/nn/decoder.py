@@ -1,5 +1,6 @@
 """The pre-norm decoder tower (Mistral, LLaMA, Qwen) on packed tokens."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import FusedLinear, is_plain, linear
+from embedfuse.nn.prefixes import Step
 from embedfuse.nn.tower import alike, checkpointed, project, steps
 from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
 from embedfuse.ops.rope import OP as ROPE
@@ -25,12 +27,14 @@ class DecoderLayer:
     …RMSNorm: `weight` and `variance_epsilon`.
     """
 
+    index: int
     block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
     norm1: nn.Module
     qkv: FusedLinear  # of query, key and value
     head_dim: int
     scale: float
-    window: int | None  # keys that a token sees, its own the last
+    causal: bool
+    window: int | None  # keys that a token sees, its own the last; needs causal
     attention: nn.Module  # its training flag
     dropout: float  # of attention weights, in training
     query_norm: nn.Module | None
@@ -54,14 +58,15 @@ class DecoderLayer:
         packed: Packed,
         plain: bool,
         rows: Tensor | None = None,
+        shared: Step | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The layer's input is y + residual (tokens, hidden), and so is its output.
 
         Left as two, because the norm that follows adds them. With `rows`, the result for these
-        tokens alone (see `decode`).
+        tokens alone (see `decode`). shared: where the tokens are not all of their sequences (`packed`).
         """
         x, residual = add_norm(self.norm1, y, residual, plain)
-        y = self.attend(x, cos, sin, packed, plain, rows)
+        y = self.attend(x, cos, sin, packed, plain, rows, shared)
         if rows is not None:
             residual = residual[rows]
         x, residual = add_norm(self.norm2, linear(self.out, y, plain), residual, plain)
@@ -76,22 +81,27 @@ class DecoderLayer:
         packed: Packed,
         plain: bool,
         rows: Tensor | None,
+        shared: Step | None,
     ) -> Tensor:
         projections = project(self.qkv, x, rows, plain)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
-        queries, at_query = None, (cos, sin)
+        queries, at_query = None if shared is None else shared.queries, (cos, sin)
         if rows is not None:
             queries, at_query = unpadded([1] * len(rows), x.device), (cos[rows], sin[rows])
         to_query, to_key, _ = self.qkv.linears
+        query = turn(to_query, self.query_norm, query, *at_query, plain)
+        key = turn(to_key, self.key_norm, key, cos, sin, plain)
+        if shared is not None:
+            key, value = shared.unfold(self.index, key, value)
         return attention(
-            turn(to_query, self.query_norm, query, *at_query, plain),
-            turn(to_key, self.key_norm, key, cos, sin, plain),
+            query,
+            key,
             value,
             packed,
             scale=self.scale,
             dropout=self.dropout if self.attention.training else 0.0,
             queries=queries,
-            causal=True,
+            causal=self.causal,
             window=self.window,
         )
 
@@ -142,6 +152,7 @@ def decode(
     sin: Tensor,
     packed: Packed,
     rows: Tensor | None = None,
+    shared: Iterable[Step] | None = None,
 ) -> Tensor:
     """x: (tokens, hidden) embeddings -> norm of the (tokens, hidden) states after the last layer.
 
@@ -149,13 +160,37 @@ def decode(
     rows: (batch,) int64, the last token of each sequence, where only their states are wanted (last
     because attention counts query rows from the end). The last layer then computes keys and values
     for all tokens and the rest for these; returns (batch, hidden).
+    shared: the steps that run prefixes shared by sequences once; None: every token runs.
     """
     plain = is_plain(x)
+    if shared is not None:
+        return decode_shared(layers, norm, x, cos, sin, rows, shared)
     states = [
         run(layers, norm, x[tokens], cos[tokens], sin[tokens], part, plain, of_part)
         for tokens, part, of_part in steps(x, packed, rows)
     ]
     return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def decode_shared(
+    layers: list[DecoderLayer],
+    norm: nn.Module,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rows: Tensor | None,
+    shared: Iterable[Step],
+) -> Tensor:
+    out = x.new_empty(len(x) if rows is None else len(rows), x.shape[1])
+    for step in shared:
+        of_step = (t[step.tokens] for t in (x, cos, sin))
+        wanted = None if rows is None else step.last
+        states = run(layers, norm, *of_step, step.keys, True, wanted, step)
+        if rows is None:
+            out[step.places] = states[step.source]
+        else:
+            out[step.sequences] = states
+    return out
 
 
 def run(
@@ -167,11 +202,14 @@ def run(
     packed: Packed,
     plain: bool,
     rows: Tensor | None,
+    shared: Step | None = None,
 ) -> Tensor:
     state = x, None
     for layer in layers:
         wanted = rows if layer is layers[-1] else None
-        step = partial(layer, cos=cos, sin=sin, packed=packed, plain=plain, rows=wanted)
+        step = partial(
+            layer, cos=cos, sin=sin, packed=packed, plain=plain, rows=wanted, shared=shared
+        )
         state = checkpointed(layer.block, step, *state)
     if rows is not None and not layers:
         state = x[rows], None

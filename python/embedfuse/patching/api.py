@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from embedfuse.ops import pool_normalize
 from embedfuse.packing import pack
-from embedfuse.patching.engine import PackedModel, Patched
+from embedfuse.patching.engine import Options, Patched
+from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import is_hooked
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 
 
-def patch(model) -> Report:
+def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch") -> Report:
     """Make a live model faster, in place: same calls, same vectors.
 
     model: a transformers BertModel, RobertaModel or XLMRobertaModel, or its
@@ -24,19 +25,29 @@ def patch(model) -> Report:
         and up of a decoder (other objects that held the same memory, such as a model loaded with
         assign=True from this one, keep the old).
 
+    attention: None, the model's own, or "bidirectional" for a decoder trained to look both ways
+        (LLM2Vec): every token sees all tokens of its text, without a window.
+    reuse_prefixes: of a decoder with causal attention, in inference. Texts that begin with the same
+        tokens run these once: "batch" within a call; "stream" across calls too, where the last token is
+        pooled (`embed`, SentenceTransformer), with keys and values of up to 256 MiB kept; "off" never.
+        What is kept is forgotten when a parameter changes, but an edit through `.data` is not seen.
+
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
     leaves out are zero (the original fills them with values that mean nothing). A decoder makes no
     cache unless the call says use_cache=True, whatever its config. Calls that the
     packed forward cannot serve run on the original forward; the report counts them by reason.
 
     A probe batch runs through both forwards first. Returns the live Report; patching twice is one
-    patch. Raises TypeError for another kind of object or an object that holds one, PatchError (and
-    changes nothing) for weights on the meta device or outputs that differ by more than the dtype's
-    bound. Patch and unpatch while no other thread is running the model.
+    patch. Raises TypeError for another kind of object or an object that holds one, ValueError for options
+    that it does not know, has no use for or was not patched with before, PatchError (and changes
+    nothing) for weights on the meta device or outputs that differ by more than the dtype's bound.
+    Patch and unpatch while no other thread is running the model.
     """
+    options = Options(attention, reuse_prefixes)
     if isinstance(model, Patched):
+        model.check_options(options)
         return model._embedfuse.report
-    return recipe_of(model).install(model)
+    return recipe_of(model).install(model, options)
 
 
 def unpatch(model) -> None:
@@ -50,10 +61,10 @@ def unpatch(model) -> None:
 
 
 @contextlib.contextmanager
-def patched(model) -> Iterator[Report]:
+def patched(model, **options) -> Iterator[Report]:
     """patch on entry, unpatch on exit; a model that was patched before stays patched."""
     before = isinstance(model, Patched)
-    report = patch(model)
+    report = patch(model, **options)
     try:
         yield report
     finally:
@@ -74,6 +85,7 @@ def embed(
     attention_mask: Tensor | None = None,
     *,
     pooling: str,
+    pooling_mask: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
     """Pooled, normalised vectors of a batch of token ids.
@@ -82,6 +94,7 @@ def embed(
         where they lie, without padding.
     input_ids, attention_mask: (batch, length); no mask means no padding.
     pooling: "cls", "last", "mean" or "weighted_mean", as in ops.pool_normalize.
+    pooling_mask: (batch, length), tokens to pool; None pools all. LLM2Vec leaves the instruction out.
 
     Returns (batch, hidden) in the model's dtype. Differentiable under grad.
     """
@@ -90,15 +103,19 @@ def embed(
             f"model: {type(model).__name__}; accepted are transformers models without a head"
         )
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
+    mask = attention_mask
+    if pooling_mask is not None:
+        mask = pooling_mask if attention_mask is None else attention_mask * pooling_mask
+        pooled = pack(input_ids, mask, "pooling_mask")
     if isinstance(model, PackedModel) and not is_hooked(model):
-        found = model.packed_states(call, pooling)
+        found = model.packed_states(call, pooling if pooling_mask is None else None)
         if found is not None:
             states, packed = found
+            if pooling_mask is not None:
+                states, packed = states[packed.pack(mask) != 0], pooled
             return pool_normalize(
                 states, cu_seqlens=packed.cu_seqlens, pooling=pooling, normalize=normalize
             )
     pack(input_ids, attention_mask)  # for its errors
     states = model(**call, return_dict=True).last_hidden_state
-    return pool_normalize(
-        states, attention_mask=attention_mask, pooling=pooling, normalize=normalize
-    )
+    return pool_normalize(states, attention_mask=mask, pooling=pooling, normalize=normalize)

@@ -1,7 +1,7 @@
 """The self-check: the same probe batch through the original and the patched forward."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -112,12 +112,12 @@ class Probe:
             batches.append({"input_ids": ids.to(device), "attention_mask": mask.long().to(device)})
         return cls(batches)
 
-    def run(self, model: nn.Module, cls: type[nn.Module]) -> dict[str, Tensor]:
-        """The outputs of cls.forward; hooks on the model itself are not triggered."""
+    def run(self, model: nn.Module, forward: Callable) -> dict[str, Tensor]:
+        """The outputs of one of the model's forwards, given the call's arguments as a dict."""
         found: dict[str, list[Tensor]] = {}
         for batch in self.batches:
             with evaluating(model):
-                output = cls.forward(model, **batch, return_dict=True)
+                output = forward({**batch, "return_dict": True})
             tokens = batch["attention_mask"] != 0
             for name in _COMPARED:
                 if (value := output.get(name)) is not None:

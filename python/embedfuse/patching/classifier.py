@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from embedfuse.packing import Packed
 from embedfuse.patching.encoder import PackedEncoder
-from embedfuse.patching.engine import Patched, padded_call
+from embedfuse.patching.engine import Options, Patched
+from embedfuse.patching.packed_model import padded_call
 from embedfuse.patching.report import PatchError, Report
 
 # Arguments of the head alone; the second comes from transformers' Trainer, and the originals ignore it.
@@ -25,12 +26,12 @@ class PackedClassifier(PackedEncoder):
     first_row_reader: str
 
     @classmethod
-    def install(cls, model: nn.Module) -> Report:
+    def install(cls, model: nn.Module, options: Options) -> Report:
         if isinstance(model.base_model, Patched):
             raise PatchError(
                 f"{model.base_model_prefix} is patched on its own: unpatch it, then patch the whole"
             )
-        return super().install(model)
+        return super().install(model, options)
 
     def assumed(self) -> Iterator[tuple[str, nn.Module]]:
         yield from super().assumed()

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.decoder import DecoderLayer, decode
-from embedfuse.nn.linear import FusedLinear
+from embedfuse.nn.linear import FusedLinear, is_plain
+from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
+from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe, check_ids
-from embedfuse.patching.engine import PackedModel, Tokens
+from embedfuse.patching.packed_model import PackedModel, Tokens
 from embedfuse.patching.plan import Plan, not_stock
 
+# Rotary positions whose angles depend on the longest text of the batch.
+_ANGLES_BY_LENGTH = ("dynamic", "longrope")
 _PROBE_TOKENS = 64  # at least as long as any text of the probe
 
 
@@ -25,12 +29,17 @@ class PackedDecoder(PackedModel):
 
     # The tower takes a sequence's last row alone: its attention counts query rows from the end.
     pruned_poolings = ("last",)
+    attentions = ("bidirectional",)
 
     @classmethod
     def probe(cls, model: nn.Module) -> Probe:
         config = model.config
         padding_idx = config.pad_token_id or 0
         return Probe.random(config.vocab_size, padding_idx, _PROBE_TOKENS, model.device)
+
+    def longest_sequence(self) -> int:
+        """Tokens that the model was made for."""
+        return self.config.max_position_embeddings
 
     def make_plan(self) -> Plan:
         if refusal := not_stock(self, self._assumed()):
@@ -53,12 +62,14 @@ class PackedDecoder(PackedModel):
     def _read_layer(self, index: int, block: nn.Module) -> DecoderLayer:
         attention, mlp = block.self_attn, block.mlp
         return DecoderLayer(
+            index=index,
             block=block,
             norm1=block.input_layernorm,
             qkv=FusedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
             head_dim=attention.head_dim,
             scale=attention.scaling,
-            window=self.window(index),
+            causal=not self._both_ways,
+            window=None if self._both_ways else self.window(index),
             attention=attention,
             dropout=attention.attention_dropout,
             query_norm=getattr(attention, "q_norm", None),
@@ -78,7 +89,7 @@ class PackedDecoder(PackedModel):
     def _unserved(self, call: dict) -> str | None:
         config, blocks = self.config, self.layers
         causal = getattr(config, "is_causal", True) and all(b.self_attn.is_causal for b in blocks)
-        if not causal:
+        if not causal and not self._both_ways:
             return "the model is configured to look ahead (is_causal is false)"
         if call.get("position_ids") is not None and call.get("attention_mask") is None:
             return "position_ids without attention_mask: each restart begins a text of its own"
@@ -91,18 +102,74 @@ class PackedDecoder(PackedModel):
     def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
         x = self.embed_tokens(tokens.input_ids)
         if tokens.position_ids is None:
-            # All columns, as the original: some rotary modules look at the largest position.
+            # Of all columns, as the original: some rotary modules look at the largest position. Tokens
+            # take that of their place in the text, because only differences of positions count.
             length = packed.max_seqlen if packed.index is None else packed.shape[1]
             columns = torch.arange(length, device=x.device)
-            angles = [t[0][packed.columns] for t in self.rotary_emb(x, columns[None])]
+            angles = [t[0][packed.places] for t in self.rotary_emb(x, columns[None])]
         else:
             angles = [t[0] for t in self.rotary_emb(x, tokens.position_ids[None])]
         # They hold each angle twice, once for either half of a head.
         cos, sin = (t[:, : t.shape[1] // 2] for t in angles)
-        return decode(plan.layers, self.norm, x, cos, sin, packed, rows)
+        shared = self._shared_steps(plan, packed, tokens, x, rows)
+        return decode(plan.layers, self.norm, x, cos, sin, packed, rows, shared)
+
+    def _shared_steps(
+        self, plan: Plan, packed: Packed, tokens: Tokens, x: Tensor, rows: Tensor | None
+    ) -> Iterator[Step] | None:
+        """How to run prefixes that texts share once; None where every token has to run."""
+        state = self._embedfuse
+        reuse = state.options.reuse_prefixes
+        if reuse == "off" or self._both_ways or not is_plain(x) or tokens.position_ids is not None:
+            return None
+        cache = stamp = None
+        if rows is not None:
+            stamp = self._stamp(plan) if reuse == "stream" else None
+            cache = PrefixCache() if stamp is None else state.prefixes
+        step_tokens = STEP_TOKENS if x.is_cpu else packed.tokens
+        return shared_steps(tokens.input_ids, packed, step_tokens, cache, stamp)
+
+    def _stamp(self, plan: Plan) -> tuple | None:
+        """What the keys of a given prefix depend on; None where that is more than can be told."""
+        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH:
+            return None
+        stamp = []
+        for _, _, module, _ in plan.watched:
+            for p in module._parameters.values():
+                if p is not None:
+                    if not _is_stock(module, self.original) or p.is_inference():
+                        return None
+                    stamp.append((p.data_ptr(), p._version, p.dtype))
+        return tuple(stamp)
+
+    @property
+    def _both_ways(self) -> bool:
+        return self._embedfuse.options.attention == "bidirectional"
+
+    def run_original(self, call: dict):
+        mask, input_ids = call.get("attention_mask"), call.get("input_ids")
+        if self._both_ways and (mask is None or mask.dim() == 2):
+            embeds = call.get("inputs_embeds")
+            batch, length = (embeds if input_ids is None else input_ids).shape[:2]
+            call = {**call, "attention_mask": self._open_mask(mask, batch, length)}
+        return super().run_original(call)
+
+    def _open_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor:
+        """(batch, 1, length, length) to add to scores: every token sees all that are no padding."""
+        added = torch.zeros(batch, 1, length, length, dtype=self.dtype, device=self.device)
+        if mask is not None:
+            padding = mask.to(self.device)[:, None, None, :] == 0
+            added = added.masked_fill(padding, torch.finfo(self.dtype).min)
+        return added
 
     def make_output(self, states: Tensor, return_dict: bool):
         output = sys.modules[self.original.__module__].BaseModelOutputWithPast(
             last_hidden_state=states
         )
         return output if return_dict else output.to_tuple()
+
+
+def _is_stock(module: nn.Module, original: type) -> bool:
+    return (
+        type(module) in (nn.Linear, nn.Embedding) or type(module).__module__ == original.__module__
+    )

@@ -10,7 +10,7 @@ from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm
 from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe, check_ids
-from embedfuse.patching.engine import PackedModel, Tokens, padded_call
+from embedfuse.patching.packed_model import PackedModel, Tokens
 from embedfuse.patching.plan import Plan, not_stock
 
 
@@ -89,17 +89,6 @@ class PackedEncoder(PackedModel):
 
     def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
         return encode(plan.layers, self._embed(packed, tokens), packed, rows)
-
-    def sequence_states(
-        self, input_ids: Tensor, packed: Packed, pooling: str | None = None
-    ) -> tuple[Tensor, Packed]:
-        """States of token ids that never were padded, as token_states; what it refuses is padded."""
-        found = self.token_states(input_ids, packed, pooling)
-        if found is not None:
-            return found
-        call = padded_call(input_ids, packed, self.config.pad_token_id)
-        states = self(**call, return_dict=True).last_hidden_state
-        return states[call["attention_mask"] != 0], packed
 
     def _embed(self, packed: Packed, tokens: Tokens) -> Tensor:
         tables, input_ids = self.base_model.embeddings, tokens.input_ids

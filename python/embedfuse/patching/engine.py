@@ -5,27 +5,35 @@ of the original, so whatever goes by them (save_pretrained, transformers' own re
 before, like hooks, parameters and isinstance. Undoing it is swapping back.
 """
 
-import functools
-import inspect
 import threading
 from abc import abstractmethod
-from collections import Counter
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
 from embedfuse.nn.linear import FusedLinear
-from embedfuse.packing import Packed, pack, unpadded
-from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
-from embedfuse.patching.plan import Plan, is_hooked
+from embedfuse.nn.prefixes import PrefixCache
+from embedfuse.patching.plan import Plan
 from embedfuse.patching.recipes import recipe
 from embedfuse.patching.report import Report
 
-# Arguments that the packed forward serves; any other that is not None goes to the original.
-_SERVED = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
-# Accepted when they ask for nothing.
-_FLAGS = {"output_attentions", "output_hidden_states", "use_cache"}
+REUSES = ("off", "batch", "stream")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `patch` was asked for; its docstring has the meanings."""
+
+    attention: str | None = None
+    reuse_prefixes: str = "batch"
+
+    def __post_init__(self):
+        if self.attention not in (None, "bidirectional"):
+            raise ValueError(
+                f"attention={self.attention!r}: accepted are None, the model's own, and 'bidirectional'"
+            )
+        if self.reuse_prefixes not in REUSES:
+            raise ValueError(
+                f"reuse_prefixes={self.reuse_prefixes!r}: accepted are {', '.join(REUSES)}"
+            )
 
 
 class Patched:
@@ -46,16 +54,23 @@ class Patched:
 
     @classmethod
     @abstractmethod
-    def install(cls, model) -> Report:
+    def install(cls, model, options: Options) -> Report:
         """Patch `model`, check it, and put everything back if the check fails."""
 
     @abstractmethod
     def uninstall(self) -> None:
         """Put back what install changed."""
 
+    def check_options(self, options: Options) -> None:
+        """Raise ValueError where others are asked for than those that this was patched with."""
+        if options not in (Options(), self._embedfuse.options):
+            raise ValueError(
+                f"model: patched before with {self._embedfuse.options}, now {options}; unpatch it first"
+            )
+
     @classmethod
-    def swap_in(cls, model, report: Report) -> None:
-        model._embedfuse = PatchState(report)
+    def swap_in(cls, model, report: Report, options: Options) -> None:
+        model._embedfuse = PatchState(report, options)
         model.__class__ = cls
 
     def swap_out(self) -> None:
@@ -69,248 +84,20 @@ def _new_patched(original: type) -> Patched:
 
 
 class PatchState:
-    """What a patched model carries: its report and its plan. Copies and pickles without plan and cache."""
+    """What a patched model carries. Copies and pickles take report and options, no plan and no cache."""
 
-    def __init__(self, report: Report):
+    def __init__(self, report: Report, options: Options):
         self.report = report
+        self.options = options
         self.plan: Plan | None = None
         self.fused: list[FusedLinear] = []
+        self.prefixes = PrefixCache()
         self.cache: dict = {}  # what an integration builds once per object
         self.patched_before = False  # of a holder: whether the model inside was
         self.lock = threading.Lock()
 
     def __getstate__(self):
-        return {"report": self.report}
+        return {"report": self.report, "options": self.options}
 
     def __setstate__(self, state):
-        self.__init__(state["report"])
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the embedding layer reads, each (tokens,); None where the model fills it in."""
-
-    input_ids: Tensor
-    token_type_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    @classmethod
-    def of(cls, call: dict, packed: Packed) -> "Tokens":
-        input_ids = call["input_ids"]
-        others = (call.get("token_type_ids"), call.get("position_ids"))
-        return cls(
-            packed.pack(input_ids),
-            *(None if t is None else packed.pack(t.expand_as(input_ids)) for t in others),
-        )
-
-
-def padded_call(input_ids: Tensor, packed: Packed, padding_idx: int | None) -> dict[str, Tensor]:
-    """Arguments of a transformers forward for token ids (tokens,), padded on the right."""
-    parts = input_ids.split(packed.lengths)
-    padded = nn.utils.rnn.pad_sequence(parts, True, padding_idx or 0)
-    lengths = torch.tensor(packed.lengths, device=input_ids.device)[:, None]
-    mask = torch.arange(padded.shape[1], device=input_ids.device) < lengths
-    return {"input_ids": padded, "attention_mask": mask.long()}
-
-
-class PackedModel(Patched):
-    """A transformers model that runs without padding. Recipes give the five methods below."""
-
-    _argument_names: tuple[str, ...]
-    # Poolings for which run_packed takes `rows`.
-    pruned_poolings: tuple[str, ...] = ("cls", "last")
-
-    @classmethod
-    @abstractmethod
-    def probe(cls, model: nn.Module) -> Probe:
-        """Inputs on which patched and original have to agree."""
-
-    @abstractmethod
-    def make_plan(self) -> Plan:
-        """Read the model's layers; a Plan with `refusal` when they are not the stock ones."""
-
-    @abstractmethod
-    def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
-        """Raise for ids or lengths that the embedding tables do not have."""
-
-    @abstractmethod
-    def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
-        """(tokens, hidden) states, or those of `rows`, which holds one row of each sequence."""
-
-    @abstractmethod
-    def make_output(self, states: Tensor, return_dict: bool):
-        """The original's output object from padded states."""
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "original" in cls.__dict__:
-            cls._argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
-
-            # Callers read the signature to learn which arguments the model takes.
-            @functools.wraps(cls.original.forward)
-            def forward(self, *args, **kwargs):
-                return self._forward(*args, **kwargs)
-
-            cls.forward = forward
-
-    @classmethod
-    def install(cls, model: nn.Module) -> Report:
-        check_loaded(model)
-        report = Report(cls.__name__)
-        before = parameter_bytes(model)
-        cls.swap_in(model, report)
-        try:
-            plan = model._current_plan()
-            if why := plan.refusal or plan.bypassed():
-                report.refused["forward"] = why
-            else:
-                probe = cls.probe(model)
-                expected = probe.run(model, cls.original)
-                report.fused += model.fuse()
-                report.deviations = deviations(model, expected, probe.run(model, cls))
-        except BaseException:
-            model.uninstall()
-            raise
-        report.memory_bytes = parameter_bytes(model) - before
-        report.original_calls.clear()  # the probe's own
-        return report
-
-    def uninstall(self) -> None:
-        for fused in self._embedfuse.fused:
-            fused.part()
-        self.swap_out()
-
-    def _forward(self, *args, **kwargs):
-        names = self._argument_names
-        if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
-            return self.original.forward(self, *args, **kwargs)  # for its TypeError
-        call = dict(zip(names, args, strict=False)) | kwargs
-        output = self.packed_output(call)
-        return self.original.forward(self, *args, **kwargs) if output is None else output
-
-    def packed_output(self, call: dict):
-        """What forward returns, from the packed states; None when the original has to run."""
-        found = self.packed_states(call)
-        if found is None:
-            return None
-        states, packed = found
-        return_dict = call.get("return_dict")
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return self.make_output(packed.pad(states), return_dict)
-
-    def packed_states(
-        self, call: dict, pooling: str | None = None, count: bool = True
-    ) -> tuple[Tensor, Packed] | None:
-        """The states of a forward call's arguments, packed; None when the original has to run.
-
-        pooling: what the caller will pool with. Where that reads one row of each sequence
-        (pruned_poolings), only these rows come back, as sequences of one token.
-        count: whether to count that in the report; a caller that goes on to `forward` leaves it to it.
-        """
-        # The original is traced as it is: under a compiler the padding is the compiler's business.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None
-        plan = self._current_plan()
-        reason = plan.refusal or plan.bypassed() or self._unserved(call)
-        if reason is None:
-            packed = pack(call["input_ids"], call.get("attention_mask"))
-            reason = self.misfit(packed)
-        if reason is not None:
-            if count:
-                self._embedfuse.report.original(reason)
-            return None
-        return self._run(plan, packed, Tokens.of(call, packed), pooling)
-
-    def token_states(
-        self, input_ids: Tensor, packed: Packed, pooling: str | None = None
-    ) -> tuple[Tensor, Packed] | None:
-        """The states of token ids (tokens,) that never were padded; otherwise as packed_states."""
-        plan = self._current_plan()
-        reason = plan.refusal or plan.bypassed() or self._unserved({"input_ids": input_ids})
-        if reason is not None or is_hooked(self):
-            return None  # a caller that goes on to `forward` leaves the count to it
-        return self._run(plan, packed, Tokens(input_ids), pooling)
-
-    def _run(
-        self, plan: Plan, packed: Packed, tokens: Tokens, pooling: str | None
-    ) -> tuple[Tensor, Packed]:
-        self.check_tokens(tokens, packed)
-        if pooling not in self.pruned_poolings or 0 in packed.lengths:
-            return self.run_packed(plan, packed, tokens, None), packed
-        ends = packed.cu_seqlens
-        rows = ends[:-1] if pooling == "cls" else ends[1:] - 1
-        batch = len(packed.lengths)
-        return self.run_packed(plan, packed, tokens, rows), unpadded([1] * batch, ends.device)
-
-    def misfit(self, packed: Packed) -> str | None:
-        """Why the original has to serve a batch of this shape."""
-        return None
-
-    def _unserved(self, call: dict) -> str | None:
-        for name, value in call.items():
-            if value is not None and name not in _SERVED and not (name in _FLAGS and not value):
-                return f"called with {name}"
-        for name in _FLAGS - {"use_cache"}:
-            if call.get(name) is None and getattr(self.config, name, False):
-                return f"config.{name} is set"
-        input_ids = call.get("input_ids")
-        if type(input_ids) is not Tensor:
-            return f"input_ids is a {type(input_ids).__name__}"
-        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "the call is captured into a CUDA graph"
-        mask = call.get("attention_mask")
-        if mask is not None and not isinstance(mask, Tensor):
-            return f"attention_mask is a {type(mask).__name__}"
-        if mask is not None and mask.dim() != 2:
-            return f"attention_mask has {mask.dim()} dimensions"
-        return None
-
-    def _current_plan(self) -> Plan:
-        state = self._embedfuse
-        plan = state.plan
-        if plan is not None and plan.model is not self:
-            return self.make_plan()  # a replica (DataParallel, copy.copy) shares the state
-        if plan is None or not plan.is_current():
-            with state.lock:
-                if state.plan is plan:
-                    state.plan = self.make_plan()
-                plan = state.plan
-        return plan
-
-    def fuse(self) -> list[str]:
-        """Join the weights that one GEMM can serve, and tell what was fused.
-
-        Not called in forward, because other threads may be running the model.
-        """
-        layers = self._current_plan().layers
-        self._embedfuse.fused = []
-        counts = Counter()
-        for layer in layers:
-            for name, projection in layer.projections.items():
-                fused = projection.fuse()
-                counts[name] += fused
-                if fused:
-                    self._embedfuse.fused.append(projection)
-        told = [f"{n} {name} projections as one GEMM" for name, n in counts.items()]
-        return [f"{len(layers)} layers without padding", *told]
-
-    def train(self, mode: bool = True):
-        # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
-        plan = self._current_plan()
-        if self.training is mode and all(child.training is mode for _, _, child, _ in plan.watched):
-            return self
-        return super().train(mode)
-
-    # Moving, casting and copying part the joined weights; join them again right there.
-    def _apply(self, fn, recurse=True):
-        result = super()._apply(fn, recurse)
-        self.fuse()
-        return result
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        for layer in self._current_plan().layers:
-            for projection in layer.projections.values():
-                projection.part()  # pickle gives each view of a storage the whole of it
-        self.fuse()
+        self.__init__(**state)

@@ -4,7 +4,7 @@ from abc import abstractmethod
 
 from torch import nn
 
-from embedfuse.patching.engine import Patched
+from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 
@@ -22,16 +22,20 @@ class PatchedHolder(Patched):
 
     @classmethod
     @abstractmethod
-    def wrap(cls, model, report: Report) -> None:
+    def wrap(cls, model, report: Report, options: Options) -> None:
         """swap_in `model`, whose held model is patched, and compare its results before and after."""
 
     @classmethod
-    def install(cls, model) -> Report:
+    def install(cls, model, options: Options) -> Report:
         inner = cls.held(model)
         patched_before = isinstance(inner, Patched)
-        report = inner._embedfuse.report if patched_before else recipe_of(inner).install(inner)
+        if patched_before:
+            inner.check_options(options)
+            report = inner._embedfuse.report
+        else:
+            report = recipe_of(inner).install(inner, options)
         try:
-            cls.wrap(model, report)
+            cls.wrap(model, report, options)
         except BaseException:
             if isinstance(model, Patched):
                 model.swap_out()

@@ -1,0 +1,243 @@
+"""Token prefixes that sequences share, run through a causal tower once.
+
+Where attention is causal, a token's states depend on the tokens before it alone: sequences that begin
+alike have the same states, keys and values there. Sorted, each sequence runs only the tokens that it
+does not share with the one before it, and reads the other keys and values where they were computed.
+That folds prefixes of any depth (a radix tree, walked from left to right), not only one instruction.
+"""
+
+from bisect import bisect
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedfuse.packing import Packed, unpadded
+
+# Folding has to save one token in so many. A token saved is worth its share of the GEMMs, and a token
+# folded costs no more than a copy of its keys and values.
+SAVES = 16
+# A prefix is kept from call to call from so many tokens on.
+KEPT_TOKENS = 16
+Ids = np.ndarray  # (tokens,) of one sequence
+
+
+@dataclass
+class Prefix:
+    """Keys and values of a token prefix in every layer."""
+
+    ids: Ids
+    layers: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list
+    )  # (tokens, kv_heads, head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(key.nbytes + value.nbytes for key, value in self.layers)
+
+
+class PrefixCache:
+    """Prefixes that came up in two steps or more; the ones least lately used go first.
+
+    What it holds was computed with the weights of `stamp`; another stamp empties it. Calls from
+    several threads are safe.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20):
+        self.max_bytes = max_bytes
+        self.stamp = None
+        self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._seen: deque[Ids] = deque(maxlen=8)  # one sequence of each of the last steps
+        self._lock = Lock()
+
+    def prefixes(self, stamp) -> list[Prefix]:
+        """All that hold for the weights of `stamp`."""
+        with self._lock:
+            if stamp != self.stamp:
+                self._prefixes.clear()
+                self._seen.clear()
+                self.stamp = stamp
+            return list(self._prefixes.values())
+
+    def recurring(self, sequences: list[Ids]) -> tuple[int, int] | None:
+        """(which of these sorted sequences, tokens) of the longest prefix that a step before had too and
+        that is not held yet."""
+        with self._lock:
+            seen, known = list(self._seen), list(self._prefixes.values())
+        lists = [ids.tolist() for ids in sequences]
+        best, tokens = None, KEPT_TOKENS - 1
+        for ids in seen:
+            place = bisect(lists, ids.tolist())
+            for i in (place - 1, place):
+                if 0 <= i < len(lists):
+                    n = min(common(ids, sequences[i]), len(lists[i]) - 1)
+                    if n > max(tokens, longest(known, sequences[i], 0)[1]):
+                        best, tokens = i, n
+        return None if best is None else (best, tokens)
+
+    def remember(self, stamp, sequence: Ids, used: list[Prefix], new: Prefix | None) -> None:
+        """What a step came across: one of its sequences, prefixes that it used and one to keep."""
+        with self._lock:
+            if stamp != self.stamp:
+                return
+            self._seen.append(sequence)
+            for prefix in used:
+                if prefix.ids.tobytes() in self._prefixes:
+                    self._prefixes.move_to_end(prefix.ids.tobytes())
+            if new is not None:
+                self._prefixes[new.ids.tobytes()] = new
+            while sum(p.nbytes for p in self._prefixes.values()) > self.max_bytes:
+                self._prefixes.popitem(last=False)
+
+
+@dataclass
+class Step:
+    """Sequences that run at once, and where the keys and values of each lie.
+
+    sequences: their numbers in the batch. places: (keys,) place of all their tokens in the batch.
+    tokens: (computed,) the ones of these that run.
+    queries: how many of these each sequence has, its last ones. keys: all tokens of each.
+    source: (keys,) row of each among those of `reused`, one after the other, then the computed ones.
+    kept, span: prefix whose keys and values to keep, and where it lies among the keys.
+    """
+
+    sequences: list[int]
+    places: Tensor
+    tokens: Tensor
+    queries: Packed
+    keys: Packed
+    source: Tensor
+    reused: list[Prefix]
+    kept: Prefix | None = None
+    span: slice | None = None
+
+    @property
+    def last(self) -> Tensor:
+        """(sequences,) computed row of each sequence's last token."""
+        rows = self.source[self.keys.cu_seqlens[1:].long() - 1]
+        return rows - sum(len(prefix.ids) for prefix in self.reused)
+
+    def unfold(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(computed, kv_heads, head_dim) of a layer -> those of all tokens of each sequence."""
+        if self.reused:
+            keys, values = zip(*(prefix.layers[layer] for prefix in self.reused), strict=True)
+            key, value = torch.cat([*keys, key]), torch.cat([*values, value])
+        key, value = key[self.source], value[self.source]
+        if self.kept is not None:
+            self.kept.layers.append((key[self.span].clone(), value[self.span].clone()))
+        return key, value
+
+
+def shared_steps(
+    ids: Tensor, packed: Packed, step_tokens: int, cache: PrefixCache | None, stamp=None
+) -> Iterator[Step] | None:
+    """The steps of about step_tokens tokens that a batch takes; None where folding saves too little.
+
+    ids: (tokens,). cache: prefixes of earlier calls, used and filled; None where the states of all
+    tokens are wanted, which it does not hold. A step has to run before the next one is asked for.
+    """
+    sequences = np.split(ids.cpu().numpy(), np.cumsum(packed.lengths)[:-1])
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
+    ordered = [sequences[i] for i in order]
+    shared = [0, *(common(a, b) for a, b in pairwise(ordered))]
+    if cache is None:
+        saved, recurring = sum(shared), None
+    else:
+        known = cache.prefixes(stamp)
+        saved = sum(longest(known, s, n)[1] for s, n in zip(ordered, shared, strict=True))
+        recurring = cache.recurring(ordered)
+    if saved * SAVES < packed.tokens and recurring is None:
+        if cache is not None:
+            cache.remember(stamp, ordered[0], [], None)
+        return None
+    return _steps(order, ordered, shared, packed, step_tokens, cache, stamp)
+
+
+def _steps(order, ordered, shared, packed, step_tokens, cache, stamp) -> Iterator[Step]:
+    begins = packed.cu_seqlens.cpu().numpy()
+    first = 0
+    while first < len(order):
+        known = [] if cache is None else cache.prefixes(stamp)
+        reused: list[Prefix] = []
+        sources, places, own = [], [], []
+        computed = 0
+        for i in range(first, len(order)):
+            ids, alike = ordered[i], shared[i] if sources else 0
+            prefix, n = longest(known, ids, alike)
+            if sources and computed + len(ids) - n > step_tokens:
+                break
+            if prefix is None:
+                head = sources[-1][:n] if sources else np.zeros(0, np.int64)
+            else:
+                head = ~(_place(reused, prefix) + np.arange(n))  # negative: of a reused row
+            sources.append(np.concatenate([head, computed + np.arange(len(ids) - n)]))
+            places.append(begins[order[i]] + np.arange(len(ids)))
+            own.append(len(ids) - n)
+            computed += len(ids) - n
+        last = first + len(sources)
+        step = _step(order[first:last], sources, places, own, reused, packed.cu_seqlens.device)
+        of_step = ordered[first:last]
+        if cache is not None and (found := cache.recurring(of_step)):
+            i, n = found
+            begin = sum(map(len, sources[:i]))
+            step.kept, step.span = Prefix(of_step[i][:n].copy()), slice(begin, begin + n)
+        yield step
+        if cache is not None:
+            most_alike = max(range(first, last), key=lambda i: shared[i])
+            cache.remember(stamp, ordered[most_alike], reused, step.kept)
+        first = last
+
+
+def _step(sequences, sources, places, own, reused, device) -> Step:
+    rows = sum(len(prefix.ids) for prefix in reused)
+    tokens = [place[len(place) - n :] for place, n in zip(places, own, strict=True)]
+    source = np.concatenate(sources)
+    source = np.where(source < 0, ~source, source + rows)
+    return Step(
+        sequences=sequences,
+        places=torch.from_numpy(np.concatenate(places)).to(device),
+        tokens=torch.from_numpy(np.concatenate(tokens)).to(device),
+        queries=unpadded(own, device),
+        keys=unpadded([len(s) for s in sources], device),
+        source=torch.from_numpy(source).to(device),
+        reused=reused,
+    )
+
+
+def _place(reused: list[Prefix], prefix: Prefix) -> int:
+    """Where the rows of the prefix start among those of `reused`, which gets it if it is new there."""
+    rows = 0
+    for other in reused:
+        if other is prefix:
+            return rows
+        rows += len(other.ids)
+    reused.append(prefix)
+    return rows
+
+
+def longest(known: list[Prefix], ids: Ids, beyond: int) -> tuple[Prefix | None, int]:
+    """The prefix that begins like `ids` for more than `beyond` tokens, and for how many.
+
+    None, and `beyond`, where there is none. The last token is left to run: its state is wanted.
+    """
+    best, tokens = None, beyond
+    for prefix in known:
+        if tokens < min(len(ids) - 1, len(prefix.ids)) and prefix.ids[tokens] == ids[tokens]:
+            n = min(common(prefix.ids, ids), len(ids) - 1)
+            if n > tokens:
+                best, tokens = prefix, n
+    return best, tokens
+
+
+def common(a: Ids, b: Ids) -> int:
+    """How many tokens a and b begin with alike."""
+    n = min(len(a), len(b))
+    if n == 0 or a[0] != b[0]:
+        return 0
+    alike = a[:n] == b[:n]
+    return n if alike.all() else int(alike.argmin())

@@ -1,0 +1,272 @@
+"""PackedModel: a transformers model whose forward runs on packed tokens."""
+
+import functools
+import inspect
+from abc import abstractmethod
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from embedfuse.packing import Packed, pack, unpadded
+from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
+from embedfuse.patching.engine import Options, Patched
+from embedfuse.patching.plan import Plan, is_hooked
+from embedfuse.patching.report import Report
+
+# Arguments that the packed forward serves; any other that is not None goes to the original.
+_SERVED = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
+# Accepted when they ask for nothing.
+_FLAGS = {"output_attentions", "output_hidden_states", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the embedding layer reads, each (tokens,); None where the model fills it in."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, call: dict, packed: Packed) -> "Tokens":
+        input_ids = call["input_ids"]
+        others = (call.get("token_type_ids"), call.get("position_ids"))
+        return cls(
+            packed.pack(input_ids),
+            *(None if t is None else packed.pack(t.expand_as(input_ids)) for t in others),
+        )
+
+
+def padded_call(input_ids: Tensor, packed: Packed, padding_idx: int | None) -> dict[str, Tensor]:
+    """Arguments of a transformers forward for token ids (tokens,), padded on the right."""
+    parts = input_ids.split(packed.lengths)
+    padded = nn.utils.rnn.pad_sequence(parts, True, padding_idx or 0)
+    lengths = torch.tensor(packed.lengths, device=input_ids.device)[:, None]
+    mask = torch.arange(padded.shape[1], device=input_ids.device) < lengths
+    return {"input_ids": padded, "attention_mask": mask.long()}
+
+
+class PackedModel(Patched):
+    """A transformers model that runs without padding. Recipes give the five methods below."""
+
+    _argument_names: tuple[str, ...]
+    # Poolings for which run_packed takes `rows`.
+    pruned_poolings: tuple[str, ...] = ("cls", "last")
+    # What Options.attention may ask for besides the model's own.
+    attentions: tuple[str, ...] = ()
+
+    @classmethod
+    @abstractmethod
+    def probe(cls, model: nn.Module) -> Probe:
+        """Inputs on which patched and original have to agree."""
+
+    @abstractmethod
+    def make_plan(self) -> Plan:
+        """Read the model's layers; a Plan with `refusal` when they are not the stock ones."""
+
+    @abstractmethod
+    def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
+        """Raise for ids or lengths that the embedding tables do not have."""
+
+    @abstractmethod
+    def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
+        """(tokens, hidden) states, or those of `rows`, which holds one row of each sequence."""
+
+    @abstractmethod
+    def make_output(self, states: Tensor, return_dict: bool):
+        """The original's output object from padded states."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "original" in cls.__dict__:
+            cls._argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
+
+            # Callers read the signature to learn which arguments the model takes.
+            @functools.wraps(cls.original.forward)
+            def forward(self, *args, **kwargs):
+                return self._forward(*args, **kwargs)
+
+            cls.forward = forward
+
+    @classmethod
+    def install(cls, model: nn.Module, options: Options) -> Report:
+        if options.attention not in (None, *cls.attentions):
+            raise ValueError(f"attention={options.attention!r}: {cls.__name__} accepts None")
+        check_loaded(model)
+        report = Report(cls.__name__)
+        before = parameter_bytes(model)
+        cls.swap_in(model, report, options)
+        try:
+            plan = model._current_plan()
+            if why := plan.refusal or plan.bypassed():
+                report.refused["forward"] = why
+            else:
+                probe = cls.probe(model)
+                expected = probe.run(model, model.run_original)
+                report.fused += model.fuse()
+                report.deviations = deviations(model, expected, probe.run(model, model._serve))
+        except BaseException:
+            model.uninstall()
+            raise
+        report.memory_bytes = parameter_bytes(model) - before
+        report.original_calls.clear()  # the probe's own
+        return report
+
+    def uninstall(self) -> None:
+        for fused in self._embedfuse.fused:
+            fused.part()
+        self.swap_out()
+
+    def _forward(self, *args, **kwargs):
+        names = self._argument_names
+        if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+            return self.original.forward(self, *args, **kwargs)  # for its TypeError
+        return self._serve(dict(zip(names, args, strict=False)) | kwargs)
+
+    def _serve(self, call: dict):
+        output = self.packed_output(call)
+        return self.run_original(call) if output is None else output
+
+    def run_original(self, call: dict):
+        """The original's output for a call's arguments."""
+        return self.original.forward(self, **call)
+
+    def packed_output(self, call: dict):
+        """What forward returns, from the packed states; None when the original has to run."""
+        found = self.packed_states(call)
+        if found is None:
+            return None
+        states, packed = found
+        return_dict = call.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return self.make_output(packed.pad(states), return_dict)
+
+    def packed_states(
+        self, call: dict, pooling: str | None = None, count: bool = True
+    ) -> tuple[Tensor, Packed] | None:
+        """The states of a forward call's arguments, packed; None when the original has to run.
+
+        pooling: what the caller will pool with. Where that reads one row of each sequence
+        (pruned_poolings), only these rows come back, as sequences of one token.
+        count: whether to count that in the report; a caller that goes on to `forward` leaves it to it.
+        """
+        # The original is traced as it is: under a compiler the padding is the compiler's business.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        plan = self._current_plan()
+        reason = plan.refusal or plan.bypassed() or self._unserved(call)
+        if reason is None:
+            packed = pack(call["input_ids"], call.get("attention_mask"))
+            reason = self.misfit(packed)
+        if reason is not None:
+            if count:
+                self._embedfuse.report.original(reason)
+            return None
+        return self._run(plan, packed, Tokens.of(call, packed), pooling)
+
+    def token_states(
+        self, input_ids: Tensor, packed: Packed, pooling: str | None = None
+    ) -> tuple[Tensor, Packed] | None:
+        """The states of token ids (tokens,) that never were padded; otherwise as packed_states."""
+        plan = self._current_plan()
+        reason = plan.refusal or plan.bypassed() or self._unserved({"input_ids": input_ids})
+        if reason is not None or is_hooked(self):
+            return None  # a caller that goes on to `forward` leaves the count to it
+        return self._run(plan, packed, Tokens(input_ids), pooling)
+
+    def sequence_states(
+        self, input_ids: Tensor, packed: Packed, pooling: str | None = None
+    ) -> tuple[Tensor, Packed]:
+        """States of token ids that never were padded, as token_states; what it refuses is padded."""
+        found = self.token_states(input_ids, packed, pooling)
+        if found is not None:
+            return found
+        call = padded_call(input_ids, packed, self.config.pad_token_id)
+        states = self(**call, return_dict=True).last_hidden_state
+        return states[call["attention_mask"] != 0], packed
+
+    def _run(
+        self, plan: Plan, packed: Packed, tokens: Tokens, pooling: str | None
+    ) -> tuple[Tensor, Packed]:
+        self.check_tokens(tokens, packed)
+        if pooling not in self.pruned_poolings or 0 in packed.lengths:
+            return self.run_packed(plan, packed, tokens, None), packed
+        ends = packed.cu_seqlens
+        rows = ends[:-1] if pooling == "cls" else ends[1:] - 1
+        batch = len(packed.lengths)
+        return self.run_packed(plan, packed, tokens, rows), unpadded([1] * batch, ends.device)
+
+    def misfit(self, packed: Packed) -> str | None:
+        """Why the original has to serve a batch of this shape."""
+        return None
+
+    def _unserved(self, call: dict) -> str | None:
+        for name, value in call.items():
+            if value is not None and name not in _SERVED and not (name in _FLAGS and not value):
+                return f"called with {name}"
+        for name in _FLAGS - {"use_cache"}:
+            if call.get(name) is None and getattr(self.config, name, False):
+                return f"config.{name} is set"
+        input_ids = call.get("input_ids")
+        if type(input_ids) is not Tensor:
+            return f"input_ids is a {type(input_ids).__name__}"
+        if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "the call is captured into a CUDA graph"
+        mask = call.get("attention_mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            return f"attention_mask is a {type(mask).__name__}"
+        if mask is not None and mask.dim() != 2:
+            return f"attention_mask has {mask.dim()} dimensions"
+        return None
+
+    def _current_plan(self) -> Plan:
+        state = self._embedfuse
+        plan = state.plan
+        if plan is not None and plan.model is not self:
+            return self.make_plan()  # a replica (DataParallel, copy.copy) shares the state
+        if plan is None or not plan.is_current():
+            with state.lock:
+                if state.plan is plan:
+                    state.plan = self.make_plan()
+                plan = state.plan
+        return plan
+
+    def fuse(self) -> list[str]:
+        """Join the weights that one GEMM can serve, and tell what was fused.
+
+        Not called in forward, because other threads may be running the model.
+        """
+        layers = self._current_plan().layers
+        self._embedfuse.fused = []
+        counts = Counter()
+        for layer in layers:
+            for name, projection in layer.projections.items():
+                fused = projection.fuse()
+                counts[name] += fused
+                if fused:
+                    self._embedfuse.fused.append(projection)
+        told = [f"{n} {name} projections as one GEMM" for name, n in counts.items()]
+        return [f"{len(layers)} layers without padding", *told]
+
+    def train(self, mode: bool = True):
+        # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
+        plan = self._current_plan()
+        if self.training is mode and all(child.training is mode for _, _, child, _ in plan.watched):
+            return self
+        return super().train(mode)
+
+    # Moving, casting and copying part the joined weights; join them again right there.
+    def _apply(self, fn, recurse=True):
+        result = super()._apply(fn, recurse)
+        self.fuse()
+        return result
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for layer in self._current_plan().layers:
+            for projection in layer.projections.values():
+                projection.part()  # pickle gives each view of a storage the whole of it
+        self.fuse()
