@@ -300,7 +300,7 @@ def test_inner_model_patched_before(model):
 def test_a_failure_leaves_nothing_patched(model, monkeypatch):
     from embedfuse.integrations import cross_encoder
 
-    def fail(cls, model, report):
+    def fail(cls, model, report, options):
         raise RuntimeError("no swap")
 
     monkeypatch.setattr(cross_encoder.CrossEncoder, "wrap", classmethod(fail))

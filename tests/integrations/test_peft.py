@@ -74,3 +74,23 @@ def test_gradients_of_the_adapters():
     for name, value in expected.items():
         assert_close(found[name], value, rtol=0, atol=1e-5 * value.abs().max().item(), msg=name)
     assert not report.original_calls
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_embed(patched):
+    model = adapted(["q_proj", "v_proj"])
+    batch = make_batch(model.get_base_model(), (20, 3, 11), "left")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model(**batch).last_hidden_state[:, -1])
+        if patched:
+            embedfuse.patch(model)
+        assert_close(embedfuse.embed(model, **batch, pooling="last"), expected, **TIGHT)
+
+
+def test_embed_takes_no_learned_prompts():
+    """Their rows come before the text's, which embed does not know of."""
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION")
+    model = peft.get_peft_model(make_model("mistral"), config)
+    batch = make_batch(model.get_base_model())
+    with pytest.raises(TypeError, match="model: a PEFT model that learns prompts"):
+        embedfuse.embed(model, **batch, pooling="last")

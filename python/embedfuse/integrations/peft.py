@@ -5,6 +5,7 @@ from torch import nn
 
 from embedfuse.patching.engine import Options
 from embedfuse.patching.holder import PatchedHolder
+from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 
 
@@ -16,6 +17,15 @@ class _PatchedPeft(PatchedHolder):
     @classmethod
     def wrap(cls, model: peft.PeftModel, report: Report, options: Options) -> None:
         cls.swap_in(model, report, options)
+
+    @classmethod
+    def tower(cls, model: peft.PeftModel) -> nn.Module:
+        if model.active_peft_config.is_prompt_learning:
+            raise TypeError(
+                "model: a PEFT model that learns prompts; accepted are adapters in its layers"
+            )
+        inner = model.get_base_model()
+        return recipe_of(inner).tower(inner)
 
 
 class PeftModel(_PatchedPeft, peft.PeftModel):

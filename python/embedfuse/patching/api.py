@@ -90,18 +90,15 @@ def embed(
 ) -> Tensor:
     """Pooled, normalised vectors of a batch of token ids.
 
-    model: a transformers model without a head that `patch` takes. Patched, the states are pooled
-        where they lie, without padding.
+    model: a transformers model without a head that `patch` takes, or a PEFT model on one. Patched, the
+        states are pooled where they lie, without padding.
     input_ids, attention_mask: (batch, length); no mask means no padding.
     pooling: "cls", "last", "mean" or "weighted_mean", as in ops.pool_normalize.
     pooling_mask: (batch, length), tokens to pool; None pools all. LLM2Vec leaves the instruction out.
 
     Returns (batch, hidden) in the model's dtype. Differentiable under grad.
     """
-    if not issubclass(recipe_of(model), PackedModel) or model.base_model is not model:
-        raise TypeError(
-            f"model: {type(model).__name__}; accepted are transformers models without a head"
-        )
+    model = recipe_of(model).tower(model)
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
     mask = attention_mask
     if pooling_mask is not None:

@@ -9,6 +9,8 @@ import threading
 from abc import abstractmethod
 from dataclasses import dataclass
 
+from torch import nn
+
 from embedfuse.nn.linear import FusedLinear
 from embedfuse.nn.prefixes import PrefixCache
 from embedfuse.patching.plan import Plan
@@ -67,6 +69,14 @@ class Patched:
             raise ValueError(
                 f"model: patched before with {self._embedfuse.options}, now {options}; unpatch it first"
             )
+
+    @classmethod
+    def tower(cls, model) -> nn.Module:
+        """The model without a head whose states `embed` pools. TypeError where there is none."""
+        raise TypeError(
+            f"model: {type(model).__name__}; accepted are transformers models without a head, and PEFT "
+            "models on one"
+        )
 
     @classmethod
     def swap_in(cls, model, report: Report, options: Options) -> None:

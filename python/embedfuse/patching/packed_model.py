@@ -91,6 +91,10 @@ class PackedModel(Patched):
             cls.forward = forward
 
     @classmethod
+    def tower(cls, model: nn.Module) -> nn.Module:
+        return model if model.base_model is model else super().tower(model)
+
+    @classmethod
     def install(cls, model: nn.Module, options: Options) -> Report:
         if options.attention not in (None, *cls.attentions):
             raise ValueError(f"attention={options.attention!r}: {cls.__name__} accepts None")
