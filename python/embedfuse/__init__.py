@@ -2,12 +2,15 @@
 
 from embedfuse import ops
 from embedfuse.patching import PatchError, Report, embed, patch, patched, report, unpatch
+from embedfuse.pipeline.presets import PRESETS, Preset
 from embedfuse.registry import BackendError, use_backend
 
 __all__ = [
+    "PRESETS",
     "BackendError",
     "Embedder",
     "PatchError",
+    "Preset",
     "Report",
     "embed",
     "ops",

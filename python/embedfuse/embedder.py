@@ -4,16 +4,17 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from tokenizers import normalizers
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 from embedfuse.nn.heads import load_heads
 from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching import Report, patch, report
-from embedfuse.pipeline.checkpoint import read_settings
+from embedfuse.pipeline.checkpoint import read_preset
 from embedfuse.pipeline.embeddings import Embeddings
+from embedfuse.pipeline.llm2vec import WrappedTexts
+from embedfuse.pipeline.loading import load_model, load_tokenizer
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
+from embedfuse.pipeline.presets import Preset
 from embedfuse.pipeline.scores import score_pairs
 from embedfuse.pipeline.tokenize import TextTokenizer
 
@@ -21,16 +22,28 @@ _ARRAYS = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Embedder:
-    """An embedding model with its tokenizer, patched: BGE-M3 with all three outputs, and dense encoders.
+    """An embedding model with its tokenizer, patched: BGE-M3 with all three outputs, and dense models.
 
-    model: folder or hub name of a checkpoint that `patch` takes.
+    model: folder or hub name of a checkpoint that `patch` takes. A PEFT adapter is merged into the
+        model that it is for.
     dtype: "float32", "bfloat16" or "float16" of weights and arithmetic; sums are fp32 in all.
     device: default the GPU when there is one.
-    max_length: tokens of a text, special ones included; default what the checkpoint allows.
-    hub: further arguments of transformers' from_pretrained (revision, token, cache_dir ...).
+    max_length: tokens of a text, special ones included; default what the preset says.
+    preset: how the model wants its texts and gives its vectors (`embedfuse.Preset`). The fields of a
+        Preset that say something win over the files of sentence-transformers beside the weights, and
+        these over the entry of `embedfuse.PRESETS`. That is found by the checkpoint's name, and in its
+        stead may be named here. To change one field: `dataclasses.replace(PRESETS["e5"], ...)`.
+    strict: where the tokenizer does not add the token that ends every text, though the checkpoint wants
+        it: raise instead of having it added, with a warning.
+    reuse_prefixes: as in `patch`; an instruction before the queries of a decoder runs once, not per query.
+    hub: further arguments of transformers' from_pretrained (revision, token, cache_dir ...). Remote code
+        runs only with trust_remote_code=True among them.
 
-    Pooling and normalisation are those of the checkpoint's sentence-transformers files; without them
-    the first token, normalised. Calls from several threads are safe.
+    An encoder that no file and no entry knows pools the first token, normalised. Calls from several
+    threads are safe.
+
+    Raises ValueError for a dtype that the preset calls unsafe, and for a decoder of which nothing says
+    how it is pooled; TypeError for a checkpoint that `patch` does not take.
     """
 
     def __init__(
@@ -40,33 +53,33 @@ class Embedder:
         dtype: str = "float32",
         device: str | torch.device | None = None,
         max_length: int | None = None,
+        preset: str | Preset | None = None,
+        strict: bool = False,
+        reuse_prefixes: str = "stream",
         **hub,
     ):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype!r}: accepted are float32, bfloat16 and float16")
+        self.preset = read_preset(model, hub, preset)
+        self.preset.check_dtype(dtype)
+        tokenize = TextTokenizer(load_tokenizer(model, self.preset, strict, hub))
         torch_dtype = getattr(torch, dtype)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        transformer = AutoModel.from_pretrained(model, dtype=torch_dtype, **hub).eval().to(device)
-        transformer.requires_grad_(False)
-        patch(transformer)
-        tokenizer = AutoTokenizer.from_pretrained(model, **hub)
-        heads = load_heads(model, transformer.config.hidden_size, device, torch_dtype, **hub)
-        settings = read_settings(model, hub)
-        if settings.lower_case:
-            backend = tokenizer.backend_tokenizer
-            own = [] if backend.normalizer is None else [backend.normalizer]
-            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        transformer = load_model(model, torch_dtype, hub).requires_grad_(False).to(device)
+        both_ways = self.preset.attention == "bidirectional"
+        attention = "bidirectional" if both_ways else None
+        patch(transformer, attention=attention, reuse_prefixes=reuse_prefixes)
         self._pipeline = EmbeddingPipeline(
             transformer,
-            TextTokenizer(tokenizer),
-            heads,
-            pooling=settings.pooling,
-            normalize=settings.normalize,
-            prompt=settings.prompt,
+            tokenize,
+            load_heads(model, transformer.config.hidden_size, device, torch_dtype, **hub),
+            pooling=self.preset.pooling,
+            normalize=self.preset.normalize,
+            wrapped=WrappedTexts(tokenize, self.preset) if self.preset.wraps else None,
         )
-        limits = (settings.max_length, tokenizer.model_max_length, transformer.longest_sequence())
-        longest = min(n for n in limits if n is not None)
-        self.max_length = longest if max_length is None else max_length
+        longest = min(self.tokenizer.model_max_length, transformer.longest_sequence())
+        default = min(longest, self.preset.max_length or longest)
+        self.max_length = default if max_length is None else max_length
         if not 3 <= self.max_length <= longest:
             raise ValueError(f"max_length={max_length}: accepted is 3 to {longest}")
 
@@ -89,6 +102,7 @@ class Embedder:
         texts: Iterable[str],
         outputs: Sequence[str] = ("dense",),
         *,
+        prompt: str | None = None,
         array_dtype: str = "float32",
         show_progress: bool = False,
     ) -> Embeddings:
@@ -96,23 +110,49 @@ class Embedder:
 
         outputs: any of "dense" (texts, hidden), "sparse" (lexical weights) and "multi" (one vector per
             token but the first), all from one forward.
+        prompt: put before every text; default the preset's, which is empty for most.
         array_dtype: "float32" or "float16" of the dense and multi-vector arrays.
         show_progress: a bar on stderr.
 
         Raises TypeError or ValueError, naming the place, for a text that is not a str or holds a lone
-        surrogate, and ValueError for outputs that this model does not have.
+        surrogate, ValueError for outputs that this model does not have, and RuntimeError after somebody
+        unpatched `model`.
         """
         dtype = _array_dtype(array_dtype)
-        parts = list(
-            self.iter_encode(texts, outputs, array_dtype=array_dtype, show_progress=show_progress)
-        )
+        how = {"prompt": prompt, "array_dtype": array_dtype, "show_progress": show_progress}
+        parts = list(self.iter_encode(texts, outputs, **how))
         return Embeddings.cat(parts) if parts else self._pipeline.empty(outputs, dtype)
+
+    def encode_queries(
+        self,
+        texts: Iterable[str],
+        instruction: str | None = None,
+        outputs: Sequence[str] = ("dense",),
+        **how,
+    ) -> Embeddings:
+        """Embeddings of queries: `encode` with the prompt that the model was trained to see there.
+
+        instruction: one sentence that describes the task, as the model's family takes it; default the
+            preset's query_prompt, which for these families asks for web search.
+        how: array_dtype and show_progress, as in encode.
+
+        Raises ValueError for an instruction to a model that takes none, and otherwise as encode.
+        """
+        prompt = self.preset.prompt_of_query(instruction)
+        return self.encode(texts, outputs, prompt=prompt, **how)
+
+    def encode_documents(
+        self, texts: Iterable[str], outputs: Sequence[str] = ("dense",), **how
+    ) -> Embeddings:
+        """Embeddings of passages: `encode` with the prompt that the model was trained to see there."""
+        return self.encode(texts, outputs, prompt=self.preset.prompt_of_document(), **how)
 
     def iter_encode(
         self,
         texts: Iterable[str],
         outputs: Sequence[str] = ("dense",),
         *,
+        prompt: str | None = None,
         array_dtype: str = "float32",
         show_progress: bool = False,
     ) -> Iterator[Embeddings]:
@@ -120,11 +160,14 @@ class Embedder:
         memory."""
         dtype = _array_dtype(array_dtype)
         self._pipeline.check(texts, outputs)  # now, not when the first part is asked for
+        prompt = self.preset.prompt if prompt is None else prompt
 
         def parts() -> Iterator[Embeddings]:
             total = len(texts) if hasattr(texts, "__len__") else None
             with tqdm(total=total, unit="text", disable=not show_progress) as bar:
-                yield from self._pipeline.stream(texts, outputs, self.max_length, dtype, bar.update)
+                yield from self._pipeline.stream(
+                    texts, outputs, self.max_length, dtype, bar.update, prompt=prompt
+                )
 
         return parts()
 
@@ -158,7 +201,15 @@ class Embedder:
 
     @staticmethod
     def lexical_matching_score(queries: Csr, passages: Csr) -> np.ndarray:
-        """(queries, passages): sum over shared tokens of the product of their weights."""
+        """(queries, passages): sum over shared tokens of the product of their weights.
+
+        queries, passages: as encode gives them under "sparse". Raises TypeError for anything else.
+        """
+        for name, side in (("queries", queries), ("passages", passages)):
+            if not isinstance(side, Csr):
+                raise TypeError(
+                    f'{name}: {type(side).__name__}; accepted is Csr, what encode gives under "sparse"'
+                )
         return lexical_scores(queries, passages).numpy()
 
     @staticmethod

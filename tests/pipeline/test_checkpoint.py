@@ -9,7 +9,7 @@ import pytest
 
 from embedfuse import Embedder
 from embedfuse.cli.corpus import stdlib_docstrings
-from embedfuse.pipeline.checkpoint import Settings, read_settings
+from embedfuse.pipeline.checkpoint import read_preset
 
 st = pytest.importorskip("sentence_transformers")
 TEXTS = ["", "A Text in CASES", *(t for t in stdlib_docstrings(20) if len(t) < 1000)]
@@ -92,13 +92,17 @@ def test_do_lower_case(folder, lower):
     ],
 )
 def test_poolings(tmp_path, config, pooling):
-    assert read_settings(write_settings(tmp_path, config), {}) == Settings(pooling, True, None)
-    path = write_settings(tmp_path, config, MODULES[:2], {"max_seq_length": 7})
-    assert read_settings(path, {}) == Settings(pooling, False, 7)
+    found = read_preset(write_settings(tmp_path, config), {})
+    assert (found.pooling, found.normalize, found.max_length) == (pooling, True, None)
+    found = read_preset(write_settings(tmp_path, config, MODULES[:2], {"max_seq_length": 7}), {})
+    assert (found.pooling, found.normalize, found.max_length) == (pooling, False, 7)
 
 
 def test_without_files_the_first_token_normalised(tmp_path):
-    assert read_settings(str(tmp_path), {}) == Settings("cls", True, None)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    found = read_preset(str(tmp_path), {})
+    assert (found.pooling, found.normalize, found.max_length) == ("cls", True, None)
+    assert found.prompt == found.prompt_of_query(None) == found.prompt_of_document() == ""
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ def test_without_files_the_first_token_normalised(tmp_path):
 )
 def test_refused_settings_are_named(tmp_path, config, modules, message):
     with pytest.raises(ValueError, match=message):
-        read_settings(write_settings(tmp_path, config, modules), {})
+        read_preset(write_settings(tmp_path, config, modules), {})
 
 
 def test_default_prompt_and_a_text_file_of_another_name(folder):
@@ -132,4 +136,4 @@ def test_a_pooling_file_that_is_not_there(folder):
     write_settings(folder, {})
     (folder / "1_Pooling/config.json").unlink()
     with pytest.raises(ValueError, match="names 1_Pooling/config\\.json, which"):
-        read_settings(str(folder), {})
+        read_preset(str(folder), {})

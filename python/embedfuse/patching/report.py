@@ -15,6 +15,7 @@ class PatchError(RuntimeError):
 class Report:
     """What was fused, what was refused and why, and what it costs.
 
+    repaired: what gave wrong vectors before, and why; these are not the vectors of the unpatched model.
     deviations: largest |patched row - original row| / largest |original row| of each output on the probe.
     memory_bytes: parameter memory after patching minus before.
     original_calls: calls served by the original forward since patching, by reason.
@@ -23,6 +24,7 @@ class Report:
     model: str
     fused: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    repaired: dict[str, str] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
     original_calls: Counter = field(default_factory=Counter)
@@ -37,6 +39,7 @@ class Report:
         lines = [f"{self.model}: patched"]
         lines += [f"  fused    {what}" for what in self.fused]
         lines += [f"  refused  {what}: {why}" for what, why in self.refused.items()]
+        lines += [f"  repaired {what}: {why}" for what, why in self.repaired.items()]
         lines += [
             f"  checked  {name}: largest deviation {value:.1e} of its longest row"
             for name, value in self.deviations.items()

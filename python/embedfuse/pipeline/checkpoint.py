@@ -1,9 +1,14 @@
-"""What sentence-transformers' files beside a checkpoint say about pooling."""
+"""What the files of a checkpoint say about pooling, prompts and lengths."""
 
+import functools
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import replace
 
 from transformers.utils import cached_file
+
+from embedfuse.pipeline.presets import PRESETS, Preset, find_preset
 
 # Name in 1_Pooling/config.json, since sentence-transformers 6 and before -> pooling of ops.pool_normalize.
 _POOLINGS = {
@@ -16,41 +21,93 @@ _POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weighted_mean",
     "pooling_mode_lasttoken": "last",
 }
+_LLM2VEC_POOLINGS = {
+    "mean": "mean",
+    "weighted_mean": "weighted_mean",
+    "eos_token": "last",
+    "last_token": "last",
+}
 # Names that sentence-transformers has had for one file.
 _TEXT_FILES = [
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
+# The names under which sentence-transformers' encode_document looks for its prompt.
+_DOCUMENT = ("document", "passage", "corpus")
+_ENCODERS = ("bert", "roberta", "xlm-roberta")
+_ENCODER_DEFAULT = Preset(pooling="cls")
+_DEFAULT = Preset(normalize=True, prompt="", attention="own", lower_case=False, pools_prompt=True)
+Read = Callable[[str], "dict | list | None"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """pooling: as in ops.pool_normalize. max_length: tokens of a text; None: nothing is said.
-    lower_case: whether texts are lowercased first. prompt: what stands before every text."""
+def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Preset:
+    """How a folder or hub name wants to be used: one value of each field, from the first that says it.
 
-    pooling: str = "cls"
-    normalize: bool = True
-    max_length: int | None = None
-    lower_case: bool = False
-    prompt: str = ""
+    1. `given`, a Preset; 2. the files of sentence-transformers and LLM2Vec beside the weights; 3. the
+    table's entry: the one that `given` names, or that of the checkpoint's name and model type, or of
+    what its config or adapter says it was made from; 4. the first token, normalised, for encoders.
 
-
-def read_settings(model: str, hub: dict) -> Settings:
-    """The settings of a folder or hub name; the defaults where it has no such files.
-
-    Raises ValueError for modules or poolings that embedfuse does not have.
+    Raises ValueError for a decoder of which none says the pooling (its first token has seen nothing
+    but itself, so that no default would do), for an unknown name of a preset, for modules or poolings
+    that embedfuse does not have.
     """
+    if given is not None and not isinstance(given, Preset) and given not in PRESETS:
+        raise ValueError(f"preset={given!r}: accepted are a Preset and {', '.join(PRESETS)}")
+    read = functools.partial(read_json, model, hub=hub)
+    names, config = [model], read("config.json") or {}
+    name, own_hub = model, hub
+    while adapter := read_json(name, "adapter_config.json", own_hub):
+        name, own_hub = adapter_base(name, adapter, own_hub)
+        names.append(name)
+        config = read_json(name, "config.json", own_hub) or config
+    if made_from := config.get("_name_or_path"):
+        names.append(made_from)
+    model_type = config.get("model_type")
+    preset = given if isinstance(given, Preset) else Preset()
+    preset = preset.filled(read_llm2vec(read)).filled(read_sentence_transformers(read))
+    entry = PRESETS[given] if isinstance(given, str) else find_preset(names, model_type)
+    preset = preset.filled(entry)
+    if model_type in _ENCODERS:
+        preset = preset.filled(_ENCODER_DEFAULT)
+    if preset.pooling is None:
+        raise ValueError(
+            f"model: nothing says how {model} ({model_type}) is pooled; accepted as preset are "
+            f"{', '.join(PRESETS)}, and a Preset with pooling"
+        )
+    return preset.filled(_DEFAULT)
 
-    def read(file: str) -> dict | list | None:
-        path = cached_file(model, file, _raise_exceptions_for_missing_entries=False, **hub)
-        if path is None:
-            return None
-        with open(path, encoding="utf-8") as opened:
-            return json.load(opened)
 
+def read_json(model: str, file: str, hub: dict) -> dict | list | None:
+    """What a file of a folder or hub name holds; None where there is no such file."""
+    path = cached_file(model, file, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as opened:
+        return json.load(opened)
+
+
+def adapter_base(model: str, adapter: dict, hub: dict) -> tuple[str, dict]:
+    """The name of the model that a PEFT adapter is for, and the arguments to load it with.
+
+    LLM2Vec's last adapters name the plain model, but are for the one with its -mntp adapter merged in
+    (README of McGill-NLP/llm2vec), which lies beside them.
+    """
+    second = re.fullmatch(
+        r"(.*llm2vec-[^/]*-mntp)-(supervised|unsup-simcse)/?", model, re.IGNORECASE
+    )
+    base = second[1] if second else adapter["base_model_name_or_path"]
+    revision = None if second else adapter.get("revision")
+    return base, {**hub, "revision": revision or "main"}
+
+
+def read_sentence_transformers(read: Read) -> Preset:
+    """What modules.json and the files that it names say; nothing where they are not there.
+
+    An empty prompt says nothing: sentence-transformers writes such into every model that it saves.
+    """
     modules = read("modules.json")
     if modules is None:
-        return Settings()
+        return Preset()
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         raise ValueError(
@@ -69,11 +126,32 @@ def read_settings(model: str, hub: dict) -> Settings:
         raise ValueError(f"model: pooling {names}; accepted is one of {', '.join(_POOLINGS)}")
     texts = next(filter(None, map(read, _TEXT_FILES)), {})
     library = read("config_sentence_transformers.json") or {}
-    prompt = library.get("default_prompt_name")
-    return Settings(
-        _POOLINGS[names[0]],
-        kinds[2:] == ["Normalize"],
-        texts.get("max_seq_length"),
-        bool(texts.get("do_lower_case")),
-        library["prompts"][prompt] if prompt else "",
+    prompts = library.get("prompts") or {}
+    return Preset(
+        pooling=_POOLINGS[names[0]],
+        normalize=kinds[2:] == ["Normalize"],
+        max_length=texts.get("max_seq_length"),
+        prompt=prompts.get(library.get("default_prompt_name")) or None,
+        query_prompt=prompts.get("query") or None,
+        document_prompt=next((prompts[name] for name in _DOCUMENT if prompts.get(name)), None),
+        lower_case=texts.get("do_lower_case"),
+    )
+
+
+def read_llm2vec(read: Read) -> Preset:
+    """What llm2vec_config.json says, and what goes for all models of LLM2Vec that have one."""
+    config = read("llm2vec_config.json")
+    if config is None:
+        return Preset()
+    mode = config.get("pooling_mode", "mean")
+    if mode not in _LLM2VEC_POOLINGS:
+        raise ValueError(f"model: pooling_mode {mode}; accepted are {', '.join(_LLM2VEC_POOLINGS)}")
+    return replace(
+        PRESETS["llm2vec"],
+        pooling=_LLM2VEC_POOLINGS[mode],
+        max_length=config.get("max_length", 512),
+        text_max_length=config.get("doc_max_length", 400),
+        pools_prompt=not config.get("skip_instruction", True),
+        wrap=None,  # goes by the base model
+        eos_text="" if mode == "last_token" else None,
     )

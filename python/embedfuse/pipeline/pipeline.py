@@ -10,10 +10,11 @@ from embedfuse.nn.heads import Heads
 from embedfuse.nn.linear import linear
 from embedfuse.ops import Csr, lexical_weights, pool_normalize, sparse_scatter
 from embedfuse.packing import Packed, end_to_end
-from embedfuse.patching.encoder import PackedEncoder
+from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import is_hooked
 from embedfuse.pipeline.batches import TokenBudget, ahead
 from embedfuse.pipeline.embeddings import OUTPUTS, Embeddings, Vectors
+from embedfuse.pipeline.llm2vec import WrappedTexts, tails
 from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
 
 T = TypeVar("T")
@@ -26,28 +27,28 @@ _NO_WEIGHTS = Csr(
 
 
 class EmbeddingPipeline:
-    """A patched encoder with its tokenizer and heads. Calls from several threads are safe.
+    """A patched model with its tokenizer and heads. Calls from several threads are safe.
 
-    model: a patched encoder. pooling: of the dense vector, as in ops.pool_normalize. normalize: whether
-    dense and multi-vector rows get length 1. dimensions: keep so many leading entries of these; None:
-    all. prompt: put before every text that `stream` gets.
+    model: a patched encoder or decoder. pooling: of the dense vector, as in ops.pool_normalize.
+    normalize: whether dense and multi-vector rows get length 1. dimensions: keep so many leading entries
+    of these; None: all. wrapped: reads the texts, instead of `tokenize` with the prompt before them.
     """
 
     def __init__(
         self,
-        model: PackedEncoder,
+        model: PackedModel,
         tokenize: TextTokenizer,
         heads: Heads,
         *,
         pooling: str = "cls",
         normalize: bool = True,
         dimensions: int | None = None,
-        prompt: str = "",
+        wrapped: WrappedTexts | None = None,
     ):
         self.model, self.heads = model, heads
         self.tokenize = tokenize
         self.pooling, self.normalize, self.dimensions = pooling, normalize, dimensions
-        self.prompt = prompt
+        self.wrapped = wrapped
         self.budget = TokenBudget(model.device)
 
     def stream(
@@ -58,22 +59,26 @@ class EmbeddingPipeline:
         dtype: torch.dtype = torch.float32,
         advance: Callable[[int], None] = lambda texts: None,
         at_most: int | None = None,
+        prompt: str = "",
     ) -> Iterator[Embeddings]:
         """Embeddings of one window of texts after the other, in order.
 
         dtype: of dense and multi-vector arrays. advance: told how many more texts are done.
-        at_most: tokens of one forward, where the caller wants less than the budget.
+        at_most: tokens of one forward, where the caller wants less than the budget. prompt: put before
+        every text.
         """
         self.check(texts, outputs)
 
-        def ids_of(window: tuple[int, list[str]]) -> list[list[int]]:
+        def ids_of(window: tuple[int, list[str]]) -> tuple[list[list[int]], list[int] | None]:
             start, window_texts = window
             check_texts(window_texts, start=start)
-            return self.tokenize([self.prompt + text for text in window_texts], max_length)
+            if self.wrapped is not None:
+                return self.wrapped(window_texts, prompt, max_length)
+            return self.tokenize([prompt + text for text in window_texts], max_length), None
 
         longest = max_length * 16  # of a longer text, hardly more is read
-        for sequences in ahead(ids_of, windows(texts, lambda text: length_of(text, longest))):
-            yield self.vectors(sequences, outputs, dtype, advance, at_most).host()
+        for sequences, own in ahead(ids_of, windows(texts, lambda text: length_of(text, longest))):
+            yield self.vectors(sequences, outputs, dtype, advance, at_most, own).host()
 
     def vectors(
         self,
@@ -82,11 +87,16 @@ class EmbeddingPipeline:
         dtype: torch.dtype = torch.float32,
         advance: Callable[[int], None] = lambda texts: None,
         at_most: int | None = None,
+        own: list[int] | None = None,
     ) -> Vectors:
-        """Vectors of token id lists, on the model's device."""
+        """Vectors of token id lists, on the model's device.
+
+        own: of each list, how many tokens at its end the dense vector pools; None: all.
+        """
 
         def run(batch: list[int]) -> Vectors:
-            return self._forward([sequences[i] for i in batch], outputs, dtype)
+            counts = None if own is None else [own[i] for i in batch]
+            return self._forward([sequences[i] for i in batch], outputs, dtype, counts)
 
         parts = []
         for batch, vectors in self.budget.run([len(s) for s in sequences], run, at_most):
@@ -95,17 +105,20 @@ class EmbeddingPipeline:
         return Vectors.collect(parts)
 
     @torch.inference_mode()
-    def _forward(self, sequences: list[list[int]], outputs, dtype: torch.dtype) -> Vectors:
+    def _forward(
+        self, sequences: list[list[int]], outputs, dtype: torch.dtype, own: list[int] | None
+    ) -> Vectors:
         device = self.model.device
         input_ids, packed = end_to_end(sequences, device)
-        only_dense = tuple(outputs) == ("dense",)
+        only_dense = tuple(outputs) == ("dense",) and own is None
         states, pooled = self.model.sequence_states(
             input_ids, packed, self.pooling if only_dense else None
         )
         dense = sparse = multi = None
         if "dense" in outputs:
+            rows, pooled = (states, pooled) if own is None else tails(states, packed, own)
             dense = pool_normalize(
-                states[:, : self.dimensions],
+                rows[:, : self.dimensions],
                 cu_seqlens=pooled.cu_seqlens,
                 pooling=self.pooling,
                 normalize=self.normalize,
@@ -146,6 +159,10 @@ class EmbeddingPipeline:
             raise TypeError("texts: a str; accepted is a list of str")
 
     def check_outputs(self, outputs: Sequence[str]) -> None:
+        if not isinstance(self.model, PackedModel):
+            raise RuntimeError(
+                f"model: this {type(self.model).__name__} was unpatched; embedfuse.patch it again"
+            )
         if not outputs or not set(outputs) <= set(OUTPUTS):
             raise ValueError(f"outputs={outputs!r}: accepted is a tuple of {', '.join(OUTPUTS)}")
         for name, head in (("sparse", self.heads.sparse), ("multi", self.heads.multi)):

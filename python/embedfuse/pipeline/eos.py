@@ -1,0 +1,130 @@
+"""The token that ends every text: found missing, put at the end by the tokenizer itself.
+
+A last-token model pools the state of its end token. Under transformers >= 5 the published tokenizer of
+E5-mistral adds none, although its config says add_eos_token, and the last word is pooled in silence
+(embeddings-benchmark/mteb pull request 5237).
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from embedfuse.pipeline.checkpoint import read_json
+
+logger = logging.getLogger("embedfuse")
+_PROBES = ("a", "")
+
+
+@dataclass(frozen=True)
+class AppendedEnd:
+    """A tokenizer that was made to append a token. before: its post-processor, as JSON or None."""
+
+    tokenizer: object
+    token: str
+    before: dict | None
+
+    def undo(self) -> None:
+        self.tokenizer.backend_tokenizer.post_processor = _post_processor(self.before)
+
+
+def says_add_eos(name_or_path: str, hub: dict) -> bool:
+    """Whether tokenizer_config.json says that the tokenizer appends its eos_token.
+
+    transformers >= 5 reads the file's add_eos_token no more where there is a tokenizer.json. A file that
+    is not there any more, or has no place (a tokenizer made in memory), says nothing.
+    """
+    try:
+        config = read_json(name_or_path, "tokenizer_config.json", hub)
+    except OSError:
+        return False
+    return config is not None and config.get("add_eos_token") is True
+
+
+def lacks_end(tokenizer, token: str) -> bool:
+    """Whether some text does not end in `token`. ValueError where the tokenizer does not know it."""
+    end = tokenizer.get_vocab().get(token)
+    if end is None:
+        raise ValueError(f"end_token={token!r}: accepted is a token of the tokenizer's vocabulary")
+    return any(tokenizer(text)["input_ids"][-1:] != [end] for text in _PROBES)
+
+
+def append_end(tokenizer, token: str) -> AppendedEnd:
+    """Have the tokenizer itself end every text in `token`, after truncation, which makes room for it.
+
+    Each text of a pair gets one, as transformers < 5 did. Raises ValueError for a tokenizer in Python,
+    and for a post-processor that is no template.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} is written in Python and does not append {token}; "
+            "accepted is a fast tokenizer, or one that does"
+        )
+    own = backend.post_processor
+    before = None if own is None else json.loads(own.__getstate__())
+    end = {"id": token, "ids": [tokenizer.get_vocab()[token]], "tokens": [token]}
+    backend.post_processor = _post_processor(_with_end(before, end))
+    if lacks_end(tokenizer, token):
+        backend.post_processor = own
+        raise ValueError(f"tokenizer: {type(tokenizer).__name__} cannot be made to append {token}")
+    logger.warning(
+        "%s: the tokenizer adds no %s, which the checkpoint wants at the end of every text; appended",
+        tokenizer.name_or_path,
+        token,
+    )
+    return AppendedEnd(tokenizer, token, before)
+
+
+def _with_end(settings: dict | None, end: dict) -> dict:
+    """The settings of a post-processor that also ends every text in a token."""
+    kind = None if settings is None else settings["type"]
+    if kind == "TemplateProcessing":
+        single, pair = list(settings["single"]), []
+        for piece in settings["pair"]:
+            pair.append(piece)
+            if piece.get("Sequence", {}).get("id") == "A":
+                pair.append(_piece(end, type_id=piece["Sequence"]["type_id"]))
+        last = pair[-1].get("Sequence") or pair[-1]["SpecialToken"]
+        return {
+            **settings,
+            "single": [*single, _piece(end, type_id=0)],
+            "pair": [*pair, _piece(end, type_id=last["type_id"])],
+            "special_tokens": {**settings["special_tokens"], end["id"]: end},
+        }
+    if kind == "Sequence" and settings["processors"]:
+        *others, last = settings["processors"]
+        return {**settings, "processors": [*others, *_flat(_with_end(last, end))]}
+    template = _with_end(_PLAIN, end)
+    if kind is None or settings == {"type": "Sequence", "processors": []}:
+        return template
+    if kind == "ByteLevel":
+        return {"type": "Sequence", "processors": [settings, template]}
+    raise ValueError(
+        f"tokenizer: its post-processor is {kind}; accepted for appending {end['id']} are "
+        "TemplateProcessing, ByteLevel and none"
+    )
+
+
+_PLAIN = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+
+
+def _piece(end: dict, type_id: int) -> dict:
+    return {"SpecialToken": {"id": end["id"], "type_id": type_id}}
+
+
+def _flat(settings: dict) -> list[dict]:
+    return settings["processors"] if settings["type"] == "Sequence" else [settings]
+
+
+def _post_processor(settings: dict | None):
+    """A post-processor of these settings, which tokenizers reads as part of a tokenizer alone."""
+    empty = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    whole = {"version": "1.0", "added_tokens": [], "model": empty, "post_processor": settings}
+    return Tokenizer.from_str(json.dumps(whole)).post_processor
