@@ -1,8 +1,9 @@
-"""Checkpoint folders of BGE-M3's and its reranker's true architecture, with random weights.
+"""Checkpoint folders of BGE-M3's, its reranker's and E5-mistral's true architecture, with random weights.
 
 The files lie as in the published repositories, so FlagEmbedding, sentence-transformers and embedfuse
-load the same folder. `python -m benchmarks.checkpoints bge-m3 FOLDER` writes the full size (2.3 GB).
-Every figure made with one says "random weights, true architecture".
+load the same folder. `python -m benchmarks.checkpoints bge-m3 FOLDER` writes the full size (2.3 GB),
+e5-mistral 4 of its 32 layers at full width (2 GB). Every figure made with one says "random weights, true
+architecture", and of how many layers.
 """
 
 import argparse
@@ -39,6 +40,22 @@ SMALL = {
     "intermediate_size": 96,
     "max_position_embeddings": 8194,
 }
+E5_MISTRAL = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "sliding_window": 4096,
+}
+E5_MISTRAL_SMALL = {
+    "vocab_size": 2000,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "sliding_window": 24,
+}
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as published
 
 
@@ -68,6 +85,29 @@ def make_reranker(folder: Path, sizes: dict = FULL, seed: int = 0) -> Path:
     from transformers import XLMRobertaForSequenceClassification
 
     _write(folder, _random(XLMRobertaForSequenceClassification, sizes, seed, num_labels=1), sizes)
+    return folder
+
+
+def make_e5_mistral(folder: Path, layers: int = 4, sizes: dict = E5_MISTRAL, seed: int = 0) -> Path:
+    """E5-mistral-7b-instruct with so many of its 32 layers, in bf16; returns the folder."""
+    from transformers import AutoModel, MistralConfig
+
+    torch.manual_seed(seed)
+    config = MistralConfig(
+        **sizes,
+        num_hidden_layers=layers,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=sizes["hidden_size"] ** -0.5,  # as in _random
+    )
+    AutoModel.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    _llama_tokenizer(sizes["vocab_size"]).save_pretrained(folder)
+    _write_json(folder / "modules.json", _MODULES)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": 4096})
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {"word_embedding_dimension": sizes["hidden_size"], "pooling_mode_lasttoken": True}
+    _write_json(folder / "1_Pooling/config.json", {**pooling, "pooling_mode_mean_tokens": False})
     return folder
 
 
@@ -124,6 +164,31 @@ def _train_tokenizer(size: int) -> Tokenizer:
     return tokenizer
 
 
+def _llama_tokenizer(size: int):
+    """Byte-pair encoding, with bytes for what it has not seen; a text begins with BOS and ends with EOS."""
+    from transformers import LlamaTokenizer
+
+    special = ["<unk>", "<s>", "</s>"]  # ids 0 to 2, as published
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))],
+        limit_alphabet=200,
+        show_progress=False,
+    )
+    trained.train_from_iterator(stdlib_docstrings(size), trainer)
+    model = json.loads(trained.to_str())["model"]
+    return LlamaTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        add_bos_token=True,
+        add_eos_token=True,
+        pad_token="</s>",
+        padding_side="left",
+    )
+
+
 _MODULES = [
     {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
     for i, (path, kind) in enumerate(
@@ -137,7 +202,11 @@ def _write_json(path: Path, content) -> None:
 
 
 if __name__ == "__main__":
-    makers = {"bge-m3": make_bge_m3, "bge-reranker-v2-m3": make_reranker}
+    makers = {
+        "bge-m3": make_bge_m3,
+        "bge-reranker-v2-m3": make_reranker,
+        "e5-mistral": make_e5_mistral,
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=makers)
     parser.add_argument("folder", type=Path)

@@ -11,7 +11,8 @@ LOAD = os.getloadavg()[0]  # of others: nothing of ours has run yet
 
 
 def pytest_addoption(parser):
-    parser.addoption("--bge-m3", help="checkpoint folder; default: one is written for the run")
+    for model in ("--bge-m3", "--e5-mistral"):
+        parser.addoption(model, help="checkpoint folder; default: one is written for the run")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ MODEL_HEADER = (
 )  # fmt: skip
 PEER_HEADER = (
     "workload", "peer", "its dtype", "our dtype", "peer", "embedfuse", "speed-up", "lowest cosine",
+    "note",
 )  # fmt: skip
 HEADER = (
     "op", "sample", "dtype", "backend", "median", "GB/s", "TFLOP/s", "% of peak", "x reference",
@@ -94,8 +95,8 @@ def models_table(rows: list[dict]) -> str:
 def peers_table(rows: list[dict]) -> str:
     """Medians of calls in turn."""
     sizes = sorted({row["sizes"] for row in rows if "sizes" in row})
-    lines = [f"BGE-M3's architecture ({', '.join(sizes)}), random weights.", ""] if sizes else []
-    lines += [table_row(PEER_HEADER), table_row(["---"] * 4 + ["---:"] * 4)]
+    lines = [f"Random weights, true architecture: {'; '.join(sizes)}.", ""] if sizes else []
+    lines += [table_row(PEER_HEADER), table_row(["---"] * 4 + ["---:"] * 4 + ["---"])]
     for row in rows:
         cosine = row.get("lowest_cosine")
         entries = (
@@ -104,6 +105,7 @@ def peers_table(rows: list[dict]) -> str:
             duration(row["seconds"]),
             f"{row['speedup']:.2f}x",
             "" if cosine is None else f"{cosine:.7f}",
+            row.get("note", ""),
         )
         lines.append(table_row(entries))
     return "\n".join(lines) + "\n"

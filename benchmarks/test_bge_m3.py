@@ -37,7 +37,7 @@ def folder(request, tmp_path_factory) -> str:
 @pytest.fixture(autouse=True)
 def sizes(folder, benchmark) -> None:
     config = embedder(folder, "float32").model.config
-    benchmark.extra_info["sizes"] = f"{config.num_hidden_layers} x {config.hidden_size}"
+    benchmark.extra_info["sizes"] = f"BGE-M3, {config.num_hidden_layers} x {config.hidden_size}"
 
 
 @functools.cache

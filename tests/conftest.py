@@ -28,3 +28,11 @@ def reranker_folder(tmp_path_factory) -> str:
     from benchmarks.checkpoints import SMALL, make_reranker
 
     return str(make_reranker(tmp_path_factory.mktemp("bge-reranker"), SMALL))
+
+
+@pytest.fixture(scope="session")
+def e5_mistral_folder(tmp_path_factory) -> str:
+    """E5-mistral's architecture and file layout at small size, random weights."""
+    from benchmarks.checkpoints import E5_MISTRAL_SMALL, make_e5_mistral
+
+    return str(make_e5_mistral(tmp_path_factory.mktemp("e5-mistral"), 3, E5_MISTRAL_SMALL))

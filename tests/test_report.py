@@ -64,6 +64,18 @@ MODEL = {
 }
 
 
+PEER = {
+    "peer": "other",
+    "workload": "one query",
+    "sizes": "A, 4 x 16",
+    "dtype": "bfloat16",
+    "peer_dtype": "float32",
+    "peer_seconds": 2.5,
+    "seconds": 0.5,
+    "speedup": 5.0,
+}
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     source = tmp_path / "run.json"
@@ -102,6 +114,17 @@ def test_models_come_first(call, capsys, tmp_path):
     assert call({**RUN, "benchmarks": [MODEL]}) == 0
     assert capsys.readouterr().out.splitlines()[4:] == [row]
     assert not (tmp_path / "run.png").exists()
+
+
+def test_peers(call, capsys):
+    other = {**PEER, "sizes": "B, 2 x 8", "lowest_cosine": 0.999, "note": "9 tokens/s"}
+    rows = [{"extra_info": PEER}, {"extra_info": other}]
+    assert call({**RUN, "benchmarks": rows}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "Random weights, true architecture: A, 4 x 16; B, 2 x 8."
+    shared = "| one query | other | float32 | bfloat16 | 2.5 s | 500 ms | 5.00x |"
+    assert lines[6:] == [f"{shared}  |  |", f"{shared} 0.9990000 | 9 tokens/s |"]
+    assert len({line.count("|") for line in lines[4:]}) == 1
 
 
 def test_plot(call, tmp_path):

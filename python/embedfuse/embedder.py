@@ -10,7 +10,7 @@ from embedfuse.nn.heads import load_heads
 from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching import Report, patch, report
 from embedfuse.pipeline.checkpoint import read_preset
-from embedfuse.pipeline.embeddings import Embeddings
+from embedfuse.pipeline.embeddings import Embeddings, Vectors
 from embedfuse.pipeline.llm2vec import WrappedTexts
 from embedfuse.pipeline.loading import load_model, load_tokenizer
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
@@ -121,7 +121,7 @@ class Embedder:
         dtype = _array_dtype(array_dtype)
         how = {"prompt": prompt, "array_dtype": array_dtype, "show_progress": show_progress}
         parts = list(self.iter_encode(texts, outputs, **how))
-        return Embeddings.cat(parts) if parts else self._pipeline.empty(outputs, dtype)
+        return Embeddings.cat(parts) if parts else self._pipeline.empty(outputs, dtype).host()
 
     def encode_queries(
         self,
@@ -165,9 +165,8 @@ class Embedder:
         def parts() -> Iterator[Embeddings]:
             total = len(texts) if hasattr(texts, "__len__") else None
             with tqdm(total=total, unit="text", disable=not show_progress) as bar:
-                yield from self._pipeline.stream(
-                    texts, outputs, self.max_length, dtype, bar.update, prompt=prompt
-                )
+                call = (texts, outputs, self.max_length, dtype, bar.update)
+                yield from map(Vectors.host, self._pipeline.stream(*call, prompt=prompt))
 
         return parts()
 

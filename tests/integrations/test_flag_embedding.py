@@ -131,6 +131,15 @@ def test_arguments(pair, call, arguments):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_bad_batch_size(model, batch_size):
+    message = f"batch_size={batch_size}: accepted is 1 or more"
+    with pytest.raises(ValueError, match=message):
+        model.encode(TEXTS[:2], batch_size=batch_size)
+    with pytest.raises(ValueError, match=message):
+        model.compute_score([("a", "b")], batch_size=batch_size)
+
+
 def test_a_small_batch_size_holds_for_its_call_alone(model):
     with counted(model.model.model) as tokens:
         model.encode(TEXTS[:30], batch_size=1, max_length=16)

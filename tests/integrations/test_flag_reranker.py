@@ -126,7 +126,7 @@ def test_tokenizer_arguments_go_to_the_original(original, model):
     report = embedfuse.report(model)
     found = model.compute_score(PAIRS[:9], verbose=False)
     assert_same(found, original.compute_score(PAIRS[:9], verbose=False))
-    assert report.original_calls == {"compute_score with verbose": 1}
+    assert report.original_calls == {"called with verbose": 1}
 
 
 def test_one_packed_forward_and_no_padded_one(model):
@@ -151,6 +151,26 @@ def test_one_packed_forward_and_no_padded_one(model):
 def test_bad_texts(model, pair, error, message):
     with pytest.raises(error, match=message):
         model.compute_score([("a", "b"), pair])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_bad_batch_size(model, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size}: accepted is 1 or more"):
+        model.compute_score(PAIRS[:2], batch_size=batch_size)
+
+
+def test_a_hook_on_the_model_runs(fresh):
+    expected = fresh.compute_score(PAIRS[:20])
+    report = embedfuse.patch(fresh)
+    calls = []
+    hook = fresh.model.register_forward_hook(lambda *_: calls.append(1))
+    assert_same(fresh.compute_score(PAIRS[:20]), expected)
+    hook.remove()
+    assert len(calls) == 2  # FlagEmbedding runs its first batch twice
+    assert report.original_calls == {"the model has a hook": 1}
+    embedfuse.unpatch(fresh.model)
+    assert fresh.compute_score(PAIRS[:20]) == expected
+    assert report.original_calls["the model inside is not patched"] == 1
 
 
 def test_unpatch_is_exact(fresh):

@@ -92,6 +92,15 @@ def test_too_few_tokens_in_the_first_look(m3_tokenizer):
     assert len(found[0]) == 20
 
 
+@pytest.mark.parametrize("max_length", [0, 1, 2])
+def test_no_room_for_the_special_tokens(tokenizer, max_length):
+    """Fast tokenizers then truncate nothing."""
+    text = "one two three four " * 10
+    found = TextTokenizer(tokenizer)([text], max_length)
+    assert found == [plain(tokenizer, text, max_length)]
+    assert len(found[0]) == (2 if max_length == 2 else 42)
+
+
 def test_without_special_tokens(m3_tokenizer):
     text = "one two three four " * 100
     found = TextTokenizer(m3_tokenizer)([text], 10, special=False)

@@ -14,28 +14,25 @@ from FlagEmbedding.inference.embedder.encoder_only import m3
 from torch import nn
 from tqdm import tqdm
 
+from embedfuse.integrations.flag_holder import PROBE_TEXTS, FlagHolder, most_tokens, stream
 from embedfuse.nn.heads import Heads
 from embedfuse.ops import Csr, lexical_scores
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.encoder import PackedEncoder
 from embedfuse.patching.engine import Options
-from embedfuse.patching.holder import PatchedHolder
-from embedfuse.patching.plan import is_hooked
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 from embedfuse.pipeline.embeddings import Embeddings
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from embedfuse.pipeline.scores import score_pairs
-from embedfuse.pipeline.tokenize import TextTokenizer
 
 _ORIGINAL = m3.M3Embedder
 _POOLINGS = {"cls": "cls", "mean": "mean", "last_token": "last"}
-_PROBE_TEXTS = ["One", "Two short words", "A somewhat longer text, so that padding is dropped."]
 _EVERYTHING = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
 
 
 # The original comes first: only then has the class its memory layout, as a swap of classes asks.
-class M3Embedder(_ORIGINAL, PatchedHolder):
+class M3Embedder(_ORIGINAL, FlagHolder):
     original = _ORIGINAL
 
     @classmethod
@@ -51,9 +48,9 @@ class M3Embedder(_ORIGINAL, PatchedHolder):
     def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
         call = _EVERYTHING | {"device": model.target_devices[0]}
         with evaluating(model.model):
-            expected = _ORIGINAL.encode_single_device(model, _PROBE_TEXTS, **call)
+            expected = _ORIGINAL.encode_single_device(model, PROBE_TEXTS, **call)
             cls.swap_in(model, report, options)
-            found = model.encode_single_device(_PROBE_TEXTS, **call)
+            found = model.encode_single_device(PROBE_TEXTS, **call)
         report.fused.append("dense, sparse and multi-vector outputs from one packed pass")
         report.deviations |= deviations(model.model, *_comparable(expected, found))
 
@@ -77,17 +74,12 @@ class M3Embedder(_ORIGINAL, PatchedHolder):
             return super().encode_single_device(
                 sentences, batch_size, max_length, *wanted.values(), device, **kwargs
             )
-        self._place(device)
+        device = self.target_devices[0] if device is None else device
+        self._place(device, torch.float32 if device == "cpu" else None)
         texts = [sentences] if isinstance(sentences, str) else sentences
         pipeline = self._pipeline(self.truncate_dim)
-        at_most = batch_size * max_length  # whoever sets a smaller batch size lacks memory
-        label = {"desc": "Inference Embeddings", "disable": len(texts) < batch_size}
-        with tqdm(total=len(texts), **label) as bar:
-            stream = pipeline.stream(
-                texts, outputs, max_length, advance=bar.update, at_most=at_most
-            )
-            parts = list(stream)
-        found = Embeddings.cat(parts) if parts else pipeline.empty(outputs, torch.float32)
+        parts = [v.host() for v in stream(pipeline, texts, outputs, batch_size, max_length)]
+        found = Embeddings.cat(parts) if parts else pipeline.empty(outputs, torch.float32).host()
         half = self.model.model.dtype == torch.float16
         results = {
             "dense_vecs": found.dense.astype(np.float16) if half and return_dense else found.dense,
@@ -120,7 +112,8 @@ class M3Embedder(_ORIGINAL, PatchedHolder):
                 device,
                 **kwargs,
             )
-        self._place(device)
+        device = self.target_devices[0] if device is None else device
+        self._place(device, torch.float32 if device == "cpu" else None)
         if len(sentence_pairs) == 0:
             return []
         weights = weights_for_different_modes
@@ -132,8 +125,8 @@ class M3Embedder(_ORIGINAL, PatchedHolder):
         pipeline = self._pipeline(None)  # the original truncates no vector here
         lengths = max_query_length, max_passage_length
         with tqdm(total=len(pairs), desc="Compute Scores", disable=len(pairs) < batch_size) as bar:
-            at_most = batch_size * max(lengths)
-            scores = score_pairs(pipeline, pairs, weights, *lengths, bar.update, at_most)
+            limit = most_tokens(batch_size, max(lengths))
+            scores = score_pairs(pipeline, pairs, weights, *lengths, bar.update, limit)
         return {name: column[0] for name, column in scores.items()} if one_pair else scores
 
     def compute_lexical_matching_score(self, lexical_weights_1, lexical_weights_2):
@@ -149,22 +142,6 @@ class M3Embedder(_ORIGINAL, PatchedHolder):
         # Where two texts share no token the original has the integer 0, which widens its array.
         return scores if scores.all() else scores.astype(np.float64)
 
-    def _unserved(self, kwargs: dict) -> str | None:
-        """Why the original has to serve a call."""
-        if kwargs:
-            return f"called with {', '.join(kwargs)}"
-        return "the model has a hook" if is_hooked(self.model) else None
-
-    def _place(self, device: str | None) -> None:
-        """What the original does to its model before every call, where it is not done yet."""
-        device = self.target_devices[0] if device is None else device
-        parameter = self.model.model.embeddings.word_embeddings.weight
-        if device == "cpu" and parameter.dtype != torch.float32:
-            self.model.float()
-        if parameter.device != torch.device(device):
-            self.model.to(device)
-        self.model.eval()
-
     def _pipeline(self, dimensions: int | None) -> EmbeddingPipeline:
         """The pipeline over what this object holds now, kept until that changes."""
         inner = self.model
@@ -172,22 +149,18 @@ class M3Embedder(_ORIGINAL, PatchedHolder):
             *(inner.model, self.tokenizer, inner.sparse_linear, inner.colbert_linear),
             *(inner.normalize_embeddings, inner.sentence_pooling_method),
         )
-        cache, key = self._embedfuse.cache, ("pipeline", dimensions, str(inner.model.device))
-        kept = cache.get(key)
-        if kept is None or any(a is not b for a, b in zip(kept[0], made_of, strict=True)):
-            tokenize = cache.get("tokenize")
-            if tokenize is None or tokenize.tokenizer is not self.tokenizer:
-                tokenize = cache["tokenize"] = TextTokenizer(self.tokenizer)
-            pipeline = EmbeddingPipeline(
+        return self._kept(
+            ("pipeline", dimensions, str(inner.model.device)),
+            made_of,
+            lambda: EmbeddingPipeline(
                 inner.model,
-                tokenize,
+                self._text_tokenizer(),
                 Heads(inner.sparse_linear, inner.colbert_linear),
                 pooling=_POOLINGS[inner.sentence_pooling_method],
                 normalize=inner.normalize_embeddings,
                 dimensions=dimensions,
-            )
-            kept = cache[key] = (made_of, pipeline)
-        return kept[1]
+            ),
+        )
 
 
 def _dicts(sparse: Csr, half: bool) -> list[dict]:

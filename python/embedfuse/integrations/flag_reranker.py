@@ -5,22 +5,22 @@ from FlagEmbedding.inference.reranker.encoder_only import base
 from torch import nn
 from tqdm import tqdm
 
+from embedfuse.integrations.flag_holder import FlagHolder, most_tokens
 from embedfuse.packing import end_to_end
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.classifier import PackedClassifier
 from embedfuse.patching.engine import Options
-from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 from embedfuse.pipeline.batches import TokenBudget
-from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
+from embedfuse.pipeline.tokenize import check_texts
 
 _ORIGINAL = base.BaseReranker
 _PROBE_PAIRS = [["one", "Two short words"], ["a longer question than that", "One"]]
 
 
 # The original comes first: only then has the class its memory layout, as a swap of classes asks.
-class BaseReranker(_ORIGINAL, PatchedHolder):
+class BaseReranker(_ORIGINAL, FlagHolder):
     original = _ORIGINAL
 
     @classmethod
@@ -55,8 +55,8 @@ class BaseReranker(_ORIGINAL, PatchedHolder):
         device: str | None = None,
         **kwargs,
     ) -> list[float]:
-        if kwargs:
-            self._embedfuse.report.original(f"compute_score with {', '.join(kwargs)}")
+        if why := self._unserved(kwargs):
+            self._embedfuse.report.original(why)
             limits = (batch_size, query_max_length, max_length, normalize, device)
             return super().compute_score_single_gpu(sentence_pairs, *limits, **kwargs)
         batch_size = self.batch_size if batch_size is None else batch_size
@@ -65,19 +65,22 @@ class BaseReranker(_ORIGINAL, PatchedHolder):
             query_max_length = self.query_max_length
         if query_max_length is None:
             query_max_length = max_length * 3 // 4
-        self._place(device or self.target_devices[0])
+        device = self.target_devices[0] if device is None else device
+        if device == "cpu":
+            self.use_fp16 = False
+        self._place(device, torch.float16 if self.use_fp16 else None)
         if not sentence_pairs:
             return []
         pairs = [sentence_pairs] if isinstance(sentence_pairs[0], str) else sentence_pairs
         sequences = self._pair_ids(pairs, query_max_length, max_length)
         device = self.model.device
-        budget = self._embedfuse.cache.setdefault(("budget", str(device)), TokenBudget(device))
+        budget = self._kept(("budget", str(device)), (), lambda: TokenBudget(device))
         scores = torch.empty(len(pairs))
         with tqdm(total=len(pairs), desc="Compute Scores", disable=len(pairs) < batch_size) as bar:
             run = budget.run(
                 [len(s) for s in sequences],
                 lambda batch: self._logits(sequences, batch),
-                at_most=batch_size * max_length,
+                at_most=most_tokens(batch_size, max_length),
             )
             for batch, logits in run:
                 scores[batch] = logits.view(-1).float().cpu()
@@ -92,9 +95,7 @@ class BaseReranker(_ORIGINAL, PatchedHolder):
 
     def _pair_ids(self, pairs, query_max_length: int, max_length: int) -> list[list[int]]:
         """Token ids of the pairs, as the original makes them: each side cut, decoded, joined and cut."""
-        tokenize = self._embedfuse.cache.get("tokenize")
-        if tokenize is None or tokenize.tokenizer is not self.tokenizer:
-            tokenize = self._embedfuse.cache["tokenize"] = TextTokenizer(self.tokenizer)
+        tokenize = self._text_tokenizer()
         sides = []
         for side, name, length in ((0, "queries", query_max_length), (1, "passages", max_length)):
             texts = [pair[side] for pair in pairs]
@@ -105,13 +106,3 @@ class BaseReranker(_ORIGINAL, PatchedHolder):
             decoded = dict(zip(distinct, self.tokenizer.batch_decode(ids, **plain), strict=True))
             sides.append([decoded[text] for text in texts])
         return tokenize.pairs(*sides, max_length)
-
-    def _place(self, device: str) -> None:
-        """What the original does to its model before every call, where it is not done yet."""
-        if device == "cpu":
-            self.use_fp16 = False
-        if self.use_fp16 and self.model.dtype != torch.float16:
-            self.model.half()
-        if self.model.device != torch.device(device):
-            self.model.to(device)
-        self.model.eval()

@@ -20,17 +20,18 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
     model: a transformers BertModel, RobertaModel or XLMRobertaModel, or its
         …ForSequenceClassification; a MistralModel, LlamaModel, Qwen2Model or Qwen3Model; a
         SentenceTransformer, CrossEncoder or PEFT model that holds one; FlagEmbedding's
-        BGEM3FlagModel or FlagReranker. Its class becomes a subclass of the same name; weights stay
-        where they are, except that query, key and value of a layer move into one storage, as do gate
-        and up of a decoder (other objects that held the same memory, such as a model loaded with
-        assign=True from this one, keep the old).
+        BGEM3FlagModel, FlagLLMModel or FlagReranker. Its class becomes a subclass of the same name;
+        weights stay where they are, except that query, key and value of a layer move into one
+        storage, as do gate and up of a decoder (other objects that held the same memory, such as a
+        model loaded with assign=True from this one, keep the old).
 
     attention: None, the model's own, or "bidirectional" for a decoder trained to look both ways
         (LLM2Vec): every token sees all tokens of its text, without a window.
     reuse_prefixes: of a decoder with causal attention, in inference. Texts that begin with the same
         tokens run these once: "batch" within a call; "stream" across calls too, where the last token is
-        pooled (`embed`, SentenceTransformer), with keys and values of up to 256 MiB kept; "off" never.
-        What is kept is forgotten when a parameter changes, but an edit through `.data` is not seen.
+        pooled (`embed`, SentenceTransformer, FlagLLMModel), with keys and values of up to 256 MiB kept;
+        "off" never. What is kept is forgotten when a parameter changes, but an edit through `.data` is
+        not seen.
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
     leaves out are zero (the original fills them with values that mean nothing). A decoder makes no

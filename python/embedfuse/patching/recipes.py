@@ -26,6 +26,9 @@ RECIPES = {
     "FlagEmbedding.inference.embedder.encoder_only.m3.M3Embedder": (
         "embedfuse.integrations.flag_embedding"
     ),
+    "FlagEmbedding.inference.embedder.decoder_only.base.BaseLLMEmbedder": (
+        "embedfuse.integrations.flag_llm"
+    ),
     "FlagEmbedding.inference.reranker.encoder_only.base.BaseReranker": (
         "embedfuse.integrations.flag_reranker"
     ),

@@ -13,7 +13,7 @@ from embedfuse.packing import Packed, end_to_end
 from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import is_hooked
 from embedfuse.pipeline.batches import TokenBudget, ahead
-from embedfuse.pipeline.embeddings import OUTPUTS, Embeddings, Vectors
+from embedfuse.pipeline.embeddings import OUTPUTS, Vectors
 from embedfuse.pipeline.llm2vec import WrappedTexts, tails
 from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
 
@@ -29,9 +29,10 @@ _NO_WEIGHTS = Csr(
 class EmbeddingPipeline:
     """A patched model with its tokenizer and heads. Calls from several threads are safe.
 
-    model: a patched encoder or decoder. pooling: of the dense vector, as in ops.pool_normalize.
-    normalize: whether dense and multi-vector rows get length 1. dimensions: keep so many leading entries
-    of these; None: all. wrapped: reads the texts, instead of `tokenize` with the prompt before them.
+    model: a patched model without a head on top. pooling: of the dense vector, as in
+    ops.pool_normalize. normalize: whether dense and multi-vector rows get length 1. dimensions: keep so
+    many leading entries of these; None: all. wrapped: reads the texts, instead of `tokenize` with the
+    prompt before them.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class EmbeddingPipeline:
         advance: Callable[[int], None] = lambda texts: None,
         at_most: int | None = None,
         prompt: str = "",
-    ) -> Iterator[Embeddings]:
-        """Embeddings of one window of texts after the other, in order.
+    ) -> Iterator[Vectors]:
+        """Vectors of one window of texts after the other, in order.
 
-        dtype: of dense and multi-vector arrays. advance: told how many more texts are done.
+        dtype: of dense and multi-vector rows. advance: told how many more texts are done.
         at_most: tokens of one forward, where the caller wants less than the budget. prompt: put before
         every text.
         """
@@ -72,13 +73,20 @@ class EmbeddingPipeline:
         def ids_of(window: tuple[int, list[str]]) -> tuple[list[list[int]], list[int] | None]:
             start, window_texts = window
             check_texts(window_texts, start=start)
-            if self.wrapped is not None:
-                return self.wrapped(window_texts, prompt, max_length)
-            return self.tokenize([prompt + text for text in window_texts], max_length), None
+            if self.wrapped is None:
+                ids, own = self.tokenize([prompt + text for text in window_texts], max_length), None
+            else:
+                ids, own = self.wrapped(window_texts, prompt, max_length)
+            if [] in ids:
+                raise ValueError(
+                    f"texts[{start + ids.index([])}]: the tokenizer makes no token of it; accepted is "
+                    "text of one token or more"
+                )
+            return ids, own
 
         longest = max_length * 16  # of a longer text, hardly more is read
         for sequences, own in ahead(ids_of, windows(texts, lambda text: length_of(text, longest))):
-            yield self.vectors(sequences, outputs, dtype, advance, at_most, own).host()
+            yield self.vectors(sequences, outputs, dtype, advance, at_most, own)
 
     def vectors(
         self,
@@ -170,14 +178,15 @@ class EmbeddingPipeline:
                 file = {"sparse": "sparse_linear.pt", "multi": "colbert_linear.pt"}[name]
                 raise ValueError(f"outputs: {name!r} needs {file}, which this model does not have")
 
-    def empty(self, outputs: Sequence[str], dtype: torch.dtype) -> Embeddings:
-        """Embeddings of no text at all."""
+    def empty(self, outputs: Sequence[str], dtype: torch.dtype) -> Vectors:
+        """Vectors of no text at all."""
         columns = len(range(self.model.config.hidden_size)[: self.dimensions])
+        dense = torch.zeros(0, columns, dtype=dtype, device=self.model.device)
         return Vectors(
-            torch.zeros(0, columns, dtype=dtype) if "dense" in outputs else None,
+            dense if "dense" in outputs else None,
             _NO_WEIGHTS if "sparse" in outputs else None,
             [] if "multi" in outputs else None,
-        ).host()
+        )
 
 
 def windows(items: Iterable[T], length: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:

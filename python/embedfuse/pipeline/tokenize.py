@@ -51,7 +51,9 @@ class TextTokenizer:
         with self._lock:
             limit = max_length * _CHARACTERS_PER_TOKEN
             long = [i for i, text in enumerate(texts) if len(text) > limit]
-            if not long or not cuts_are_exact(self.tokenizer):
+            added = self.tokenizer.num_special_tokens_to_add() if long and special else 0
+            # Where the special tokens alone do not fit, fast tokenizers truncate nothing.
+            if not long or max_length < added or not cuts_are_exact(self.tokenizer):
                 return self._ids(texts, max_length, special)
             read = list(texts)
             for i in long:

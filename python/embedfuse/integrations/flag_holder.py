@@ -1,0 +1,72 @@
+"""What patched objects of FlagEmbedding share: they hold a `model` and a `tokenizer`."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from embedfuse.patching.holder import PatchedHolder
+from embedfuse.patching.packed_model import PackedModel
+from embedfuse.patching.plan import is_hooked
+from embedfuse.pipeline.embeddings import Vectors
+from embedfuse.pipeline.pipeline import EmbeddingPipeline
+from embedfuse.pipeline.tokenize import TextTokenizer
+
+T = TypeVar("T")
+PROBE_TEXTS = ["One", "Two short words", "A somewhat longer text, so that padding is dropped."]
+
+
+class FlagHolder(PatchedHolder):
+    def _unserved(self, kwargs: dict) -> str | None:
+        """Why the original has to serve a call with such further arguments."""
+        if kwargs:
+            return f"called with {', '.join(kwargs)}"
+        if not isinstance(self.held(self), PackedModel):
+            return "the model inside is not patched"
+        return "the model has a hook" if is_hooked(self.model) else None
+
+    def _place(self, device: str, dtype: torch.dtype | None) -> None:
+        """What the originals do to their model before every call, where it is not done yet.
+
+        dtype: of the parameters; None: as they are.
+        """
+        inner = self.held(self)
+        if dtype is not None and inner.dtype != dtype:
+            self.model.to(dtype)
+        if inner.device != torch.device(device):
+            self.model.to(device)
+        self.model.eval()
+
+    def _kept(self, key: Hashable, made_of: tuple, make: Callable[[], T]) -> T:
+        """make(), kept under `key` until one of `made_of` is another object."""
+        cache = self._embedfuse.cache
+        found = cache.get(key)
+        if found is None or any(a is not b for a, b in zip(found[0], made_of, strict=True)):
+            found = cache[key] = (made_of, make())
+        return found[1]
+
+    def _text_tokenizer(self) -> TextTokenizer:
+        return self._kept("tokenize", (self.tokenizer,), lambda: TextTokenizer(self.tokenizer))
+
+
+def stream(
+    pipeline: EmbeddingPipeline,
+    texts: Sequence[str],
+    outputs: tuple[str, ...],
+    batch_size: int,
+    max_length: int,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Vectors]:
+    """The pipeline's stream, with FlagEmbedding's limits and its progress bar."""
+    limit = most_tokens(batch_size, max_length)
+    label = {"desc": "Inference Embeddings", "disable": len(texts) < batch_size}
+    with tqdm(total=len(texts), **label) as bar:
+        yield from pipeline.stream(texts, outputs, max_length, dtype, bar.update, limit)
+
+
+def most_tokens(batch_size: int, max_length: int) -> int:
+    """Tokens of one forward: whoever sets a smaller batch size lacks memory."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: accepted is 1 or more")
+    return batch_size * max_length
