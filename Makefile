@@ -40,6 +40,7 @@ $(VENV)/packages: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' $<)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r $<
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $$(sed -n 's/^# --no-deps //p' $<)
 	touch $@
 
 $(VENV)/installed: $(VENV)/packages $(SOURCES)

@@ -8,6 +8,8 @@ from tests.integrations.flag import TEXTS
 from tests.integrations.test_flag_embedding import load
 
 pytest.importorskip("FlagEmbedding")
+from FlagEmbedding.inference.embedder.encoder_only.m3 import M3Embedder
+
 KEYS = ["colbert", "sparse", "dense", "sparse+dense", "colbert+sparse+dense"]
 PAIRS = [(TEXTS[i % 5], text) for i, text in enumerate(TEXTS)]
 
@@ -122,8 +124,31 @@ def test_lexical_score_of_a_dict_and_a_list(pair, lexical):
             model.compute_lexical_matching_score(lexical[0], lexical[0][0])
 
 
-def test_colbert_score(pair):
+def test_colbert_score_of_its_own_vectors(pair):
     flags = {"return_dense": False, "return_colbert_vecs": True}
     sides = [model.encode(TEXTS[:2], **flags)["colbert_vecs"] for model in pair]
     expected, found = (m.colbert_score(*arrays) for m, arrays in zip(pair, sides, strict=True))
     assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-5)])
+def test_colbert_score(pair, dtype, tolerance, monkeypatch):
+    generator = np.random.default_rng(0)
+    # Every similarity is negative, so that a zero vector among them would show.
+    q, p = (generator.random((rows, 40)) + 0.1 for rows in (5, 33))
+    q, p = (q / np.linalg.norm(q, axis=1)[:, None]).astype(dtype), (-p / 4).astype(dtype)
+    exact = (q.astype(float) @ p.astype(float).T).max(1).mean()
+    expected = pair[0].colbert_score(q, p)
+    monkeypatch.setattr(M3Embedder, "colbert_score", None)
+    found = pair[1].colbert_score(q, p)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert found.item() == pytest.approx(exact, abs=tolerance)
+    assert expected.item() == pytest.approx(exact, abs=tolerance)
+
+
+def test_colbert_score_of_nothing(pair):
+    q, p = np.zeros((0, 8), np.float32), np.ones((2, 8), np.float32)
+    assert [model.colbert_score(q, p).isnan().item() for model in pair] == [True, True]
+    for model in pair:
+        with pytest.raises(IndexError):
+            model.colbert_score(p, q)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from embedfuse.integrations.flag_holder import PROBE_TEXTS, FlagHolder, most_tokens, stream
 from embedfuse.nn.heads import Heads
-from embedfuse.ops import Csr, lexical_scores
+from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.encoder import PackedEncoder
 from embedfuse.patching.engine import Options
@@ -141,6 +141,12 @@ class M3Embedder(_ORIGINAL, FlagHolder):
         scores = lexical_scores(*(_csr(side, number) for side in sides)).numpy()
         # Where two texts share no token the original has the integer 0, which widens its array.
         return scores if scores.all() else scores.astype(np.float64)
+
+    def colbert_score(self, q_reps: np.ndarray, p_reps: np.ndarray) -> torch.Tensor:
+        if 0 in (len(q_reps), len(p_reps)):
+            return super().colbert_score(q_reps, p_reps)
+        q, p = torch.from_numpy(q_reps), torch.from_numpy(p_reps)
+        return maxsim(q[None], p[None], reduction="mean")[0, 0].to(q.dtype)
 
     def _pipeline(self, dimensions: int | None) -> EmbeddingPipeline:
         """The pipeline over what this object holds now, kept until that changes."""

@@ -1,9 +1,12 @@
 """PackedModel: a transformers model whose forward runs on packed tokens."""
 
+import contextlib
+import contextvars
 import functools
 import inspect
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,19 @@ from embedfuse.patching.report import Report
 _SERVED = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
 # Accepted when they ask for nothing.
 _FLAGS = {"output_attentions", "output_hidden_states", "use_cache"}
+
+# Why a holder of a model wants the original forward for now.
+_wanted_original = contextvars.ContextVar("embedfuse_wanted_original", default=None)
+
+
+@contextlib.contextmanager
+def on_original(reason: str = "") -> Iterator[None]:
+    """Inside, patched models run on their original forward; the report counts such calls under the reason."""
+    token = _wanted_original.set(reason)
+    try:
+        yield
+    finally:
+        _wanted_original.reset(token)
 
 
 @dataclass(frozen=True)
@@ -166,7 +182,7 @@ class PackedModel(Patched):
             packed = pack(call["input_ids"], call.get("attention_mask"))
             reason = self.misfit(packed)
         if reason is not None:
-            if count:
+            if count and reason:
                 self._embedfuse.report.original(reason)
             return None
         return self._run(plan, packed, Tokens.of(call, packed), pooling)
@@ -208,6 +224,8 @@ class PackedModel(Patched):
         return None
 
     def _unserved(self, call: dict) -> str | None:
+        if (wanted := _wanted_original.get()) is not None:
+            return wanted
         for name, value in call.items():
             if value is not None and name not in _SERVED and not (name in _FLAGS and not value):
                 return f"called with {name}"

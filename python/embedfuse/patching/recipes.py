@@ -21,6 +21,10 @@ RECIPES = {
     "sentence_transformers.sentence_transformer.model.SentenceTransformer": (
         "embedfuse.integrations.sentence_transformers"
     ),
+    "sentence_transformers.multi_vector_encoder.model.MultiVectorEncoder": (
+        "embedfuse.integrations.multi_vector_encoder"
+    ),
+    "pylate.models.colbert.ColBERT": "embedfuse.integrations.pylate",
     "peft.peft_model.PeftModel": "embedfuse.integrations.peft",
     "peft.peft_model.PeftModelForFeatureExtraction": "embedfuse.integrations.peft",
     "FlagEmbedding.inference.embedder.encoder_only.m3.M3Embedder": (
