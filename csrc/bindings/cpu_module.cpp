@@ -253,6 +253,48 @@ void silu_mul(uintptr_t gate, uintptr_t up, int dtype, int64_t rows, int64_t col
                           up_stride, (void*)out});
 }
 
+// Scores, their dtype, rows, columns and first column; own, limit, keys of rows and columns, guide, its limit
+// and dtype; scale, bias, sigmoid.
+using Tile = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                        uintptr_t, uintptr_t, uintptr_t, int, float, float, bool>;
+
+InfoNceTile tile_arg(const Tile& x) {
+  const auto& [scores, dtype, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
+               guide_dtype, scale, bias, sigmoid] = x;
+  if (columns > kInfoNceColumns) {
+    throw py::value_error("scores: " + std::to_string(columns) + " columns; accepted are up to " +
+                          std::to_string(kInfoNceColumns));
+  }
+  return {(void*)scores,
+          dtype,
+          rows,
+          columns,
+          first,
+          (const int64_t*)own,
+          (const float*)limit,
+          (const int64_t*)x_keys,
+          (const int64_t*)y_keys,
+          (const void*)guide,
+          (const float*)guide_limit,
+          guide_dtype,
+          scale,
+          bias,
+          sigmoid};
+}
+
+void info_nce_update(const Tile& tile, uintptr_t maximum, uintptr_t sum, uintptr_t total,
+                     uintptr_t count, uintptr_t factor) {
+  cpu_kernels().info_nce_update(tile_arg(tile), {(float*)maximum, (float*)sum, (float*)total,
+                                                 (int64_t*)count, (float*)factor});
+}
+
+void info_nce_gradient(const Tile& tile, uintptr_t statistic, uintptr_t g_statistic,
+                       uintptr_t g_total, uintptr_t g_own) {
+  cpu_kernels().info_nce_gradient(
+      tile_arg(tile), {(const float*)statistic, (const float*)g_statistic, (const float*)g_total,
+                       (const float*)g_own});
+}
+
 void set_thread_pool(uintptr_t parallel_for, uintptr_t num_threads) {
   thread_pool = {(ParallelFor)parallel_for, (int32_t (*)(uint32_t*))num_threads};
 }
@@ -274,6 +316,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("add_rms_norm", &add_rms_norm, py::call_guard<py::gil_scoped_release>());
   m.def("rope", &rope, py::call_guard<py::gil_scoped_release>());
   m.def("silu_mul", &silu_mul, py::call_guard<py::gil_scoped_release>());
+  m.def("info_nce_update", &info_nce_update, py::call_guard<py::gil_scoped_release>());
+  m.def("info_nce_gradient", &info_nce_gradient, py::call_guard<py::gil_scoped_release>());
   m.def("set_thread_pool", &set_thread_pool);
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);

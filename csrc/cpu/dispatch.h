@@ -21,6 +21,8 @@ struct CpuKernels {
   void (*add_rms_norm)(const AddRmsNormArgs&);
   void (*rope)(const RopeArgs&);
   void (*silu_mul)(const SiluMulArgs&);
+  void (*info_nce_update)(const InfoNceTile&, const InfoNceState&);
+  void (*info_nce_gradient)(const InfoNceTile&, const InfoNceGradient&);
 };
 
 // ISAs that this build has and this processor runs, best first.

@@ -14,10 +14,11 @@
 #include "cpu/token_weights.h"
 #include "cpu/varlen_attention.h"
 
+#include "cpu/info_nce.h"
 #include "cpu/maxsim.h"
 
 // A constant: a function compiled for this ISA must not run before the processor was asked.
-constexpr CpuKernels kKernels{pool_normalize, linear_few_rows,  linear_scratch, linear,
-                              token_weights,  varlen_attention, add_layer_norm, maxsim_scratch,
-                              maxsim,         segment_sum,      add_rms_norm,   rope,
-                              silu_mul};
+constexpr CpuKernels kKernels{pool_normalize, linear_few_rows,  linear_scratch,   linear,
+                              token_weights,  varlen_attention, add_layer_norm,   maxsim_scratch,
+                              maxsim,         segment_sum,      add_rms_norm,     rope,
+                              silu_mul,       info_nce_update,  info_nce_gradient};

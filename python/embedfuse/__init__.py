@@ -1,5 +1,7 @@
 """embedfuse: embedding models made fast in place, and the kernels that do it."""
 
+import importlib
+
 from embedfuse import ops
 from embedfuse.patching import PatchError, Report, embed, patch, patched, report, unpatch
 from embedfuse.pipeline.presets import PRESETS, Preset
@@ -13,6 +15,7 @@ __all__ = [
     "Preset",
     "Report",
     "embed",
+    "losses",
     "ops",
     "patch",
     "patched",
@@ -27,4 +30,6 @@ def __getattr__(name: str):
         from embedfuse.embedder import Embedder
 
         return Embedder
+    if name == "losses":  # on first use: inference needs none of it
+        return importlib.import_module("embedfuse.losses")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -170,4 +170,36 @@ struct SiluMulArgs {
   void* out;  // (rows, columns)
 };
 
+// Columns of a tile at most: a row of it lies in a buffer on the stack.
+constexpr int64_t kInfoNceColumns = 4096;
+
+// A tile of scores, some columns of all those that its rows meet, and what decides which of them count.
+struct InfoNceTile {
+  void* scores;  // (rows, columns)
+  int dtype;
+  int64_t rows, columns;
+  int64_t first;             // number of the first column
+  const int64_t* own;        // (rows): a column that does not count, or -1; or null
+  const float* limit;        // (rows): scores above it do not count; or null
+  const int64_t* x_keys;     // (rows), and
+  const int64_t* y_keys;     // (columns): equal ones do not count; or null
+  const void* guide;         // (rows, columns): those above
+  const float* guide_limit;  // (rows) do not count; or null
+  int guide_dtype;
+  float scale, bias;  // logit = scale score + bias
+  bool sigmoid;
+};
+
+// What a row's columns so far came to; `sum` is relative to `maximum`. factor, or null: the tile becomes the
+// weights relative to the new maximum, and factor what those of earlier tiles are to be multiplied by.
+struct InfoNceState {
+  float *maximum, *sum, *total;  // (rows)
+  int64_t* count;                // (rows)
+  float* factor;                 // (rows) or null
+};
+
+struct InfoNceGradient {
+  const float *statistic, *g_statistic, *g_total, *g_own;  // (rows)
+};
+
 }  // namespace embedfuse

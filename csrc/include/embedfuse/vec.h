@@ -41,6 +41,10 @@ inline Vec dot_pairs(Vec a, Vec b, Vec c) {
   #endif
 // The larger of the two; b where one is NaN.
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+// yes in the lanes where a > b, no elsewhere, NaN among them.
+inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), yes.v)};
+}
 // best = candidate and its label, where that is larger, or the first NaN.
 inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec its_label) {
   const __mmask16 number = _mm512_cmp_ps_mask(best.v, best.v, _CMP_ORD_Q);
@@ -123,6 +127,9 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
+}
 inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec its_label) {
   const __m256 take = _mm256_and_ps(_mm256_cmp_ps(best.v, best.v, _CMP_ORD_Q),
                                     _mm256_cmp_ps(candidate.v, best.v, _CMP_NLE_UQ));
@@ -179,6 +186,7 @@ inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec max(Vec a, Vec b) { return a.v > b.v ? a : b; }
+inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) { return a.v > b.v ? yes : no; }
 inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec its_label) {
   if (best.v != best.v || candidate.v <= best.v) return;
   best = candidate;

@@ -4,6 +4,8 @@ from embedfuse.ops.add_layer_norm import add_layer_norm
 from embedfuse.ops.add_rms_norm import add_rms_norm
 from embedfuse.ops.bias_gelu import bias_gelu
 from embedfuse.ops.csr import Csr
+from embedfuse.ops.info_nce import InfoNCEOutput, info_nce
+from embedfuse.ops.info_nce_inputs import FalseNegatives, Rows
 from embedfuse.ops.lexical_scores import lexical_scores
 from embedfuse.ops.lexical_weights import lexical_weights
 from embedfuse.ops.linear import linear
@@ -17,9 +19,13 @@ from embedfuse.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "Csr",
+    "FalseNegatives",
+    "InfoNCEOutput",
+    "Rows",
     "add_layer_norm",
     "add_rms_norm",
     "bias_gelu",
+    "info_nce",
     "lexical_scores",
     "lexical_weights",
     "linear",

@@ -1,0 +1,176 @@
+// Per row of a tile of scores c, over the columns j that count, with z = scale c + bias:
+//   update:   maximum m, sum of e^(z - m), sum of z  |  sigmoid: -, sum of softplus(z), sum of sigmoid(z)
+//   gradient: c_j = w g_statistic + g_total,  w = e^(z - statistic)  |  sigmoid: w = sigmoid(z);  own column: g_own
+//
+// A row is widened, masked and scaled once into a buffer of the L1 cache, where columns that do not count are
+// -inf. Rows are dealt out to threads, so no sum depends on how many there are. Included once per ISA (no
+// include guard).
+
+constexpr float kLowest = -3.402823466e+38f;
+
+struct InfoNceJob {
+  const InfoNceTile& tile;
+  const InfoNceState* state;        // one of
+  const InfoNceGradient* gradient;  // the two
+};
+
+// The first n of a register's elements; zero beyond them.
+template <class T>
+Vec load_first(const T* p, int64_t n) {
+  if (n >= Vec::N) return Vec::load(p);
+  float part[Vec::N] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = to_float(p[i]);
+  return Vec::load(part);
+}
+
+template <class T>
+void store_first(Vec v, T* p, int64_t n) {
+  if (n >= Vec::N) return v.store(p);
+  float part[Vec::N];
+  v.store(part);
+  for (int64_t i = 0; i < n; ++i) from_float(part[i], p + i);
+}
+
+inline Vec load_guide(const InfoNceTile& t, int64_t at, int64_t n) {
+  if (t.guide_dtype == kFloat32) return load_first((const float*)t.guide + at, n);
+  return load_first((const bf16*)t.guide + at, n);
+}
+
+// logits[j] = scale c_j + bias where j counts, -inf elsewhere and up to a whole number of registers. The one
+// place that knows which columns count.
+template <class T>
+void fill_logits(const InfoNceTile& t, int64_t row, float* logits) {
+  const Vec none = Vec::all(-__builtin_inff());
+  const T* scores = (const T*)t.scores + row * t.columns;
+  for (int64_t j = 0; j < t.columns; j += Vec::N) {
+    const int64_t n = t.columns - j;
+    const Vec c = load_first(scores + j, n);
+    Vec z = fma(c, Vec::all(t.scale), Vec::all(t.bias));
+    if (t.limit) z = where_greater(c, Vec::all(t.limit[row]), none, z);
+    if (t.guide) {
+      const Vec g = load_guide(t, row * t.columns + j, n);
+      z = where_greater(g, Vec::all(t.guide_limit[row]), none, z);
+    }
+    if (t.x_keys) {
+      float equal[Vec::N] = {};
+      for (int64_t i = 0; i < Vec::N && i < n; ++i) equal[i] = t.y_keys[j + i] == t.x_keys[row];
+      z = where_greater(Vec::load(equal), Vec::zero(), none, z);
+    }
+    z.store(logits + j);
+    for (int64_t i = n; i < Vec::N; ++i) logits[j + i] = -__builtin_inff();
+  }
+  const int64_t own = t.own ? t.own[row] - t.first : -1;
+  if (own >= 0 && own < t.columns) logits[own] = -__builtin_inff();
+}
+
+// log(1 + u) for 0 <= u <= 1: 2 artanh(u / (2 + u)) as a series in the square, of which 8 terms reach fp32.
+inline Vec log1p(Vec u) {
+  const Vec t = u / (u + Vec::all(2.f)), s = t * t;
+  Vec p = Vec::all(2.f / 15);
+  for (int k = 13; k > 0; k -= 2) p = fma(p, s, Vec::all(2.f / k));
+  return p * t;
+}
+
+// sigmoid(z) and softplus(z); 0 for -inf.
+inline Vec sigmoid(Vec z, Vec* softplus) {
+  const Vec one = Vec::all(1.f);
+  const Vec e = exp(Vec::zero() - max(Vec::zero() - z, z));
+  if (softplus) *softplus = max(z, Vec::zero()) + log1p(e);
+  return where_greater(Vec::zero(), z, e, one) / (one + e);
+}
+
+inline float largest(const float* x, int64_t n) {
+  Vec top = Vec::all(-__builtin_inff());
+  for (int64_t j = 0; j < n; j += Vec::N) top = max(Vec::load(x + j), top);
+  float lanes[Vec::N];
+  top.store(lanes);
+  float m = lanes[0];
+  for (int i = 1; i < Vec::N; ++i) m = lanes[i] > m ? lanes[i] : m;
+  return m;
+}
+
+inline float exp(float x) {
+  float lanes[Vec::N];
+  exp(Vec::all(x)).store(lanes);
+  return lanes[0];
+}
+
+// A row without columns has the maximum or statistic -inf, which no logit is to be compared with.
+inline float finite_base(float x) { return x == -__builtin_inff() ? 0.f : x; }
+
+template <class T>
+void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row, float* logits) {
+  const Vec lowest = Vec::all(kLowest);
+  fill_logits<T>(t, row, logits);
+  const float before = s.maximum[row];
+  float now = before, base = 0.f;
+  if (!t.sigmoid) {
+    now = largest(logits, t.columns);
+    now = now > before ? now : before;
+    base = finite_base(now);
+  }
+  Vec sums = Vec::zero(), total = Vec::zero(), count = Vec::zero();
+  for (int64_t j = 0; j < t.columns; j += Vec::N) {
+    const Vec z = Vec::load(logits + j);
+    Vec weight;
+    if (t.sigmoid) {
+      Vec softplus;
+      weight = sigmoid(z, &softplus);
+      sums = sums + softplus;
+      total = total + weight;
+    } else {
+      weight = exp(z - Vec::all(base));
+      sums = sums + weight;
+      total = total + where_greater(lowest, z, Vec::zero(), z);
+    }
+    count = count + where_greater(lowest, z, Vec::zero(), Vec::all(1.f));
+    if (s.factor) store_first(weight, (T*)t.scores + row * t.columns + j, t.columns - j);
+  }
+  const float factor = t.sigmoid ? 1.f : exp(finite_base(before) - base);
+  s.maximum[row] = now;
+  s.sum[row] = s.sum[row] * factor + sum(sums);
+  s.total[row] += sum(total);
+  s.count[row] += int64_t(sum(count));
+  if (s.factor) s.factor[row] = factor;
+}
+
+template <class T>
+void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, float* logits) {
+  fill_logits<T>(t, row, logits);
+  T* out = (T*)t.scores + row * t.columns;
+  const Vec base = Vec::all(finite_base(g.statistic[row]));
+  const Vec scale = Vec::all(g.g_statistic[row]), offset = Vec::all(g.g_total[row]);
+  for (int64_t j = 0; j < t.columns; j += Vec::N) {
+    const Vec z = Vec::load(logits + j);
+    const Vec weight = t.sigmoid ? sigmoid(z, nullptr) : exp(z - base);
+    const Vec grad = fma(weight, scale, offset);
+    store_first(where_greater(Vec::all(kLowest), z, Vec::zero(), grad), out + j, t.columns - j);
+  }
+  const int64_t own = t.own ? t.own[row] - t.first : -1;
+  if (own >= 0 && own < t.columns) from_float(g.g_own[row], out + own);
+}
+
+template <class T>
+void info_nce_rows(int64_t begin, int64_t end, void* context) {
+  const InfoNceJob& job = *(const InfoNceJob*)context;
+  alignas(64) float logits[kInfoNceColumns + Vec::N];
+  for (int64_t row = begin; row < end; ++row) {
+    if (job.state) update_row<T>(job.tile, *job.state, row, logits);
+    if (job.gradient) gradient_row<T>(job.tile, *job.gradient, row, logits);
+  }
+}
+
+inline void info_nce_all(InfoNceJob job) {
+  const int64_t grain = 8192 / (job.tile.columns + 1) + 1;
+  if (job.tile.dtype == kFloat32)
+    return parallel_for(0, job.tile.rows, grain, info_nce_rows<float>, &job);
+  parallel_for(0, job.tile.rows, grain, info_nce_rows<bf16>, &job);
+}
+
+void info_nce_update(const InfoNceTile& tile, const InfoNceState& state) {
+  info_nce_all({tile, &state, nullptr});
+}
+
+void info_nce_gradient(const InfoNceTile& tile, const InfoNceGradient& gradient) {
+  info_nce_all({tile, nullptr, &gradient});
+}

@@ -1,0 +1,55 @@
+"""A loss at several widths of the embedding."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from embedfuse.losses.base import ContrastiveLoss, normalized
+from embedfuse.losses.negative_queue import NegativeQueue
+from embedfuse.ops.info_nce_inputs import Rows
+
+
+class MatryoshkaLoss(ContrastiveLoss):
+    """sum_k weights_k loss(first dims_k components, normalised anew where the loss normalises) (arXiv
+    2205.13147).
+
+    loss: any loss of this package without a queue; its reduction is used. dims: widths, each once; weights:
+    default all 1. queue: documents of past steps at full width.
+    """
+
+    def __init__(
+        self,
+        loss: ContrastiveLoss,
+        dims: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        queue: NegativeQueue | None = None,
+    ):
+        if loss.queue is not None:
+            raise ValueError(
+                "loss: has a queue; accepted is one without, the queue is MatryoshkaLoss's"
+            )
+        if not dims or len(set(dims)) < len(dims) or min(dims) < 1:
+            raise ValueError(f"dims={list(dims)}: accepted are different widths from 1")
+        weights = [1.0] * len(dims) if weights is None else list(weights)
+        if len(weights) != len(dims):
+            raise ValueError(f"weights: {len(weights)} numbers; accepted is one for each of dims")
+        super().__init__(1.0, normalize=loss.normalize, queue=queue, reduction=loss.reduction)
+        del self.temperature
+        self.loss, self.dims, self.weights = loss, list(dims), weights
+
+    def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
+        if max(self.dims) > q.vectors.shape[1]:
+            raise ValueError(
+                f"queries: width {q.vectors.shape[1]}; accepted is {max(self.dims)} and more"
+            )
+        return sum(
+            weight * self.loss.per_row(*(self._prefix(side, dim) for side in (q, d, hard, bank)))
+            for dim, weight in zip(self.dims, self.weights, strict=True)
+        )
+
+    def _prefix(self, side: Rows | None, dim: int) -> Rows | None:
+        if side is None:
+            return None
+        side = side._replace(vectors=side.vectors[..., :dim])
+        return normalized(side) if self.normalize else side

@@ -1,0 +1,65 @@
+"""Documents of past steps as negatives (MoCo, arXiv 1911.05722)."""
+
+import torch
+from torch import Tensor, nn
+
+from embedfuse.ops.info_nce_inputs import Rows
+
+
+class NegativeQueue(nn.Module):
+    """The last `size` documents that went in, first in, first out. Part of the checkpoint.
+
+    dim, dtype: of the documents. ids: whether they carry ids. guide_dim: width of their guide's embeddings,
+    if any.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        ids: bool = False,
+        guide_dim: int | None = None,
+    ):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size={size}: accepted are 1 and more")
+        self.size, self.filled, self.next = size, 0, 0
+        self.register_buffer("vectors", torch.zeros(size, dim, dtype=dtype))
+        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64) if ids else None)
+        guide = None if guide_dim is None else torch.zeros(size, guide_dim, dtype=dtype)
+        self.register_buffer("guide", guide)
+
+    def rows(self) -> Rows:
+        """What is in it, as views: they change with the next enqueue."""
+        parts = (self.vectors, self.ids, self.guide)
+        return Rows(*(None if part is None else part[: self.filled] for part in parts))
+
+    @torch.no_grad()
+    def enqueue(self, documents: Rows) -> None:
+        """Adds documents, of which the last `size`, in place of the oldest."""
+        count = min(len(documents.vectors), self.size)
+        places = (torch.arange(count) + self.next) % self.size
+        for name in ("vectors", "ids", "guide"):
+            self._write(name, getattr(documents, name), places)
+        self.next = (self.next + count) % self.size
+        self.filled = min(self.filled + count, self.size)
+
+    def _write(self, name: str, rows: Tensor | None, places: Tensor) -> None:
+        kept = getattr(self, name)
+        if kept is None:
+            return
+        if rows is None or rows.shape[1:] != kept.shape[1:] or rows.dtype != kept.dtype:
+            came = "none" if rows is None else f"{rows.dtype} of width {tuple(rows.shape[1:])}"
+            raise ValueError(
+                f"documents.{name}: {came}; this queue holds {kept.dtype} of width "
+                f"{tuple(kept.shape[1:])}"
+            )
+        kept[places.to(kept.device)] = rows[len(rows) - len(places) :].to(kept.device)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"filled": self.filled, "next": self.next}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.filled, self.next = state["filled"], state["next"]

@@ -1,0 +1,286 @@
+"""info_nce with the scores in registers:
+
+statistics: per row maximum m, sum of e^(z - m), sum of z, count | sigmoid: -, sums of softplus(z) and
+sigmoid(z) gradient:   G = w g_statistic + g_total for a tile of scores, which torch's GEMMs then multiply
+
+A program of `statistics` takes a block of rows past a share of the columns; the shares are put together
+afterwards, in their order, so the bits are always the same. Limits: 16-bit inputs in rows that
+start at multiples of 16 bytes, no guide.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from embedfuse.ops import info_nce_chunks
+from embedfuse.ops.info_nce_chunks import Tile
+
+# Programs to be had at least: some waves on a large GPU, of 132 processors. Not measured.
+PROGRAMS = 512
+# The largest tiles without spills on sm_80, sm_90 and sm_100; the running statistics take registers too. Not
+# measured. Shared memory: 72 and 96 KiB.
+STATISTICS = {"B_Q": 128, "B_N": 64, "B_D": 64, "num_warps": 8, "num_stages": 3}
+GRADIENT = {"B_Q": 128, "B_N": 128, "B_D": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def counting_columns(b_c, p_g, o_g, m_c, i_r, o_c, first, p_own, p_lim, p_xk, p_yk, p_glim):
+    """Which columns of a row count: the one place that knows."""
+    b_keep = m_c
+    if p_own is not None:
+        b_keep &= first + o_c != tl.load(p_own + i_r)
+    # "not above" and not "at most": a NaN score stays, and shows.
+    if p_lim is not None:
+        b_keep &= (b_c > tl.load(p_lim + i_r)) == 0
+    if p_xk is not None:
+        b_keep &= tl.load(p_yk + o_c, mask=m_c, other=0) != tl.load(p_xk + i_r)
+    if p_g is not None:
+        b_g = tl.load(p_g + o_g, mask=m_c, other=0).to(tl.float32)
+        b_keep &= (b_g > tl.load(p_glim + i_r)) == 0
+    return b_keep
+
+
+@triton.jit
+def log1p(b_u):
+    """log(1 + u) for 0 <= u <= 1, small u exactly: 2 artanh(u / (2 + u))."""
+    b_t = b_u / (2 + b_u)
+    b_s = b_t * b_t
+    b_p = 2.0 / 15
+    for k in tl.static_range(13, 0, -2):
+        b_p = b_p * b_s + 2.0 / k
+    return b_p * b_t
+
+
+@triton.jit
+def sigmoid_parts(b_z):
+    """sigmoid(z) and softplus(z)."""
+    b_e = tl.exp(-tl.abs(b_z))
+    b_weight = tl.where(b_z < 0, b_e, 1.0) / (1 + b_e)
+    return b_weight, tl.where(b_z < 0, 0.0, b_z) + log1p(b_e)
+
+
+@triton.jit
+def score_tile(
+    p_x,
+    s_x,
+    o_r,
+    p_y,
+    s_y,
+    o_n,
+    columns,
+    depth,
+    B_Q: tl.constexpr,
+    B_N: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    b_c = tl.zeros([B_Q, B_N], tl.float32)
+    p_r = p_x + o_r[:, None] * s_x
+    p_c = p_y + tl.minimum(o_n, columns - 1).to(tl.int64)[None, :] * s_y
+    for k in range(0, depth, B_D):
+        o_k = k + tl.arange(0, B_D)
+        b_x = tl.load(p_r + o_k[None, :], mask=(o_k < depth)[None, :], other=0)
+        b_y = tl.load(p_c + o_k[:, None], mask=(o_k < depth)[:, None], other=0)
+        b_c = tl.dot(b_x, b_y, b_c, input_precision="ieee")
+    return b_c
+
+
+@triton.jit(do_not_specialize=["share"])
+def statistics_kernel(
+    p_x,  # (rows, depth)
+    p_y,  # (columns, depth)
+    p_scale,
+    p_bias,  # or None
+    p_own,  # (rows) or None, as all that follow
+    p_lim,
+    p_xk,
+    p_yk,  # (columns)
+    p_m,  # (shares, rows), as all that follow
+    p_s,
+    p_t,
+    p_n,
+    s_x,
+    s_y,
+    rows,
+    columns,
+    depth,
+    share,
+    SIGMOID: tl.constexpr,
+    B_Q: tl.constexpr,
+    B_N: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    o_q = tl.program_id(0) * B_Q + tl.arange(0, B_Q)
+    o_r = tl.minimum(o_q, rows - 1).to(tl.int64)
+    start = tl.program_id(1) * share
+    end = tl.minimum(start + share, columns)
+    b_m = tl.full([B_Q], float("-inf"), tl.float32)
+    b_s = tl.zeros([B_Q], tl.float32)
+    b_t = tl.zeros([B_Q], tl.float32)
+    b_n = tl.zeros([B_Q], tl.int32)
+    for n in range(start, end, B_N):
+        o_n = n + tl.arange(0, B_N)
+        b_c = score_tile(p_x, s_x, o_r, p_y, s_y, o_n, columns, depth, B_Q, B_N, B_D)
+        m_n = (o_n < end)[None, :]
+        b_keep = counting_columns(
+            b_c, None, None, m_n, o_r[:, None], o_n[None, :], 0, p_own, p_lim, p_xk, p_yk, None
+        )
+        b_z = b_c * tl.load(p_scale)
+        if p_bias is not None:
+            b_z += tl.load(p_bias)
+        b_n += tl.sum(b_keep.to(tl.int32), 1)
+        if SIGMOID:
+            b_weight, b_part = sigmoid_parts(b_z)
+            b_s += tl.sum(tl.where(b_keep, b_part, 0), 1)
+            b_t += tl.sum(tl.where(b_keep, b_weight, 0), 1)
+        else:
+            b_t += tl.sum(tl.where(b_keep, b_z, 0), 1)
+            b_now = tl.maximum(b_m, tl.max(tl.where(b_keep, b_z, float("-inf")), 1))
+            # A row without columns so far: no difference of infinities.
+            b_base = tl.where(b_now == float("-inf"), 0.0, b_now)
+            b_weight = tl.where(b_keep, tl.exp(b_z - b_base[:, None]), 0)
+            b_s = b_s * tl.exp(b_m - b_base) + tl.sum(b_weight, 1)
+            b_m = b_now
+    o_o = tl.program_id(1).to(tl.int64) * rows + o_q
+    tl.store(p_m + o_o, b_m, mask=o_q < rows)
+    tl.store(p_s + o_o, b_s, mask=o_q < rows)
+    tl.store(p_t + o_o, b_t, mask=o_q < rows)
+    tl.store(p_n + o_o, b_n, mask=o_q < rows)
+
+
+@triton.jit(do_not_specialize=["first"])
+def fused_gradient_kernel(
+    p_x,  # (rows, depth)
+    p_y,  # (columns, depth)
+    p_g,  # (rows, columns), becomes G
+    p_scale,
+    p_bias,
+    p_own,
+    p_lim,
+    p_xk,
+    p_yk,
+    p_stat,
+    p_gs,
+    p_gt,
+    p_go,
+    s_x,
+    s_y,
+    rows,
+    columns,
+    depth,
+    first,
+    SIGMOID: tl.constexpr,
+    B_Q: tl.constexpr,
+    B_N: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    o_q = tl.program_id(0) * B_Q + tl.arange(0, B_Q)
+    o_n = tl.program_id(1) * B_N + tl.arange(0, B_N)
+    o_r = tl.minimum(o_q, rows - 1).to(tl.int64)
+    b_c = score_tile(p_x, s_x, o_r, p_y, s_y, o_n, columns, depth, B_Q, B_N, B_D)
+    m_n = (o_n < columns)[None, :]
+    b_keep = counting_columns(
+        b_c, None, None, m_n, o_r[:, None], o_n[None, :], first, p_own, p_lim, p_xk, p_yk, None
+    )
+    b_z = b_c * tl.load(p_scale)
+    if p_bias is not None:
+        b_z += tl.load(p_bias)
+    if SIGMOID:
+        b_weight, _ = sigmoid_parts(b_z)
+    else:
+        b_stat = tl.load(p_stat + o_r)
+        b_weight = tl.exp(b_z - tl.where(b_stat == float("-inf"), 0.0, b_stat)[:, None])
+    b_grad = b_weight * tl.load(p_gs + o_r)[:, None] + tl.load(p_gt + o_r)[:, None]
+    b_grad = tl.where(b_keep, b_grad, 0)
+    if p_own is not None:
+        is_own = first + o_n[None, :] == tl.load(p_own + o_r)[:, None]
+        b_grad = tl.where(is_own, tl.load(p_go + o_r)[:, None], b_grad)
+    p_o = p_g + o_r[:, None] * columns + o_n[None, :]
+    tl.store(p_o, b_grad.to(p_g.dtype.element_ty), mask=(o_q < rows)[:, None] & m_n)
+
+
+def forward(x, y, *inputs):
+    """The op info_nce_forward without `mean` (python/embedfuse/ops/info_nce_op.py)."""
+    x, y = info_nce_chunks.multiplied(x), info_nce_chunks.multiplied(y)
+    *inputs, _, _, _, sigmoid, _ = (
+        i.contiguous() if hasattr(i, "contiguous") else i for i in inputs
+    )
+    rows, columns = len(x), len(y)
+    blocks = triton.cdiv(rows, STATISTICS["B_Q"])
+    tiles = triton.cdiv(columns, STATISTICS["B_N"])
+    shares = min(tiles, triton.cdiv(PROGRAMS, max(blocks, 1)))
+    share = triton.cdiv(tiles, shares) * STATISTICS["B_N"]
+    shares = triton.cdiv(columns, share)
+    parts = [x.new_empty(shares, rows, dtype=torch.float32) for _ in range(3)]
+    count = x.new_empty(shares, rows, dtype=torch.int32)
+    if rows:
+        with torch.cuda.device_of(x):
+            statistics_kernel[(blocks, shares)](
+                x,
+                y,
+                *inputs,
+                *parts,
+                count,
+                x.stride(0),
+                y.stride(0),
+                rows,
+                columns,
+                x.shape[1],
+                share,
+                SIGMOID=sigmoid,
+                **STATISTICS,
+            )
+    maximum, sums, total = parts
+    statistic = sums.sum(0)
+    if not sigmoid:
+        top = maximum.amax(0)
+        base = top.masked_fill(top == -torch.inf, 0)
+        statistic = top + (sums * (maximum - base).exp()).sum(0).log()
+    return statistic, total.sum(0), count.sum(0), x.new_empty(0, x.shape[1], dtype=torch.float32)
+
+
+def fused_gradient(tile: Tile, *grads):
+    x, y, (rows, columns) = tile.x, tile.y, tile.scores.shape
+    grid = triton.cdiv(rows, GRADIENT["B_Q"]), triton.cdiv(columns, GRADIENT["B_N"])
+    with torch.cuda.device_of(x):
+        fused_gradient_kernel[grid](
+            x,
+            y,
+            tile.scores,
+            tile.scale,
+            tile.bias,
+            *(tile.own, tile.limit, tile.x_keys, tile.y_keys),
+            *grads,
+            x.stride(0),
+            y.stride(0),
+            rows,
+            columns,
+            x.shape[1],
+            tile.first,
+            SIGMOID=tile.sigmoid,
+            **GRADIENT,
+        )
+
+
+def backward(x, y, *inputs):
+    """The op info_nce_backward (python/embedfuse/ops/info_nce_op.py)."""
+    return info_nce_chunks.backward(info_nce_chunks.nothing, fused_gradient, x, y, *inputs)
+
+
+def aot_calls() -> Iterator[tuple]:
+    """(launcher, its arguments on the meta device): the depths of usual models, with and without masks."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    one, row, key, keys = empty(1), empty(100), *(empty(n, dtype=torch.int64) for n in (100, 999))
+    for dtype in (torch.float16, torch.bfloat16):
+        for depth in (384, 768, 1024, 2048, 4096):
+            shapes = (100, depth), (999, depth), (100, 999)
+            x, y, scores = (empty(*shape, dtype=dtype) for shape in shapes)
+            for bias, masks in ((None, (key, None, None, None)), (one, (key, row, key, keys))):
+                inputs = (one, bias, *masks, None, None, None, bias is not None)
+                yield forward, (x, y, *inputs, False)
+                tile = Tile(x, y, scores, None, 0, one, bias, *masks, None, bias is not None)
+                yield fused_gradient, (tile, row, row, row, row)
