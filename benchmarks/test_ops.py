@@ -74,6 +74,9 @@ def describe(op, args) -> str:
     for argument, value in zip(op.overload._schema.arguments, args, strict=True):
         if isinstance(value, torch.Tensor):
             parts.append(f"{argument.name} {'x'.join(map(str, value.shape))}")
+        elif isinstance(value, list):
+            shapes = ("x".join(map(str, x.shape)) for x in value)
+            parts.append(f"{argument.name} {' + '.join(shapes)}")
         elif value is True:
             parts.append(argument.name)
         elif isinstance(value, str):

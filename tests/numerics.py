@@ -85,6 +85,8 @@ def _largest(x: Tensor) -> float:
 
 
 def _widen(arg):
+    if isinstance(arg, list):
+        return [_widen(part) for part in arg]
     if isinstance(arg, Tensor) and arg.is_floating_point():
         return arg.double()
     return torch.float64 if isinstance(arg, torch.dtype) and arg.is_floating_point else arg

@@ -2,7 +2,8 @@
 segment_sum: out_r = sum over the entries k of segment r of w_k x_{i_k}
 
 maxsim takes one program per pair: a block of query rows meets the document's rows a block at a time on the
-tensor cores, in slices of the depth, with a running maximum in registers. segment_sum takes one program
+tensor cores, in slices of the depth, with a running maximum in registers; int8 documents become the query's
+dtype, which holds them exactly, and their scales multiply the products. segment_sum takes one program
 per row of the result and slice of its columns; neither uses atomics, so the bits are always the same.
 Limits: each query reads its documents anew, from L2 where they fit; a pair of a long query is one program.
 """
@@ -25,10 +26,10 @@ def load_rows(p_x, stride, o_t, rows, o_k, depth):
 
 
 @triton.jit
-def inverse_norms(b_squares):
-    norm = tl.sqrt(b_squares)
+def normalizers(b_squares, b_scale):
+    norm = tl.sqrt(b_squares) * tl.abs(b_scale)
     # tl.maximum would drop a NaN norm.
-    return 1 / tl.where(norm < EPS, EPS, norm)
+    return b_scale / tl.where(norm < EPS, EPS, norm)
 
 
 @triton.jit(do_not_specialize=["documents", "width"])
@@ -37,6 +38,7 @@ def maxsim_kernel(
     p_qs,  # (queries, 2)
     p_d,  # (rows, depth)
     p_ds,  # (documents, 2)
+    p_s,  # (rows of p_d) or None
     p_z,  # (documents) or None
     p_p,  # (pairs, 2) or None
     p_o,  # (pairs)
@@ -86,11 +88,17 @@ def maxsim_kernel(
                 b_d = load_rows(p_d, s_d, o_t, d_rows, o_k, depth)
                 if WIDEN:
                     b_q, b_d = b_q.to(tl.float32), b_d.to(tl.float32)
+                b_d = b_d.to(b_q.dtype)
                 b_s = tl.dot(b_q, tl.trans(b_d), b_s, input_precision="ieee")
                 if NORMALIZE:
                     b_squares += tl.sum(b_d.to(tl.float32) * b_d.to(tl.float32), 1)
+            b_scale = tl.full([B_T], 1.0, tl.float32)
+            if p_s is not None:
+                b_scale = tl.load(p_s + d_start + o_t, mask=o_t < d_rows, other=0)
             if NORMALIZE:
-                b_s *= inverse_norms(b_squares)[None, :]
+                b_scale = normalizers(b_squares, b_scale)
+            if NORMALIZE or p_s is not None:
+                b_s *= b_scale[None, :]
             b_s = tl.where((o_t < d_rows)[None, :], b_s, float("-inf"))
             # A NaN goes before all numbers, and the first one stays.
             b_nan = tl.max((b_s != b_s).to(tl.int32), 1) > 0
@@ -103,7 +111,7 @@ def maxsim_kernel(
             for k in range(0, depth, B_D):
                 b_q = load_rows(p_q, s_q, o_q, q_rows, k + tl.arange(0, B_D), depth).to(tl.float32)
                 b_squares += tl.sum(b_q * b_q, 1)
-            b_best *= inverse_norms(b_squares)
+            b_best *= normalizers(b_squares, 1.0)
         found = (o_q < q_rows) & (d_rows > 0)
         score += tl.where(found, b_best, 0)
         if p_a is not None:
@@ -140,15 +148,18 @@ def segment_sum_kernel(
     tl.store(p_o + row * depth + o_d, tl.sum(b_acc, 0), mask=m_d)
 
 
-def maxsim(query, query_spans, document, document_spans, zero, pairs, normalize, width):
+def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, normalize, width):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/maxsim_op.py)."""
+    document = documents[0] if len(documents) == 1 else torch.cat(documents)
     query, document = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, document))
     count = len(query_spans) * len(document_spans) if pairs is None else len(pairs)
     scores = query.new_empty(count, dtype=torch.float32)
     argmax = query.new_empty((count if width else 0, width), dtype=torch.int32)
     # More columns at a time spill registers.
     depth = query.shape[1]
-    most = 16 if query.dtype == torch.float32 else 128
+    most = 16 if query.dtype == torch.float32 else 128 if scale is None else 64
+    if scale is not None and depth % 16:  # bytes are loaded one at a time
+        most = min(most, 32)
     slice_ = min(most, max(16, triton.next_power_of_2(max(depth, 1))))
     if count:
         with torch.cuda.device_of(query):
@@ -157,6 +168,7 @@ def maxsim(query, query_spans, document, document_spans, zero, pairs, normalize,
                 query_spans.contiguous(),
                 document,
                 document_spans.contiguous(),
+                None if scale is None else scale.contiguous(),
                 None if zero is None else zero.contiguous().view(torch.uint8),
                 None if pairs is None else pairs.contiguous(),
                 scores,
@@ -211,11 +223,14 @@ def aot_calls() -> Iterator[tuple]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     spans, zero, pairs = empty(4, 2), empty(4, dtype=torch.bool), empty(9, 2)
+    scale = empty(100, dtype=torch.float32)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for depth in (16, 37, 64, 128, 256, 1024):
             x = empty(100, depth, dtype=dtype)
-            yield maxsim, (x, spans, x, spans, None, None, False, 0)
+            yield maxsim, (x, spans, [x], spans, None, None, None, False, 0)
+            yield maxsim, (x, spans, [x.to(torch.int8)], spans, scale, None, None, False, 0)
             yield segment_sum, (x, empty(50, dtype=torch.float32), empty(50), empty(11))
-        yield maxsim, (x, spans, x, spans, zero, pairs, True, 32)
-        yield maxsim, (x, spans, x, spans, None, pairs, False, 32)
-        yield maxsim, (x, spans, x, spans, zero, None, True, 0)
+        yield maxsim, (x, spans, [x], spans, None, zero, pairs, True, 32)
+        yield maxsim, (x, spans, [x], spans, None, None, pairs, False, 32)
+        yield maxsim, (x, spans, [x], spans, None, zero, None, True, 0)
+        yield maxsim, (x, spans, [x.to(torch.int8)], spans, scale, zero, pairs, True, 32)

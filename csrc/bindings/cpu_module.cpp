@@ -159,27 +159,44 @@ void add_layer_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t
                                 eps, (void*)out});
 }
 
-// Address, stride, number of rows, address of the spans and their number.
-using Rows = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
+// Addresses and rows of matrices (int64 pairs) with their number, the stride of a row, bytes of an element,
+// address of the spans and their number.
+using Rows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, int64_t>;
 
-RowsArg rows_arg(const char* name, const Rows& x) {
-  const auto& [data, stride, rows, spans, count] = x;
-  const RowsArg arg{(const void*)data, stride, (const int64_t*)spans, count};
-  for (int64_t i = 0; i < count; ++i) {
-    if (arg.spans[2 * i] < 0 || arg.spans[2 * i] > arg.spans[2 * i + 1] ||
-        arg.spans[2 * i + 1] > rows) {
-      throw py::value_error(std::string(name) + "_spans: a span lies outside of the rows");
-    }
+// Rows count through all matrices; where each text begins goes to `texts`.
+RowsArg rows_arg(const std::string& name, const Rows& x, std::vector<const void*>* texts) {
+  const auto& [matrices, matrix_count, stride, bytes, spans_at, count] = x;
+  const int64_t* spans = (const int64_t*)spans_at;
+  std::vector<int64_t> starts{0};  // of each matrix, and the end
+  for (int64_t m = 0; m < matrix_count; ++m) {
+    starts.push_back(starts.back() + ((const int64_t*)matrices)[2 * m + 1]);
   }
-  return arg;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = spans[2 * i], end = spans[2 * i + 1];
+    if (begin < 0 || begin > end || end > starts.back()) {
+      throw py::value_error(name + "_spans: a span lies outside of the rows");
+    }
+    const void* text = nullptr;
+    if (begin < end) {
+      const int64_t m = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+      if (end > starts[m + 1]) {
+        throw py::value_error(name + "_spans: a text lies in more than one matrix");
+      }
+      text = (const char*)((const int64_t*)matrices)[2 * m] + (begin - starts[m]) * stride * bytes;
+    }
+    texts->push_back(text);
+  }
+  return {texts->data(), spans, stride, count};
 }
 
-void maxsim(const Rows& query, const Rows& document, int dtype, int64_t depth, uintptr_t zero,
-            uintptr_t pairs, int64_t pair_count, bool normalize, uintptr_t scores, uintptr_t argmax,
-            int64_t width) {
-  const MaxSimArgs args{rows_arg("query", query),
-                        rows_arg("document", document),
+void maxsim(const Rows& query, const Rows& document, int dtype, uintptr_t scale, int64_t depth,
+            uintptr_t zero, uintptr_t pairs, int64_t pair_count, bool normalize, uintptr_t scores,
+            uintptr_t argmax, int64_t width) {
+  std::vector<const void*> query_texts, document_texts;
+  const MaxSimArgs args{rows_arg("query", query, &query_texts),
+                        rows_arg("document", document, &document_texts),
                         dtype,
+                        (const float*)scale,
                         depth,
                         (const bool*)zero,
                         (const int64_t*)pairs,

@@ -69,11 +69,12 @@ namespace avx512 {
   #define EMBEDFUSE_ISA EMBEDFUSE_AVX512_BF16
   #if defined(__clang__)
     #pragma clang attribute push(                                                          \
-        __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c"))), \
+        __attribute__((                                                                    \
+            target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,f16c"))), \
         apply_to = function)
   #else
     #pragma GCC push_options
-    #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
+    #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,f16c")
   #endif
 namespace avx512_bf16 {
   #include "cpu/kernels.h"
@@ -104,7 +105,12 @@ bool has_avx512() {
 // Best first. A further ISA (AMX) is one entry here, one block above and one Vec or tile type.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+    // Every processor with bf16 has had VNNI too; kernels of this entry use both.
+    {"avx512_bf16",
+     [] {
+       return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+              __builtin_cpu_supports("avx512vnni");
+     },
      avx512_bf16::kKernels},
     {"avx512", has_avx512, avx512::kKernels},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },

@@ -15,6 +15,12 @@
 #include "cpu/varlen_attention.h"
 
 #include "cpu/info_nce.h"
+#include "cpu/maxsim_tile.h"
+
+#if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
+  #include "cpu/maxsim_screen.h"
+#endif
+
 #include "cpu/maxsim.h"
 
 // A constant: a function compiled for this ISA must not run before the processor was asked.

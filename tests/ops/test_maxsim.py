@@ -73,7 +73,7 @@ def test_layouts_that_need_no_copy():
     x = tensor(4, 9, 16)
     mask = torch.arange(9) < torch.tensor([[9], [3], [0], [5]])
     for view, keep in ((x, None), (x, mask), (x, mask.flip(1)), (x[:, 1:], mask[:, 1:])):
-        rows, spans, _ = padded_spans("d", view, keep)
+        rows, spans, *_ = padded_spans("d", view, keep)
         assert rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
         for i, (start, end) in enumerate(spans.tolist()):
             wanted = view[i] if keep is None else view[i][keep[i]]
@@ -136,7 +136,7 @@ def test_packed_is_padded(backend):
 def test_query_lengths_on_several_threads(backend, rows, depth, dtype):
     q, d = tensor(rows, depth, dtype=dtype), tensor(2200, depth, dtype=dtype, seed=1)
     spans = torch.tensor([[0, 700], [700, 701], [701, 2200], [3, 90]])
-    args = (q, torch.tensor([[0, rows]]), d, spans, None, None, False, rows)
+    args = (q, torch.tensor([[0, rows]]), [d], spans, None, None, None, False, rows)
     numerics.assert_close_to_reference(OP, args, backend)
 
 
@@ -159,8 +159,8 @@ def test_nan_products(backend):
         .isnan()
         .all()
     )
-    args = (d[0], torch.tensor([[0, 3]]), QUERY[0], torch.tensor([[0, 2]]), None, None, False, 3)
-    assert OP(*args)[1].tolist() == [[0, 0, 0]]
+    sides = d[0], torch.tensor([[0, 3]]), [QUERY[0]], torch.tensor([[0, 2]])
+    assert OP(*sides, None, None, None, False, 3)[1].tolist() == [[0, 0, 0]]
 
 
 def test_infinite_products(backend):
@@ -185,13 +185,28 @@ def test_rerank(backend):
     assert maxsim_rerank(query, [])[1].tolist() == []
 
 
+def test_rerank_of_views_and_its_gradient(backend):
+    wide, query = tensor(9, 30, 20), tensor(6, 8)
+    documents = [wide[0, :, :8], wide[1, ::2, 3:11], wide[2, :1, 5:13].expand(4, 8)]
+    wanted = torch.stack([(query @ d.T).amax(1).sum() for d in documents])
+    scores, order = maxsim_rerank(query, documents)
+    torch.testing.assert_close(scores, wanted.sort(descending=True).values)
+    assert order.tolist() == wanted.argsort(descending=True).tolist()
+    leaves = [d.clone().requires_grad_() for d in documents[:2]]
+    maxsim_rerank(query, leaves)[0].sum().backward()
+    for d in leaves:
+        plain = d.detach().clone().requires_grad_()
+        (query @ plain.T).amax(1).sum().backward()
+        torch.testing.assert_close(d.grad, plain.grad)
+
+
 def test_offsets_past_31_bits(backend):
     # 4 GiB of addresses; only the pages that the spans touch become memory.
     x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 40), (2**31, 1))
     x.copy_(tensor(2, 40, dtype=torch.float16))
     spans = torch.tensor([[1, 2]])
     q = tensor(3, 40, dtype=torch.float16, seed=1)
-    args = (q, torch.tensor([[0, 3]]), x, spans, None, None, True, 3)
+    args = (q, torch.tensor([[0, 3]]), [x], spans, None, None, None, True, 3)
     numerics.assert_close_to_reference(OP, args, backend)
 
 

@@ -73,4 +73,7 @@ def test_the_kernel_guards_its_memory(cpu_module):
     }.items():
         q_spans, d_spans, pairs, width = args
         with pytest.raises(ValueError, match=f"^{name}: "):
-            OP(q, q_spans, d, d_spans, None, pairs, False, width)
+            OP(q, q_spans, [d], d_spans, None, None, pairs, False, width)
+    across = torch.tensor([[0, 10], [8, 12]])
+    with pytest.raises(ValueError, match=r"^document_spans: a text lies in more"):
+        OP(q, spans, [d[:10], d[10:]], across, None, None, None, False, 3)

@@ -90,19 +90,19 @@ struct VarlenAttentionArgs {
   void* out;       // (tokens_q, heads, head_dim)
 };
 
-// Rows of one matrix, depth adjacent, and the runs of them that each text has.
+// Texts as runs of rows, depth adjacent, `stride` elements apart within a text.
 struct RowsArg {
-  const void* data;
-  int64_t stride;
-  const int64_t* spans;  // (count, 2): first row, row after the last
-  int64_t count;
+  const void* const* texts;  // (count): where each begins
+  const int64_t* spans;      // (count, 2): first row, row after the last
+  int64_t stride, count;
 };
 
 // scores[p] = sum over query rows of the largest product with a document row; the pairs are those listed,
 // or all, documents changing fastest.
 struct MaxSimArgs {
   RowsArg query, document;
-  int dtype;  // of both
+  int dtype;           // of both, unless `scale` is set
+  const float* scale;  // of each document row by its number: the rows are int8; or null
   int64_t depth;
   const bool* zero;      // (documents): whether a zero vector counts as a further row; or null
   const int64_t* pairs;  // (pair_count, 2): query, document; or null

@@ -27,6 +27,7 @@ inline float bits_float(uint32_t u) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;

@@ -6,6 +6,7 @@ from embedfuse.ops.bias_gelu import bias_gelu
 from embedfuse.ops.csr import Csr
 from embedfuse.ops.info_nce import InfoNCEOutput, info_nce
 from embedfuse.ops.info_nce_inputs import FalseNegatives, Rows
+from embedfuse.ops.int8 import Int8, quantize_int8
 from embedfuse.ops.lexical_scores import lexical_scores
 from embedfuse.ops.lexical_weights import lexical_weights
 from embedfuse.ops.linear import linear
@@ -21,6 +22,7 @@ __all__ = [
     "Csr",
     "FalseNegatives",
     "InfoNCEOutput",
+    "Int8",
     "Rows",
     "add_layer_norm",
     "add_rms_norm",
@@ -33,6 +35,7 @@ __all__ = [
     "maxsim_packed",
     "maxsim_rerank",
     "pool_normalize",
+    "quantize_int8",
     "rope",
     "rope_",
     "segment_sum",

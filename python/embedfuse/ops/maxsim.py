@@ -7,6 +7,7 @@ from torch import Tensor
 
 from embedfuse import native
 from embedfuse.ops.cu_seqlens import check_layout, check_values
+from embedfuse.ops.int8 import Int8
 from embedfuse.ops.maxsim_op import OP, MaxSim
 from embedfuse.ops.maxsim_spans import padded_spans
 
@@ -16,7 +17,7 @@ PADDINGS = ("exclude", "zero_vector")
 
 def maxsim(
     q: Tensor,
-    d: Tensor,
+    d: Tensor | Int8,
     q_mask: Tensor | None = None,
     d_mask: Tensor | None = None,
     *,
@@ -27,7 +28,7 @@ def maxsim(
     """s_ab = sum over the tokens i of query a of max over the tokens j of document b of q_ai . d_bj (ColBERT,
     arXiv 2004.12832), for every query with every document.
 
-    q: (Nq, Lq, dim). d: (Nd, Ld, dim), of q's dtype.
+    q: (Nq, Lq, dim). d: (Nd, Ld, dim), of q's dtype, or Int8 of that shape (quantize_int8).
     q_mask: (Nq, Lq). d_mask: (Nd, Ld). Nonzero marks tokens; what they leave out is never read, be it NaN. A
         mask with holes between tokens costs a copy of its side, and on a GPU any mask a wait for it.
     reduction: "mean" divides by the query's number of tokens (BGE-M3, arXiv 2402.03216).
@@ -37,24 +38,29 @@ def maxsim(
 
     A query without tokens scores 0, and so does a document without. A NaN product makes the score NaN.
     Sums are fp32 (fp64 for fp64 input). Of equal products the first has the gradient; a zero vector has none.
+    For Int8 every score is that of q with scale * values in fp32, and q is rounded nowhere: a CPU that
+    multiplies bytes finds by them the tokens that can hold a maximum, by a bound that no product passes, and
+    multiplies those in fp32.
 
     Returns (Nq, Nd), fp32. Differentiable in q and d, with the same bits each time; keeps 4 Nq Nd Lq bytes.
-    Raises ValueError for shapes, dtypes, devices or names that do not fit.
+    Raises ValueError for shapes, dtypes, devices or names that do not fit, and for Int8 if q requires grad.
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding={padding!r}: accepted are {', '.join(PADDINGS)}")
     _check_sides(q, d, "(texts, tokens, dim)", 3)
     width = q.shape[1]
-    q, query_spans, _ = padded_spans("q", q, q_mask)
-    d, document_spans, padded = padded_spans("d", d, d_mask)
+    d, scale = _parts(d)
+    q, query_spans, *_ = padded_spans("q", q, q_mask)
+    d, document_spans, padded, scale = padded_spans("d", d, d_mask, scale)
     zero = padded if padding == "zero_vector" else None
-    return _scores(q, query_spans, d, document_spans, zero, None, normalize, reduction, width)
+    sides = q, query_spans, [d], document_spans, scale
+    return _scores(*sides, zero, None, normalize, reduction, width)
 
 
 def maxsim_packed(
     q: Tensor,
     cu_q: Tensor,
-    d: Tensor,
+    d: Tensor | Int8,
     cu_d: Tensor,
     pairs: Tensor | None = None,
     *,
@@ -63,8 +69,8 @@ def maxsim_packed(
 ) -> Tensor:
     """maxsim of texts that lie end to end, of every query with every document or of the pairs listed.
 
-    q: (tokens_q, dim). d: (tokens_d, dim), of q's dtype. cu_q, cu_d: (texts + 1,) int32, 0 = first <= ... <=
-        tokens: where each text starts, and the end.
+    q: (tokens_q, dim). d: (tokens_d, dim), of q's dtype, or Int8 of that shape. cu_q, cu_d: (texts + 1,)
+        int32, 0 = first <= ... <= tokens: where each text starts, and the end.
     pairs: (P, 2) int64, query and document by number.
 
     Returns (Nq, Nd), with pairs (P,), fp32. Differentiable in q and d; what is kept for that grows with the
@@ -73,6 +79,9 @@ def maxsim_packed(
     cu_d or pairs that cannot be. Other arguments, and everything else, as in maxsim.
     """
     _check_sides(q, d, "(tokens, dim)", 2)
+    d, scale = _parts(d)
+    if scale is not None:
+        scale = scale.expand(len(d))
     spans = []
     for name, cu_seqlens, x in (("cu_q", cu_q, q), ("cu_d", cu_d, d)):
         check_layout(name, cu_seqlens)
@@ -84,12 +93,13 @@ def maxsim_packed(
     width = 0
     if _wants_gradient(q, d) and len(cu_q) > 1:
         width = int(cu_q.diff().amax())
-    return _scores(q, spans[0], d, spans[1], None, pairs, normalize, reduction, width)
+    sides = q, spans[0], [d], spans[1], scale
+    return _scores(*sides, None, pairs, normalize, reduction, width)
 
 
 def maxsim_rerank(
     query: Tensor,
-    documents: Tensor | Sequence[Tensor],
+    documents: Tensor | Int8 | Sequence[Tensor] | Sequence[Int8],
     top_k: int | None = None,
     *,
     reduction: str = "sum",
@@ -97,8 +107,8 @@ def maxsim_rerank(
 ) -> tuple[Tensor, Tensor]:
     """The documents of the largest maxsim with one query, best first.
 
-    query: (tokens, dim). documents: (n, tokens, dim), or a sequence of (tokens, dim), which are laid end to
-        end and not padded; tensors of query's dtype, or arrays. top_k: how many; default all.
+    query: (tokens, dim). documents: (n, tokens, dim), or a sequence of (tokens, dim), which the CPU reads
+        where they lie; tensors of query's dtype, arrays, or Int8. top_k: how many; default all.
 
     Returns scores (top_k,) fp32 and the documents' numbers (top_k,) int64; of equal scores the first document
     comes first. No gradient goes through the order. Raises ValueError as maxsim_packed does, and for top_k
@@ -110,38 +120,59 @@ def maxsim_rerank(
     if query.dim() != 2:
         raise ValueError(f"query: shape {tuple(query.shape)}; accepted is (tokens, dim)")
     settings = {"reduction": reduction, "normalize": normalize}
-    if hasattr(documents, "shape"):
+    if isinstance(documents, Int8):
+        scores = maxsim(query[None], documents, **settings)[0]
+    elif hasattr(documents, "shape"):
         scores = maxsim(query[None], torch.as_tensor(documents), **settings)[0]
     else:
-        documents = [torch.as_tensor(document) for document in documents]
-        for i, document in enumerate(documents):
-            wanted = (2, query.shape[1], query.dtype)
-            if (document.dim(), document.shape[-1], document.dtype) != wanted:
-                raise ValueError(
-                    f"documents[{i}]: {document.dtype} of shape {tuple(document.shape)}; "
-                    f"accepted is {query.dtype} of (tokens, {query.shape[1]})"
-                )
-        lengths = torch.tensor([0, *map(len, documents)])
-        cu_d = lengths.cumsum(0).to(query.device, torch.int32)
-        cu_q = torch.tensor([0, len(query)], dtype=torch.int32, device=query.device)
-        rows = torch.cat(documents) if documents else query[:0]
-        scores = maxsim_packed(query, cu_q, rows, cu_d, **settings)[0]
+        scores = _scores_of_list(query, documents, **settings)
     values, indices = scores.sort(descending=True, stable=True)
     return values[:top_k], indices[:top_k]
 
 
-def _check_sides(q: Tensor, d: Tensor, shape: str, dims: int) -> None:
-    for name, x in (("q", q), ("d", d)):
-        if x.dim() != dims or x.shape[-1] != q.shape[-1]:
-            raise ValueError(
-                f"{name}: shape {tuple(x.shape)}; accepted is {shape}, dim the same for q and d"
-            )
-        if x.dtype != q.dtype or x.dtype not in (*native.DTYPES, torch.float64):
-            raise ValueError(
-                f"{name}: {x.dtype}; accepted are float16, bfloat16, float32 and float64, "
-                "the same for q and d"
-            )
-        _check_device(name, x, q)
+def _scores_of_list(query: Tensor, documents: Sequence, reduction: str, normalize: bool) -> Tensor:
+    documents = [x if isinstance(x, Int8) else torch.as_tensor(x) for x in documents]
+    _check_side("query", query, query, "(tokens, dim)", 2)
+    for i, document in enumerate(documents):
+        if isinstance(document, Int8) != isinstance(documents[0], Int8):
+            raise ValueError(f"documents[{i}]: Int8 and others; accepted are all or none")
+        _check_side(f"documents[{i}]", document, query, "(tokens, dim)", 2)
+    rows, scales = zip(*map(_parts, documents), strict=True) if documents else ([query[:0]], [None])
+    # Not len(): a tensor's takes microseconds.
+    ends = torch.tensor([0, *(x.shape[0] for x in rows)]).cumsum(0)
+    spans = torch.stack((ends[:-1], ends[1:]), 1)[: len(documents)].to(query.device)
+    scale = None
+    if scales[0] is not None:
+        scale = torch.cat([s.expand(x.shape[0]) for x, s in zip(rows, scales, strict=True)])
+    if _wants_gradient(query, *rows):
+        rows = [torch.cat(rows)]
+    query_spans = torch.tensor([[0, len(query)]], device=query.device)
+    sides = query, query_spans, list(rows), spans, scale
+    return _scores(*sides, None, None, normalize, reduction, len(query))[0]
+
+
+def _parts(d: Tensor | Int8) -> tuple[Tensor, Tensor | None]:
+    """What lies in memory, and its scale."""
+    return (d.values, d.scale) if isinstance(d, Int8) else (d, None)
+
+
+def _check_sides(q: Tensor, d: Tensor | Int8, shape: str, dims: int) -> None:
+    _check_side("q", q, q, shape, dims)
+    _check_side("d", d, q, shape, dims)
+
+
+def _check_side(name: str, side: Tensor | Int8, q: Tensor, shape: str, dims: int) -> None:
+    x, scale = _parts(side)
+    if x.dim() != dims or x.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"{name}: shape {tuple(x.shape)}; accepted is {shape}, dim the same for q and d"
+        )
+    if scale is None and (x.dtype != q.dtype or x.dtype not in (*native.DTYPES, torch.float64)):
+        raise ValueError(
+            f"{name}: {x.dtype}; accepted are float16, bfloat16, float32 and float64, "
+            "the same for q and d, or Int8 for d"
+        )
+    _check_device(name, x, q)
 
 
 def _check_device(name: str, x: Tensor, q: Tensor) -> None:
@@ -162,15 +193,25 @@ def _check_pairs(pairs: Tensor, q: Tensor, queries: int, documents: int) -> None
         raise ValueError(f"pairs: accepted are numbers below {queries} and {documents}, from 0")
 
 
-def _wants_gradient(q: Tensor, d: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _scores(q, query_spans, d, document_spans, zero, pairs, normalize, reduction, width) -> Tensor:
+def _scores(
+    q, query_spans, documents, document_spans, scale, zero, pairs, normalize, reduction, width
+) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}: accepted are {', '.join(REDUCTIONS)}")
-    args = (q, query_spans, d, document_spans, zero, pairs, normalize)
-    scores = MaxSim.apply(*args, max(width, 1)) if _wants_gradient(q, d) else OP(*args, 0)[0]
+    if scale is not None and _wants_gradient(q):
+        raise ValueError(
+            "q: requires grad, which Int8 documents do not give; accepted is q.detach()"
+        )
+    if _wants_gradient(q, *documents):
+        sides = q, query_spans, documents[0], document_spans
+        scores = MaxSim.apply(*sides, zero, pairs, normalize, max(width, 1))
+    else:
+        sides = q, query_spans, documents, document_spans
+        scores = OP(*sides, scale, zero, pairs, normalize, 0)[0]
     if pairs is None:
         scores = scores.view(len(query_spans), len(document_spans))
     if reduction == "sum":

@@ -4,16 +4,21 @@ import torch
 from torch import Tensor
 
 
-def padded_spans(name: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def padded_spans(
+    name: str, x: Tensor, mask: Tensor | None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x (texts, length, dim) as rows (rows, dim), without a copy unless its mask has holes or its memory none
     of the layouts of a matrix; spans (texts, 2) int64, first row and row after the last; and (texts,)
-    bool, whether the mask leaves any row out."""
+    bool, whether the mask leaves any row out; and scale, (texts, length) or (texts, 1), by rows."""
     texts, length, _ = x.shape
+    if scale is not None:
+        scale = scale.expand(texts, length)
     if mask is None:
         rows, pitch = _rows(x)
         first = torch.arange(texts, device=x.device) * pitch
         spans = torch.stack((first, first + length), 1)
-        return rows, spans, torch.zeros(texts, dtype=torch.bool, device=x.device)
+        unpadded = torch.zeros(texts, dtype=torch.bool, device=x.device)
+        return rows, spans, unpadded, _scale_rows(scale, rows, pitch)
     if mask.shape != x.shape[:2]:
         raise ValueError(
             f"{name}_mask: shape {tuple(mask.shape)}; accepted is {tuple(x.shape[:2])}"
@@ -32,10 +37,18 @@ def padded_spans(name: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     first = torch.cat((torch.where(keep, place, length), none + length), 1).amin(1).minimum(last)
     if (last - first != tokens).any():
         last = tokens.cumsum(0)
-        return x[keep], torch.stack((last - tokens, last), 1), padded
+        spans = torch.stack((last - tokens, last), 1)
+        return x[keep], spans, padded, None if scale is None else scale[keep]
     rows, pitch = _rows(x)
     start = torch.arange(texts, device=x.device) * pitch
-    return rows, torch.stack((start + first, start + last), 1), padded
+    spans = torch.stack((start + first, start + last), 1)
+    return rows, spans, padded, _scale_rows(scale, rows, pitch)
+
+
+def _scale_rows(scale: Tensor | None, rows: Tensor, pitch: int) -> Tensor | None:
+    if scale is None:
+        return None
+    return torch.nn.functional.pad(scale, (0, pitch - scale.shape[1])).flatten()[: len(rows)]
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:

@@ -1,0 +1,100 @@
+// What all versions of maxsim share: a thread's queries, and their products with rows of a document.
+// Included once per ISA (no include guard).
+
+// Rearranged queries of one group: they stay in the L2 cache while documents pass by.
+constexpr int64_t kGroupFloats = 256 * 1024;
+// Document rows that meet all queries of a group before the next ones do.
+constexpr int64_t kChunkBytes = 128 * 1024;
+constexpr int64_t kChunkRows = 1024;
+
+// What a thread holds of its group of queries: rows rearranged in blocks of kBlockRows, and for each row the
+// largest product so far and its place in the document, an integer's bits.
+struct QueryGroup {
+  float *packed, *best, *place, *query_norm;  // norms are inverse
+  float* chunk;                               // of a document, as fp32
+  float* factor;  // of each row of the chunk: what its products are multiplied by
+  int64_t first = 0, last = 0;
+};
+
+inline int64_t span_rows(const RowsArg& x, int64_t i) {
+  return x.spans[2 * i + 1] - x.spans[2 * i];
+}
+inline int64_t blocks_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+
+inline int64_t chunk_rows(const MaxSimArgs& a) {
+  const int64_t fit = kChunkBytes / (4 * a.depth + 1) / kTileColumns * kTileColumns;
+  return fit < kTileColumns ? kTileColumns : fit > kChunkRows ? kChunkRows : fit;
+}
+
+// scale / |scale x|, or the scale over 1e-12 where that is larger than the norm.
+template <class T>
+float normalizer(const T* x, int64_t depth, float scale) {
+  Vec squares = Vec::zero();
+  int64_t k = 0;
+  for (; k + Vec::N <= depth; k += Vec::N) {
+    const Vec v = Vec::load(x + k);
+    squares = fma(v, v, squares);
+  }
+  float total = sum(squares);
+  for (; k < depth; ++k) total += to_float(x[k]) * to_float(x[k]);
+  const float norm = __builtin_sqrtf(total) * __builtin_fabsf(scale);
+  return scale / (norm < 1e-12f ? 1e-12f : norm);
+}
+
+// What products with rows [0, rows) of a document's chunk are multiplied by; null: by nothing.
+template <class T>
+const float* row_factors(const MaxSimArgs& a, const T* x, int64_t rows, const float* scale,
+                         float* factors) {
+  if (!a.normalize) return scale;
+  for (int64_t r = 0; r < rows; ++r) {
+    factors[r] = normalizer(x + r * a.document.stride, a.depth, scale ? scale[r] : 1.f);
+  }
+  return factors;
+}
+
+// Document rows [0, rows), `place` the first one's number, against one block of query rows.
+template <class U, int VECS>
+void update_best(const typename U::Element* document, int64_t stride, int64_t rows, int64_t place,
+                 const float* factors, const float* packed, int64_t units, float* best,
+                 float* places) {
+  Vec top[VECS], at[VECS];
+  for (int v = 0; v < VECS; ++v) {
+    top[v] = Vec::load(best + v * Vec::N);
+    at[v] = Vec::load(places + v * Vec::N);
+  }
+  for (int64_t r = 0; r < rows; r += kTileColumns) {
+    const typename U::Element* tile[kTileColumns];  // past the last row, the last one again
+    for (int m = 0; m < kTileColumns; ++m) {
+      tile[m] = document + (r + m < rows ? r + m : rows - 1) * stride;
+    }
+    alignas(64) float products[kTileColumns * kBlockRows];
+    multiply_tile<U, VECS, true>(tile, packed, units, products);
+    for (int m = 0; m < kTileColumns && r + m < rows; ++m) {
+      const Vec row = Vec::all(bits_float(uint32_t(place + r + m)));
+      for (int v = 0; v < VECS; ++v) {
+        Vec product = Vec::load(products + m * kBlockRows + v * Vec::N);
+        if (factors) product = product * Vec::all(factors[r + m]);
+        keep_larger(top[v], at[v], product, row);
+      }
+    }
+  }
+  for (int v = 0; v < VECS; ++v) {
+    top[v].store(best + v * Vec::N);
+    at[v].store(places + v * Vec::N);
+  }
+}
+
+// The same against block `block` of the group, of which `live` rows are a query's.
+template <class U>
+void meet_block(const MaxSimArgs& a, const QueryGroup& group, int64_t block, int64_t live,
+                const typename U::Element* document, int64_t stride, int64_t rows, int64_t place,
+                const float* factors) {
+  const int64_t units = a.depth / U::kPerUnit;
+  const float* packed = group.packed + block * kBlockRows * units;
+  float *best = group.best + block * kBlockRows, *places = group.place + block * kBlockRows;
+  if (live > 2 * Vec::N)
+    return update_best<U, 3>(document, stride, rows, place, factors, packed, units, best, places);
+  if (live > Vec::N)
+    return update_best<U, 2>(document, stride, rows, place, factors, packed, units, best, places);
+  update_best<U, 1>(document, stride, rows, place, factors, packed, units, best, places);
+}
