@@ -21,8 +21,6 @@ import embedfuse
 from benchmarks.checkpoints import make_e5_mistral
 from benchmarks.conftest import DEVICE
 from embedfuse.cli.corpus import stdlib_docstrings
-from embedfuse.nn.heads import Heads
-from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from embedfuse.pipeline.tokenize import TextTokenizer
 
 LENGTH = 512
@@ -140,19 +138,16 @@ def test_error_beside_the_original(folder, benchmark):
     assert ours <= 2 * theirs
 
 
-@pytest.mark.parametrize("way", ["batch_size=8", "batch_size=32", "EmbeddingPipeline"])
+@pytest.mark.parametrize("way", ["batch_size=8", "batch_size=32", "Embedder"])
 def test_bulk_beside_sentence_transformers(way, folder, benchmark, peaks):
     model, texts = bf16(folder), docstrings()
     batch_size = 32 if way == "batch_size=32" else 8
     theirs = ours = encoder(model, batch_size=batch_size)
-    if way == "EmbeddingPipeline":
+    if way == "Embedder":
+        embedder = embedfuse.Embedder(folder, dtype="bfloat16", device="cpu", max_length=LENGTH)
 
         def ours(texts: list[str]) -> np.ndarray:
-            tokenize = TextTokenizer(model.tokenizer)
-            pipeline = EmbeddingPipeline(model[0].model, tokenize, Heads(), pooling="last")
-            return np.concatenate(
-                [v.host().dense for v in pipeline.stream(texts, ["dense"], LENGTH)]
-            )
+            return embedder.encode(texts).dense
 
     compare(benchmark, model, theirs, ours, [texts])
     info, config = benchmark.extra_info, model[0].model.config

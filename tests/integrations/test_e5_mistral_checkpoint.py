@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, MistralConfig, Mi
 
 import embedfuse
 from benchmarks.checkpoints import E5_MISTRAL
-from embedfuse.pipeline.checkpoint import read_settings
+from embedfuse.pipeline.checkpoint import read_preset
 from tests.integrations.flag import TEXTS, counted
 
 st = pytest.importorskip("sentence_transformers")
@@ -55,8 +55,8 @@ def test_tokenizer(tokenizer):
 
 
 def test_settings(e5_mistral_folder):
-    settings = read_settings(e5_mistral_folder, {})
-    assert (settings.pooling, settings.normalize, settings.max_length) == ("last", True, 4096)
+    preset = read_preset(e5_mistral_folder, {}, None)
+    assert (preset.pooling, preset.normalize, preset.max_length) == ("last", True, 4096)
     modules = json.loads((Path(e5_mistral_folder) / "modules.json").read_text())
     assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Normalize"]
 
