@@ -87,6 +87,21 @@ def test_embed(patched):
         assert_close(embedfuse.embed(model, **batch, pooling="last"), expected, **TIGHT)
 
 
+def test_prefixes_of_an_adapter_that_is_turned_off():
+    """Adapters are switched without a change of any parameter."""
+    model = adapted(["q_proj", "v_proj"])
+    embedfuse.patch(model, reuse_prefixes="stream")
+    queries = [torch.tensor([[*range(5, 32), last]]) for last in (40, 41, 42)]
+    with torch.no_grad():
+        for query in queries[:2]:
+            embedfuse.embed(model, query, pooling="last")
+        with model.disable_adapter():
+            found = embedfuse.embed(model, queries[2], pooling="last")
+            embedfuse.unpatch(model)
+            expected = embedfuse.embed(model, queries[2], pooling="last")
+    assert_close(found, expected, **TIGHT)
+
+
 def test_embed_takes_no_learned_prompts():
     """Their rows come before the text's, which embed does not know of."""
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION")

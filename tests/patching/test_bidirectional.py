@@ -159,3 +159,9 @@ def test_pooling_mask_without_a_token(model):
     nothing = torch.zeros_like(batch["attention_mask"])
     with pytest.raises(ValueError, match="pooling_mask: row 0 has no token"):
         embedfuse.embed(model, **batch, pooling="mean", pooling_mask=nothing)
+
+
+def test_pooling_mask_of_another_shape(model):
+    batch = make_batch(model)
+    with pytest.raises(ValueError, match=r"pooling_mask: shape \(1, 20\); accepted .*\(4, 20\)"):
+        embedfuse.embed(model, **batch, pooling="mean", pooling_mask=torch.ones(1, 20))

@@ -1,6 +1,7 @@
 """Texts that begin alike: the same vectors from fewer tokens, within a call and across calls."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -145,7 +146,9 @@ class TestStream:
             assert_close(embed(model, batch, "left"), vectors, **TIGHT)
         assert computed[2] == 3
 
-    @pytest.mark.parametrize("change", ["in place", "load_state_dict", "dtype", "another module"])
+    @pytest.mark.parametrize(
+        "change", ["in place", "load_state_dict", "dtype", "another module", "fused optimiser"]
+    )
     def test_a_change_of_the_weights_is_seen(self, model, change):
         queries = texts([40], [41], [42])
         embedfuse.patch(model, reuse_prefixes="stream")
@@ -159,6 +162,13 @@ class TestStream:
             model.load_state_dict({n: -2 * t for n, t in model.state_dict().items()})
         elif change == "dtype":
             model.double()
+        elif change == "fused optimiser":  # counts up no version
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+            embedfuse.embed(model, **batch_of(queries), pooling="last").sum().backward()
+            for query in queries[:2]:
+                embed(model, [query])
+            optimizer.step()
+            optimizer.zero_grad()
         else:
             model.layers[0].self_attn.v_proj = torch.nn.Linear(
                 projection.in_features, projection.out_features, bias=projection.bias is not None
@@ -166,6 +176,70 @@ class TestStream:
         found = embed(model, [queries[2]])
         embedfuse.unpatch(model)
         assert_close(found, embed(model, [queries[2]]), **TIGHT)
+
+    def test_training_is_seen(self, model):
+        queries = texts([40], [41], [42])
+        embedfuse.patch(model, reuse_prefixes="stream")
+        for query in queries[:2]:
+            embed(model, [query])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model(**batch_of(queries)).last_hidden_state.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found = embed(model, [queries[2]])
+        embedfuse.unpatch(model)
+        assert_close(found, embed(model, [queries[2]]), **TIGHT)
+
+    def test_dropout_is_not_remembered(self, model, computed):
+        for block in model.layers:
+            block.self_attn.attention_dropout = 0.5
+        embedfuse.patch(model, reuse_prefixes="stream")
+        model.train()
+        for query in texts([40], [41]):
+            embed(model, [query])
+        model.eval()
+        found = embed(model, texts([42]))
+        assert computed[-3:] == [28, 28, 28]
+        embedfuse.unpatch(model)
+        assert_close(found, embed(model, texts([42])), **TIGHT)
+
+    def test_replicas_are_not_remembered(self, model):
+        """DataParallel's have tensors in the place of parameters."""
+        embedfuse.patch(model, reuse_prefixes="stream")
+        for module in model.modules():
+            for name, p in list(module._parameters.items()):
+                del module._parameters[name]
+                setattr(module, name, None if p is None else p.detach())
+        for query in texts([40], [41]):
+            embed(model, [query])
+        model.layers[0].self_attn.v_proj.weight.mul_(-1)
+        found = embed(model, texts([42]))
+        embedfuse.unpatch(model)
+        assert_close(found, embed(model, texts([42])), **TIGHT)
+
+    def test_moving_or_casting_forgets(self, model):
+        """Back and forth, the weights may lie where they lay, with the version that they had."""
+        embedfuse.patch(model, reuse_prefixes="stream")
+        for query in texts([40], [41]):
+            embed(model, [query])
+        cache = model._embedfuse.prefixes
+        assert len(cache.prefixes(cache.stamp)) == 1
+        model.float()
+        assert not cache.prefixes(cache.stamp)
+
+    def test_threads(self, model):
+        """Each with an instruction of its own, in a cache that has room for two."""
+        queries = [[[i, *INSTRUCTION, 40 + n] for n in range(12)] for i in range(3)]
+        expected = [[embed(model, [query]) for query in of_one] for of_one in queries]
+        embedfuse.patch(model, reuse_prefixes="stream")
+        embed(model, [queries[0][0]])
+        embed(model, [queries[0][1]])
+        cache = model._embedfuse.prefixes
+        cache.max_bytes = 2 * cache.prefixes(cache.stamp)[0].nbytes
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda qs: [embed(model, [q]) for q in qs], queries))
+        for one, other in zip(found, expected, strict=True):
+            assert_close(torch.cat(one), torch.cat(other), **TIGHT)
 
     def test_layers_of_another_kind_are_not_remembered(self, model, computed):
         """What a LoRA layer does hangs on more than its parameters."""
@@ -227,11 +301,32 @@ def test_the_cache_is_bounded(monkeypatch):
     assert [int(prefix.ids[0]) for prefix in cache.prefixes(cache.stamp)] == [90, 70, 100]
 
 
+def test_of_a_prefix_too_large_for_the_cache_the_beginning_is_kept(computed):
+    model = make_model("llama")
+    queries = texts([40], [41], [42], [43])
+    expected = [embed(model, [query]) for query in queries]
+    embedfuse.patch(model, reuse_prefixes="stream")
+    model._embedfuse.prefixes.max_bytes = 20 * 2 * 2 * 12 * 4 * 3 + 100
+    computed.clear()
+    for query, vector in zip(queries, expected, strict=True):
+        assert_close(embed(model, [query]), vector, **TIGHT)
+    assert computed == [28, 28, 28, 8]
+
+
+def test_the_cache_keeps_nothing_of_the_callers_batch():
+    cache = PrefixCache()
+    ids = torch.arange(100).numpy()
+    cache.prefixes("a")
+    cache.remember("a", ids[:30], [], None)
+    ids[:] = 0
+    assert cache.recurring([torch.arange(25).numpy()]) == (0, 24)
+
+
 def test_another_stamp_empties_the_cache():
     cache = PrefixCache()
     cache.prefixes("a")
     ids = torch.arange(20).numpy()
-    prefix = prefixes.Prefix(ids)
+    prefix = prefixes.Prefix(ids, [(torch.zeros(20, 1, 1), torch.zeros(20, 1, 1))])
     cache.remember("a", ids, [], prefix)
     assert cache.prefixes("a") == [prefix]
     assert cache.prefixes("b") == []
@@ -249,6 +344,26 @@ def test_16_bit_error_is_at_most_twice_the_originals(dtype):
     embedfuse.patch(model, reuse_prefixes="stream")
     for _ in range(3):
         assert (embed(model, DEEP).double() - reference).abs().max() <= 2 * own_error
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_final_norm_in_fp32(pooling):
+    model = make_model("mistral").bfloat16()
+    model.norm.float()
+    expected = embed(model, DEEP, pooling=pooling)
+    embedfuse.patch(model)
+    found = embed(model, DEEP, pooling=pooling)
+    assert found.dtype == expected.dtype == torch.float32
+    assert_close(found, expected, rtol=0, atol=0.03)
+
+
+def test_no_text_at_all():
+    model = make_model("llama")
+    embedfuse.patch(model)
+    ids = torch.zeros(0, 5, dtype=torch.long)
+    with torch.no_grad():
+        for pooling in ("last", "mean"):
+            assert embedfuse.embed(model, ids, pooling=pooling).shape == (0, 48)
 
 
 def test_gradients_run_every_token(computed):

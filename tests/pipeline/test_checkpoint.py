@@ -88,6 +88,7 @@ def test_do_lower_case(folder, lower):
         ({"pooling_mode_cls_token": True}, "cls"),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
         ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "lasttoken", "include_prompt": False}, "last"),
         ({"pooling_mode_weightedmean_tokens": True}, "weighted_mean"),
     ],
 )
@@ -112,6 +113,8 @@ def test_without_files_the_first_token_normalised(tmp_path):
         ({"pooling_mode_max_tokens": True}, MODULES, "pooling_mode_max_tokens"),
         ({"pooling_mode": ["cls", "mean"]}, MODULES, r"pooling \['cls', 'mean'\]"),
         ({"pooling_mode_cls_token": False}, MODULES, r"pooling \[\]"),
+        ({"pooling_mode": "mean", "include_prompt": False}, MODULES, "include_prompt: false; acc"),
+        ({"pooling_mode": "cls", "include_prompt": False}, MODULES, "include_prompt: false; acc"),
         ({"pooling_mode": "cls"}, ("Transformer", "Pooling", "Dense"), "lists .*Dense; accepted"),
         ({"pooling_mode": "cls"}, ("StaticEmbedding", "Normalize"), "lists StaticEmbedding"),
         ({"pooling_mode": "cls"}, (*MODULES, "Dense"), "Normalize, Dense; accepted"),

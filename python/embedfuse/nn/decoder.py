@@ -181,11 +181,13 @@ def decode_shared(
     rows: Tensor | None,
     shared: Iterable[Step],
 ) -> Tensor:
-    out = x.new_empty(len(x) if rows is None else len(rows), x.shape[1])
+    out = None
     for step in shared:
         of_step = (t[step.tokens] for t in (x, cos, sin))
         wanted = None if rows is None else step.last
         states = run(layers, norm, *of_step, step.keys, True, wanted, step)
+        if out is None:  # a norm in fp32 gives fp32 states
+            out = states.new_empty(len(x) if rows is None else len(rows), x.shape[1])
         if rows is None:
             out[step.places] = states[step.source]
         else:

@@ -6,6 +6,7 @@ does not share with the one before it, and reads the other keys and values where
 That folds prefixes of any depth (a radix tree, walked from left to right), not only one instruction.
 """
 
+import math
 from bisect import bisect
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int = 256 * 2**20):
         self.max_bytes = max_bytes
         self.stamp = None
+        self._room = math.inf  # tokens, known once a prefix has come
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
         self._seen: deque[Ids] = deque(maxlen=8)  # one sequence of each of the last steps
         self._lock = Lock()
@@ -59,23 +61,31 @@ class PrefixCache:
         """All that hold for the weights of `stamp`."""
         with self._lock:
             if stamp != self.stamp:
-                self._prefixes.clear()
-                self._seen.clear()
-                self.stamp = stamp
+                self._empty(stamp)
             return list(self._prefixes.values())
+
+    def forget(self) -> None:
+        """Hold nothing, because the weights may change in a way that the stamp does not show."""
+        with self._lock:
+            self._empty(None)
+
+    def _empty(self, stamp) -> None:
+        self._prefixes.clear()
+        self._seen.clear()
+        self.stamp, self._room = stamp, math.inf
 
     def recurring(self, sequences: list[Ids]) -> tuple[int, int] | None:
         """(which of these sorted sequences, tokens) of the longest prefix that a step before had too and
         that is not held yet."""
         with self._lock:
-            seen, known = list(self._seen), list(self._prefixes.values())
+            seen, known, room = list(self._seen), list(self._prefixes.values()), self._room
         lists = [ids.tolist() for ids in sequences]
         best, tokens = None, KEPT_TOKENS - 1
         for ids in seen:
             place = bisect(lists, ids.tolist())
             for i in (place - 1, place):
                 if 0 <= i < len(lists):
-                    n = min(common(ids, sequences[i]), len(lists[i]) - 1)
+                    n = min(common(ids, sequences[i]), len(lists[i]) - 1, room)
                     if n > max(tokens, longest(known, sequences[i], 0)[1]):
                         best, tokens = i, n
         return None if best is None else (best, tokens)
@@ -85,12 +95,14 @@ class PrefixCache:
         with self._lock:
             if stamp != self.stamp:
                 return
-            self._seen.append(sequence)
+            self._seen.append(sequence.copy())  # it is a part of the caller's batch
             for prefix in used:
                 if prefix.ids.tobytes() in self._prefixes:
                     self._prefixes.move_to_end(prefix.ids.tobytes())
             if new is not None:
-                self._prefixes[new.ids.tobytes()] = new
+                self._room = self.max_bytes * len(new.ids) // new.nbytes
+                if len(new.ids) <= self._room:  # otherwise the next step keeps so much of it
+                    self._prefixes[new.ids.tobytes()] = new
             while sum(p.nbytes for p in self._prefixes.values()) > self.max_bytes:
                 self._prefixes.popitem(last=False)
 
@@ -151,7 +163,7 @@ def shared_steps(
         known = cache.prefixes(stamp)
         saved = sum(longest(known, s, n)[1] for s, n in zip(ordered, shared, strict=True))
         recurring = cache.recurring(ordered)
-    if saved * SAVES < packed.tokens and recurring is None:
+    if saved * SAVES <= packed.tokens and recurring is None:
         if cache is not None:
             cache.remember(stamp, ordered[0], [], None)
         return None

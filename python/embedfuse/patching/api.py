@@ -31,7 +31,9 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
         tokens run these once: "batch" within a call; "stream" across calls too, where the last token is
         pooled (`embed`, SentenceTransformer, FlagLLMModel), with keys and values of up to 256 MiB kept;
         "off" never. What is kept is forgotten when a parameter changes, but an edit through `.data` is
-        not seen.
+        not seen. Nothing is kept ("stream" is "batch") while the model has modules that are not
+        transformers' own (LoRA), parameters with gradients or made under inference_mode, or rotary
+        angles that hang on the batch.
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
     leaves out are zero (the original fills them with values that mean nothing). A decoder makes no
@@ -39,9 +41,10 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
     packed forward cannot serve run on the original forward; the report counts them by reason.
 
     A probe batch runs through both forwards first. Returns the live Report; patching twice is one
-    patch. Raises TypeError for another kind of object or an object that holds one, ValueError for options
-    that it does not know, has no use for or was not patched with before, PatchError (and changes
-    nothing) for weights on the meta device or outputs that differ by more than the dtype's bound.
+    patch. Raises TypeError for another kind of object or an object that holds one, ValueError for an
+    option that it does not know, an attention that the model cannot have, or other options than it was
+    patched with before, PatchError (and changes nothing) for weights on the meta device or outputs that
+    differ by more than the dtype's bound.
     Patch and unpatch while no other thread is running the model.
     """
     options = Options(attention, reuse_prefixes)
@@ -95,14 +98,21 @@ def embed(
         states are pooled where they lie, without padding.
     input_ids, attention_mask: (batch, length); no mask means no padding.
     pooling: "cls", "last", "mean" or "weighted_mean", as in ops.pool_normalize.
-    pooling_mask: (batch, length), tokens to pool; None pools all. LLM2Vec leaves the instruction out.
+    pooling_mask: (batch, length), tokens to pool, side by side in each row; None pools all. LLM2Vec leaves
+        the instruction out.
 
-    Returns (batch, hidden) in the model's dtype. Differentiable under grad.
+    Returns (batch, hidden) in the model's dtype. Differentiable under grad. Raises ValueError for a mask
+    of another shape, a row without tokens or with a hole, TypeError for another model.
     """
     model = recipe_of(model).tower(model)
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
     mask = attention_mask
     if pooling_mask is not None:
+        if pooling_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"pooling_mask: shape {tuple(pooling_mask.shape)}; accepted is that of input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
         mask = pooling_mask if attention_mask is None else attention_mask * pooling_mask
         pooled = pack(input_ids, mask, "pooling_mask")
     if isinstance(model, PackedModel) and not is_hooked(model):

@@ -99,6 +99,12 @@ class PackedDecoder(PackedModel):
         if type(self.embed_tokens) is nn.Embedding:
             check_ids(tokens.input_ids, self.embed_tokens.num_embeddings)
 
+    def packed_states(self, call: dict, pooling: str | None = None, count: bool = True):
+        # Weights are about to change, and fused optimisers count up no version.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._embedfuse.prefixes.forget()
+        return super().packed_states(call, pooling, count)
+
     def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
         x = self.embed_tokens(tokens.input_ids)
         if tokens.position_ids is None:
@@ -122,25 +128,31 @@ class PackedDecoder(PackedModel):
         reuse = state.options.reuse_prefixes
         if reuse == "off" or self._both_ways or not is_plain(x) or tokens.position_ids is not None:
             return None
+        if any(layer.dropout and layer.attention.training for layer in plan.layers):
+            return None
         cache = stamp = None
         if rows is not None:
             stamp = self._stamp(plan) if reuse == "stream" else None
             cache = PrefixCache() if stamp is None else state.prefixes
+            if stamp is None:
+                state.prefixes.forget()
         step_tokens = STEP_TOKENS if x.is_cpu else packed.tokens
         return shared_steps(tokens.input_ids, packed, step_tokens, cache, stamp)
 
     def _stamp(self, plan: Plan) -> tuple | None:
         """What the keys of a given prefix depend on; None where that is more than can be told."""
-        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH:
+        modules = [child for _, _, child, _ in plan.watched]
+        changing = self.rotary_emb.rope_type in _ANGLES_BY_LENGTH
+        if changing or not all(_is_stock(module, self.original) for module in modules):
             return None
-        stamp = []
-        for _, _, module, _ in plan.watched:
-            for p in module._parameters.values():
-                if p is not None:
-                    if not _is_stock(module, self.original) or p.is_inference():
-                        return None
-                    stamp.append((p.data_ptr(), p._version, p.dtype))
-        return tuple(stamp)
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        # DataParallel's replicas have none, and one with a gradient is about to change.
+        if not parameters or any(
+            type(p) is not nn.Parameter or p.is_inference() or p.grad is not None
+            for p in parameters
+        ):
+            return None
+        return tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
 
     @property
     def _both_ways(self) -> bool:
@@ -170,6 +182,8 @@ class PackedDecoder(PackedModel):
 
 
 def _is_stock(module: nn.Module, original: type) -> bool:
-    return (
-        type(module) in (nn.Linear, nn.Embedding) or type(module).__module__ == original.__module__
+    """Whether what the module does hangs on its parameters alone."""
+    kind = type(module)
+    return kind.__module__ in (original.__module__, "transformers.activations") or (
+        kind.__module__.startswith("torch.nn.modules.")
     )

@@ -283,6 +283,7 @@ class PackedModel(Patched):
     # Moving, casting and copying part the joined weights; join them again right there.
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
+        self._embedfuse.prefixes.forget()
         self.fuse()
         return result
 

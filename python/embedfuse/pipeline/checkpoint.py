@@ -124,6 +124,11 @@ def read_sentence_transformers(read: Read) -> Preset:
     names = [wanted] if isinstance(wanted, str) else wanted
     if len(names) != 1 or names[0] not in _POOLINGS:
         raise ValueError(f"model: pooling {names}; accepted is one of {', '.join(_POOLINGS)}")
+    if pooling.get("include_prompt") is False and _POOLINGS[names[0]] != "last":
+        raise ValueError(
+            f"model: {file} says include_prompt: false; accepted with {names[0]} pooling is true, prompts "
+            "pooled with their texts. A patched SentenceTransformer leaves them out"
+        )
     texts = next(filter(None, map(read, _TEXT_FILES)), {})
     library = read("config_sentence_transformers.json") or {}
     prompts = library.get("prompts") or {}
