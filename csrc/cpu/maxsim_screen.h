@@ -69,7 +69,7 @@ void screen_query(const T* x, int64_t depth, int64_t row, int64_t quads, const S
     const float value = usable && k < depth ? to_float(x[k]) : 0.f;
     // Adding 1.5 * 2^23 rounds to the nearest whole number.
     const float whole = (value / step + 0x1.8p+23f) - 0x1.8p+23f;
-    const float error = value - whole * step;
+    const float error = value / step - whole;  // in steps: the square of a small e would be 0
     squares += error * error;
     total += int32_t(whole);
     packed[k / 4 * kBlockRows * 4 + k % 4] = int8_t(whole);
@@ -78,8 +78,7 @@ void screen_query(const T* x, int64_t depth, int64_t row, int64_t quads, const S
   screen.inverse[row] = 1.f / step;
   // Rounding of products to fp32: they are at most 127 sqrt(depth) B.
   const float rounding = 0x1p-20f * 127.f * __builtin_sqrtf(float(depth));
-  screen.slack[row] =
-      usable ? 1.01f * __builtin_sqrtf(squares) / step + rounding : __builtin_inff();
+  screen.slack[row] = usable ? 1.01f * __builtin_sqrtf(squares) + rounding : __builtin_inff();
 }
 
 template <class Query>
@@ -135,8 +134,9 @@ inline float screen_bound(const float* squares, const float* factors, int64_t ro
   return usable ? bound : -1.f;
 }
 
-// Lanes in which x is at least `floor`.
-inline uint32_t reached(Vec x, Vec floor) { return _mm512_cmp_ps_mask(x.v, floor.v, _CMP_GE_OQ); }
+// Lanes in which x is at least `floor`, or `floor` is NaN: inf - inf, after an infinite maximum of a query that
+// has no bound.
+inline uint32_t reached(Vec x, Vec floor) { return _mm512_cmp_ps_mask(x.v, floor.v, _CMP_NLT_UQ); }
 
 // products[m] = factors[m] D_m Q for chunk rows m over VECS registers of query rows, and the largest of each in
 // `tops`. Where the tile after next begins in the document is fetched meanwhile. Without the pragmas GCC

@@ -248,6 +248,11 @@ def test_errors():
         ours.maxsim(q, d, b_mask=torch.ones(4, 5))
     with pytest.raises(ValueError, match="accepted are float16, bfloat16"):
         ours.maxsim(q, d.bfloat16())
+    q, d, *_ = groups(torch.float32, masked=False)
+    for queries in (q[:1], q.repeat(2, 1, 1)):
+        count = len(queries)
+        with pytest.raises(ValueError, match=f"documents_embeddings: 2 .* as queries, {count}"):
+            ours.colbert_kd_scores(queries, d)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -111,6 +111,18 @@ def test_left_padding(alone):
     check("colbert_scores", (q, d, q_mask, d_mask), alone)
 
 
+def test_groups_that_are_not_one_for_each_query():
+    q, d, *_ = grouped()
+    with pytest.raises(ValueError, match=r"documents_embeddings: 2 .* as queries, 4"):
+        ours.colbert_kd_scores(q.repeat(2, 1, 1), d)
+
+
+@pytest.mark.parametrize("name", ["colbert_scores", "colbert_kd_scores"])
+def test_one_mask_for_all_texts(name, alone):
+    q, d, q_mask, d_mask = call_of(name, mask=torch.bool)
+    check(name, (q, d, q_mask[:1], d_mask[:1]), alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["lists", "tensors"])
 def test_pairwise(kind, dtype, alone):

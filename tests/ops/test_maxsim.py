@@ -88,6 +88,7 @@ def test_views_score_as_their_copies(backend):
         wide[..., ::2],
         wide.transpose(0, 1),
         wide[:1].expand(3, -1, -1),
+        wide[:, :1, :1].expand(-1, 9, -1),
     ):
         q = tensor(2, 4, view.shape[2], seed=1)
         torch.testing.assert_close(maxsim(q, view), maxsim(q, view.clone()))

@@ -92,17 +92,18 @@ def test_close_products(backend, rows):
     assert not OP(*sides[:2], [same], *sides[3:], None, None, False, rows)[1].any()
 
 
-# A query that int8 cannot hold: one value hides the others' bits, which alone tell the documents apart.
-def test_query_finer_than_int8(backend):
+# A query that int8 cannot hold: one value hides the others' bits, which alone put the second document token
+# before the first. The smallest query's squares are 0 in fp32.
+@pytest.mark.parametrize("size", [1, 2.0**-66, 2.0**-96])
+def test_query_finer_than_int8(backend, size):
     q = torch.full((1, 1, 64), 1e-4)
     q[..., 0] = 1
     d = torch.zeros(1, 300, 64, dtype=torch.int8)
     d[..., 0] = torch.arange(300) % 90
-    d[0, 100::100, 0] = 100
-    d[0, 100, 1:] = -127
-    d[0, 200, 1:] = 127
-    got = maxsim(q, Int8(d, torch.ones(1, 300)))
-    assert got.item() == pytest.approx(100 + 63 * 127e-4, rel=64 * 2**-24)
+    d[0, 100, 0], d[0, 100, 1:] = 101, -127
+    d[0, 200, 0], d[0, 200, 1:] = 100, 127
+    got = maxsim(q * size, Int8(d, torch.ones(1, 300)))
+    assert got.item() / size == pytest.approx(100 + 63 * 127e-4, rel=64 * 2**-24)
 
 
 def test_lengths_of_tokens_differ(backend):
@@ -149,6 +150,11 @@ def test_nan_and_infinity(backend):
         got = maxsim(q, Int8(values, torch.full((3, 50), 0.01)))
         assert got.isnan().tolist() == [[False] * 3, [True] * 3]
     assert maxsim(tensor(1, 5, 40), quantize_int8(torch.full((1, 9, 40), NAN))).isnan().all()
+    # Infinity first, infinity times 0 in a later chunk of the document.
+    q, values = torch.tensor([[[float("inf"), 1]]]), torch.ones(1, 3000, 2, dtype=torch.int8)
+    assert maxsim(q, Int8(values, torch.ones(1, 1))).isposinf().all()
+    values[0, 2500, 0] = 0
+    assert maxsim(q, Int8(values, torch.ones(1, 1))).isnan().all()
 
 
 def test_a_document_of_several_chunks(backend):

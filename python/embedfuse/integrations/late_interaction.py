@@ -83,6 +83,13 @@ def score_all(q: Tensor, cu_q: Tensor, documents: Sequence[Tensor], width: int =
     return torch.cat([maxsim_packed(q, cu_q, *end_to_end(part, width)) for part in parts], 1)
 
 
+def check_groups(queries: Tensor, documents: Tensor) -> None:
+    if len(queries) != len(documents):
+        raise ValueError(
+            f"documents_embeddings: {len(documents)} groups; accepted are as many as queries, {len(queries)}"
+        )
+
+
 def matched(queries: int, ways: int, device: torch.device) -> Tensor:
     """Pairs for maxsim_packed: query i with documents i * ways to (i + 1) * ways - 1."""
     documents = torch.arange(queries * ways, device=device)

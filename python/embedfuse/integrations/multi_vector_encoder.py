@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from embedfuse import ops
 from embedfuse.integrations.late_interaction import (
     LateInteractionModel,
+    check_groups,
     end_to_end,
     is_weighted,
     masked_end_to_end,
@@ -162,8 +163,10 @@ def colbert_kd_scores(
 ) -> Tensor:
     """multi_vector_encoder.scoring.colbert_kd_scores: query i of (Q, tokens, dim) with its own documents of
     (Q, N, tokens, dim), as (Q, N) fp32."""
-    queries = _tensor(queries_embeddings)
-    documents, mask = _flattened(documents_embeddings, documents_mask)
+    queries, documents = _tensor(queries_embeddings), _tensor(documents_embeddings)
+    check_groups(queries, documents)
+    shape = documents.shape[:2]
+    documents, mask = _flattened(documents, documents_mask)
     sides = _sides(queries, documents, queries_mask, mask, None)
     if sides is None:
         return scoring.colbert_kd_scores(
@@ -175,7 +178,6 @@ def colbert_kd_scores(
             length_normalize,
         )
     q, d = sides
-    shape = len(queries), len(documents) // len(queries)
     scores = ops.maxsim_packed(*q.packed(), *d.packed(), matched(*shape, queries.device))
     lengths = q.lengths()[:, None], d.lengths().view(shape)
     return _finished(scores.view(shape), *lengths, length_normalize)

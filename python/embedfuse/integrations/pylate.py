@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from embedfuse import ops
 from embedfuse.integrations.late_interaction import (
     LateInteractionModel,
+    check_groups,
     end_to_end,
     is_weighted,
     masked_end_to_end,
@@ -118,6 +119,7 @@ def colbert_kd_scores(
     q, d, q_mask, d_mask = sides
     if backend is not None or is_weighted(q_mask) or is_weighted(d_mask):
         return scores.colbert_kd_scores(*sides, backend=backend)
+    check_groups(q, d)
     q_mask = torch.ones(q.shape[:2], device=q.device) if q_mask is None else q_mask
     shape, d = d.shape[:2], d.flatten(0, 1)
     keep = torch.ones(d.shape[:2], dtype=torch.bool, device=d.device)
@@ -172,8 +174,16 @@ def rerank(
     return results
 
 
-def _sides(*sides: Embeddings | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if side is None else convert_to_tensor(side) for side in sides)
+def _sides(
+    q: Embeddings, d: Embeddings, *masks: Embeddings | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As tensors, a mask of one text for all texts of its side."""
+    q, d = convert_to_tensor(q), convert_to_tensor(d)
+    q_mask, d_mask = (
+        None if mask is None else convert_to_tensor(mask).expand(side.shape[:-1])
+        for side, mask in zip((q, d), masks, strict=True)
+    )
+    return q, d, q_mask, d_mask
 
 
 def _dtype(q: Tensor, d: Tensor, *masks: Tensor | None) -> torch.dtype:

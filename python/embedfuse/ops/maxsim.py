@@ -70,7 +70,7 @@ def maxsim_packed(
     """maxsim of texts that lie end to end, of every query with every document or of the pairs listed.
 
     q: (tokens_q, dim). d: (tokens_d, dim), of q's dtype, or Int8 of that shape. cu_q, cu_d: (texts + 1,)
-        int32, 0 = first <= ... <= tokens: where each text starts, and the end.
+        int32, 0 = first <= ... <= last = tokens: where each text starts, and the end.
     pairs: (P, 2) int64, query and document by number.
 
     Returns (Nq, Nd), with pairs (P,), fp32. Differentiable in q and d; what is kept for that grows with the

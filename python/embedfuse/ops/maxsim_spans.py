@@ -54,10 +54,10 @@ def _scale_rows(scale: Tensor | None, rows: Tensor, pitch: int) -> Tensor | None
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """A matrix whose row i * pitch + t is x[i, t]."""
     texts, length, dim = x.shape
-    step = max(x.stride(1), 1)
-    pitch = x.stride(0) // step
-    whole = x.stride(0) == pitch * step and pitch >= length and step >= dim and x.stride(2) == 1
-    if x.numel() == 0 or pitch == length or not whole:
+    step = x.stride(1)
+    whole = x.stride(2) == 1 and 0 < dim <= step and x.stride(0) % step == 0
+    pitch = x.stride(0) // step if whole else 0
+    if x.numel() == 0 or pitch <= length:
         return x.reshape(texts * length, dim), length
     # Columns or tokens of a wider tensor, as x[:, 1:]; rows between the texts are read by none.
     return x.as_strided(((texts - 1) * pitch + length, dim), (step, 1)), pitch
