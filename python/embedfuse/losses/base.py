@@ -6,6 +6,8 @@ from torch.nn import functional
 
 from embedfuse.losses.negative_queue import NegativeQueue
 from embedfuse.ops.info_nce_inputs import Rows, as_rows, check_sides
+from embedfuse.ops.info_nce_ranks import AllGather, Ring
+from embedfuse.ops.info_nce_statistics import Statistics, statistics
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -19,8 +21,15 @@ class ContrastiveLoss(nn.Module):
     queue: documents of past steps as further negatives without gradient. In training mode each call adds its
         documents to it.
     reduction: "mean" or "sum" over the rows, or "none": (B,) fp32.
+    across: ops.AllGather() or ops.Ring() where several processes each hold a part of the batch: all that are
+        negatives in one process with the whole batch are here; queues get the documents of all ranks.
 
-    Raises ValueError for shapes, dtypes, devices or numbers that do not fit.
+    Across ranks, the mean over the ranks of "mean" (the sum of "sum") is the loss of one process with the
+    whole batch. DistributedDataParallel averages gradients over the ranks: those of "mean" are then that
+    process's. A learned temperature is to be averaged too (wrap the loss, or a module that holds it).
+
+    Raises ValueError for shapes, dtypes, devices or numbers that do not fit; on all ranks where batches
+    differ in their number of rows.
     """
 
     def __init__(
@@ -30,6 +39,7 @@ class ContrastiveLoss(nn.Module):
         normalize: bool = True,
         queue: NegativeQueue | None = None,
         reduction: str = "mean",
+        across: AllGather | Ring | None = None,
     ):
         super().__init__()
         if reduction not in REDUCTIONS:
@@ -38,6 +48,7 @@ class ContrastiveLoss(nn.Module):
         self.normalize = normalize
         self.queue = queue
         self.reduction = reduction
+        self.across = across
 
     def forward(
         self,
@@ -57,12 +68,20 @@ class ContrastiveLoss(nn.Module):
         bank = None if self.queue is None else self.queue.rows()
         loss = self.per_row(*sides, bank)
         if self.queue is not None and self.training:
-            self.queue.enqueue(sides[1])
+            self.queue.enqueue(sides[1] if self.across is None else self._of_all_ranks(sides[1]))
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
         """Losses (B,) of sides that are normalised."""
         raise NotImplementedError
+
+    def statistics(self, *args, **settings) -> Statistics:
+        """Of this rank's rows against the columns of all ranks that take part."""
+        over = statistics if self.across is None else self.across.statistics
+        return over(*args, **settings)
+
+    def _of_all_ranks(self, side: Rows) -> Rows:
+        return Rows(*(self.across.gather(part) for part in side))
 
 
 def normalized(side: Rows | None) -> Rows | None:

@@ -42,7 +42,7 @@ class InfoNCE(ContrastiveLoss):
         if bank is not None and self.options["label_smoothing"]:
             # The backward pass reads it again, after the queue was written to.
             bank = bank._replace(vectors=bank.vectors.clone())
-        settings = {"temperature": self.temperature, **self.options}
+        settings = {"temperature": self.temperature, "across": self.across, **self.options}
         return info_nce(q, d, hard_negatives=hard, bank=bank, **settings).loss
 
 
@@ -62,9 +62,10 @@ class SymmetricInfoNCE(ContrastiveLoss):
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
         temperature = 1 / self.logit_scale.exp().clamp_max(self.max_scale)
-        forth = info_nce(q, d, hard_negatives=hard, bank=bank, temperature=temperature)
+        settings = {"temperature": temperature, "across": self.across}
+        forth = info_nce(q, d, hard_negatives=hard, bank=bank, **settings)
         # Documents with one id are one another's false positives in both directions.
-        back = info_nce(d._replace(ids=None), q._replace(ids=d.ids), temperature=temperature)
+        back = info_nce(d._replace(ids=None), q._replace(ids=d.ids), **settings)
         return (forth.loss + back.loss) / 2
 
 
@@ -86,7 +87,7 @@ class DebiasedInfoNCE(ContrastiveLoss):
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
         scale = inverse_temperature(self.temperature, q.vectors)
         choose = Choice(q, d, diagonal(q), FalseNegatives())
-        parts = candidate_statistics(q, d, hard, bank, scale, choose)
+        parts = candidate_statistics(q, d, hard, bank, scale, choose, self.statistics)
         positive, count = parts[0].own, torch.stack([part.count for part in parts]).sum(0)
         log_count = count.clamp_min(1).log()
         mean = torch.stack([part.logsumexp for part in parts]).logsumexp(0) - log_count

@@ -38,12 +38,14 @@ class GTELoss(ContrastiveLoss):
         scale = inverse_temperature(self.temperature, q.vectors)
         own = Columns(diagonal(q))
         q, d = q.vectors, d.vectors
-        parts = [statistics(x, y, scale, own) for x, y in ((q, d), (q, q), (d, q), (d, d))]
+        parts = [self.statistics(x, y, scale, own) for x, y in ((q, d), (q, q), (d, q), (d, d))]
         if hard is not None:
             rows = hard.vectors.flatten(0, 1)
-            of_query = own.own.repeat_interleave(hard.vectors.shape[1])
-            others = Columns(x_keys=own.own, y_keys=of_query)
-            parts += [statistics(q, rows, scale), statistics(d, rows, scale, others)]
+            first = 0 if self.across is None else self.across.rank * len(q)
+            numbers = own.own + first  # in the whole batch
+            of_query = numbers.repeat_interleave(hard.vectors.shape[1])
+            others = Columns(x_keys=numbers, y_keys=of_query)
+            parts += [self.statistics(q, rows, scale), self.statistics(d, rows, scale, others)]
         if bank is not None:
             parts += [statistics(x, bank.vectors, scale) for x in (q, d)]
         positive = parts[0].own
@@ -77,9 +79,9 @@ class Qwen3Loss(ContrastiveLoss):
             limit=None, guide_x=q.vectors, guide_y=d.vectors, guide_limit=choose.limit
         )
         parts = [
-            *candidate_statistics(q, d, hard, bank, scale, choose),
-            statistics(q.vectors, q.vectors, scale, columns),
-            statistics(d.vectors, d.vectors, scale, by_query),
+            *candidate_statistics(q, d, hard, bank, scale, choose, self.statistics),
+            self.statistics(q.vectors, q.vectors, scale, columns),
+            self.statistics(d.vectors, d.vectors, scale, by_query),
         ]
         return combine(parts[0].own, parts).loss
 
@@ -122,11 +124,11 @@ class GISTLoss(ContrastiveLoss):
         scale, own = inverse_temperature(self.temperature, q.vectors), diagonal(q)
         choose = Choice(q, d, own, self.rule)
         of_documents = choose.columns(d, own)
-        parts = candidate_statistics(q, d, hard, bank, scale, choose)
+        parts = candidate_statistics(q, d, hard, bank, scale, choose, self.statistics)
         if self.between_queries:
             columns = of_documents._replace(guide_y=q.guide)
-            parts.append(statistics(q.vectors, q.vectors, scale, columns))
+            parts.append(self.statistics(q.vectors, q.vectors, scale, columns))
         if self.between_documents:
             columns = of_documents._replace(guide_x=d.guide)
-            parts.append(statistics(d.vectors, d.vectors, scale, columns))
+            parts.append(self.statistics(d.vectors, d.vectors, scale, columns))
         return combine(parts[0].own, parts).loss

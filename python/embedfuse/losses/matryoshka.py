@@ -13,8 +13,8 @@ class MatryoshkaLoss(ContrastiveLoss):
     """sum_k weights_k loss(first dims_k components, normalised anew where the loss normalises) (arXiv
     2205.13147).
 
-    loss: any loss of this package without a queue; its reduction is used. dims: widths, each once; weights:
-    default all 1. queue: documents of past steps at full width.
+    loss: any loss of this package without a queue; its reduction and `across` are used. dims: widths, each
+    once; weights: default all 1. queue: documents of past steps at full width.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class MatryoshkaLoss(ContrastiveLoss):
         weights = [1.0] * len(dims) if weights is None else list(weights)
         if len(weights) != len(dims):
             raise ValueError(f"weights: {len(weights)} numbers; accepted is one for each of dims")
-        super().__init__(1.0, normalize=loss.normalize, queue=queue, reduction=loss.reduction)
+        settings = {"reduction": loss.reduction, "across": loss.across}
+        super().__init__(1.0, normalize=loss.normalize, queue=queue, **settings)
         del self.temperature
         self.loss, self.dims, self.weights = loss, list(dims), weights
 

@@ -33,5 +33,5 @@ class SigLIPLoss(ContrastiveLoss):
         )
         choose = Choice(q, d, diagonal(q), FalseNegatives())
         settings = {"bias": bias, "sigmoid": True}
-        parts = candidate_statistics(q, d, hard, bank, scale, choose, **settings)
+        parts = candidate_statistics(q, d, hard, bank, scale, choose, self.statistics, **settings)
         return softplus(-parts[0].own) + sum(part.logsumexp for part in parts)

@@ -6,6 +6,7 @@ from embedfuse.ops.bias_gelu import bias_gelu
 from embedfuse.ops.csr import Csr
 from embedfuse.ops.info_nce import InfoNCEOutput, info_nce
 from embedfuse.ops.info_nce_inputs import FalseNegatives, Rows
+from embedfuse.ops.info_nce_ranks import AllGather, Ring
 from embedfuse.ops.int8 import Int8, quantize_int8
 from embedfuse.ops.lexical_scores import lexical_scores
 from embedfuse.ops.lexical_weights import lexical_weights
@@ -19,10 +20,12 @@ from embedfuse.ops.sparse_scatter import sparse_scatter
 from embedfuse.ops.varlen_attention import varlen_attention
 
 __all__ = [
+    "AllGather",
     "Csr",
     "FalseNegatives",
     "InfoNCEOutput",
     "Int8",
+    "Ring",
     "Rows",
     "add_layer_norm",
     "add_rms_norm",

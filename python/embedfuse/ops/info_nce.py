@@ -1,5 +1,6 @@
 """InfoNCE over a pool of any size: softmax cross-entropy against in-batch negatives, logits never stored."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from embedfuse.ops.info_nce_inputs import (
     check_sides,
     inverse_temperature,
 )
+from embedfuse.ops.info_nce_ranks import AllGather, Ring
 from embedfuse.ops.info_nce_statistics import Statistics, statistics, statistics_of_each
 
 
@@ -38,6 +40,7 @@ def info_nce(
     hardness: float = 0.0,
     hard_hardness: float = 0.0,
     label_smoothing: float = 0.0,
+    across: AllGather | Ring | None = None,
 ) -> InfoNCEOutput:
     """loss_i = -log(e^z_ip / (e^z_ip + sum over the negatives j of e^z_ij)), z = q . d / temperature (arXiv
     1807.03748).
@@ -52,6 +55,9 @@ def info_nce(
         (arXiv 2503.04812: 9, arXiv 2509.20354: 5 on hard negatives).
     label_smoothing: e gives each of the candidates that count, the positive among them, e / count of the
     target.
+    across: negatives from the pools of all ranks, labels being those into this rank's; hard_negatives and
+        bank stay this rank's. Gradients of q, pool and temperature are those of the sum of all ranks' losses
+        as far as they pass through this rank's tensors.
 
     Vectors are taken as they are: normalise them for cosine similarity. Sums are fp32 (fp64 for fp64 input);
     on the CPU bf16 scores are rounded to bf16, as torch's matmul does. A row without negatives loses 0. NaN
@@ -59,7 +65,7 @@ def info_nce(
     needs no gradient, all is done in one pass. Deterministic.
 
     Raises ValueError for shapes, dtypes, devices or numbers that do not fit, and on the CPU for labels out of
-    range and a temperature tensor that is not positive.
+    range and a temperature tensor that is not positive; on all ranks for pools of different shapes.
     """
     q, pool, bank, hard = map(as_rows, (q, pool, bank, hard_negatives))
     check_sides(q, pool=pool, bank=bank, hard_negatives=hard)
@@ -69,7 +75,8 @@ def info_nce(
     scale = inverse_temperature(temperature, q.vectors)
     choose = Choice(q, pool, labels, false_negatives or FalseNegatives())
     settings = {"hardness": hardness, "hard_hardness": hard_hardness, "total": label_smoothing > 0}
-    parts = candidate_statistics(q, pool, hard, bank, scale, choose, **settings)
+    over = statistics if across is None else across.statistics
+    parts = candidate_statistics(q, pool, hard, bank, scale, choose, over, **settings)
     return combine(parts[0].own, parts, label_smoothing)
 
 
@@ -80,16 +87,19 @@ def candidate_statistics(
     bank: Rows | None,
     scale: Tensor,
     choose: Choice,
+    over: Callable = statistics,
     *,
     hardness: float = 0.0,
     hard_hardness: float = 0.0,
     total: bool = False,
     **settings,
 ) -> list[Statistics]:
-    """Of q against the pool, whose own columns are the positives, then against hard negatives and bank."""
+    """Of q against the pool, whose own columns are the positives, then against hard negatives and bank.
+
+    over: statistics, or that of ranks, for the pool."""
     settings_of_all = {"hardness": hardness, "total": total, **settings}
     x, own = q.vectors, choose.labels
-    parts = [statistics(x, pool.vectors, scale, choose.columns(pool, own), **settings_of_all)]
+    parts = [over(x, pool.vectors, scale, choose.columns(pool, own), **settings_of_all)]
     if hard is not None and hard.vectors.shape[1]:
         columns = choose.columns(hard)
         settings["hardness"] = hard_hardness

@@ -4,6 +4,7 @@ Losses whose denominator has several parts (documents, queries, a bank) take one
 logsumexps; autograd then weighs each part's gradient by its share.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,16 +61,20 @@ def statistics(
     hardness: float = 0.0,
     sigmoid: bool = False,
     total: bool = False,
+    passes: tuple[Callable, Callable] = (FORWARD, BACKWARD),
 ) -> Statistics:
     """Of the logits scale x_i . y_j + bias + hardness stopgrad(x_i . y_j), the own one without hardness.
 
     x: (rows, d). y: (columns, d), of x's dtype. scale, bias: one element, fp32 (fp64 for fp64 x); a bias
-    needs sigmoid=True. total: whether `total` is to be differentiable.
+    needs sigmoid=True. total: whether `total` is to be differentiable. passes: the two ops, or what runs
+    them over more columns than y.
 
     Differentiable in x, y, scale and bias. Where y needs no gradient, that of x is prepared in the same pass,
     else the logits are computed again. Memory: a tile of logits, one row of x's shape in fp32.
     """
-    return Statistics(*_Statistics.apply(x, y, scale, bias, hardness, sigmoid, total, *columns))
+    return Statistics(
+        *_Statistics.apply(x, y, scale, bias, hardness, sigmoid, total, passes, *columns)
+    )
 
 
 def statistics_of_each(
@@ -153,19 +158,19 @@ class _RowProducts(torch.autograd.Function):
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, scale, bias, hardness, sigmoid, total, *columns):
+    def forward(ctx, x, y, scale, bias, hardness, sigmoid, total, passes, *columns):
         own = columns[0]
         scores = scale.new_zeros(len(x)) if own is None else own_scores(x, y, own)
         inputs = (x, y, scale + hardness, bias, *columns, sigmoid)
         # A frozen y, such as a bank: what the gradient of x needs is a weighted mean of y's rows.
         wants_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
         mean = wants_x and not (ctx.needs_input_grad[1] or total)
-        statistic, sums, count, rows = FORWARD(*inputs, mean)
+        statistic, sums, count, rows = passes[0](*inputs, mean)
         # A bank that is not read again may be written to before the backward pass.
         kept = (None, own, *[None] * 6) if mean else (y, *columns)
         own_rows = y[own.clamp_min(0)] if mean and own is not None else None
         ctx.save_for_backward(x, scale, bias, statistic, sums, rows, own_rows, *kept)
-        ctx.hardness, ctx.sigmoid, ctx.mean = hardness, sigmoid, mean
+        ctx.hardness, ctx.sigmoid, ctx.mean, ctx.backward_pass = hardness, sigmoid, mean, passes[1]
         ctx.mark_non_differentiable(count, *(() if total else (sums,)))
         statistic = statistic.clamp_min(lowest(statistic.dtype))
         return scores * scale + (0 if bias is None else bias), statistic, sums, count
@@ -183,7 +188,7 @@ class _Statistics(torch.autograd.Function):
         else:
             inputs = (x, y, scale + ctx.hardness, bias, *columns, ctx.sigmoid)
             needs = for_x, ctx.needs_input_grad[1]
-            grad_x, grad_y = BACKWARD(*inputs, statistic, *grads, *needs)
+            grad_x, grad_y = ctx.backward_pass(*inputs, statistic, *grads, *needs)
         grad_scale = grad_bias = None
         if ctx.needs_input_grad[2]:  # scores are linear in x
             grad_scale = (grad_x * x).sum() / scale
@@ -191,4 +196,4 @@ class _Statistics(torch.autograd.Function):
             grad_bias = g_own.sum() + (g_statistic * sums).sum()
         grad_x = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_y = grad_y if ctx.needs_input_grad[1] else None
-        return grad_x, grad_y, grad_scale, grad_bias, *[None] * (3 + len(columns))
+        return grad_x, grad_y, grad_scale, grad_bias, *[None] * (4 + len(columns))
