@@ -18,6 +18,10 @@ PEER_HEADER = (
     "workload", "peer", "its dtype", "our dtype", "peer", "embedfuse", "speed-up", "lowest cosine",
     "note",
 )  # fmt: skip
+LOSS_HEADER = (
+    "loss, forward and backward", "dtype", "peer", "peer's time", "embedfuse", "speed-up", "peer's TFLOP/s",
+    "TFLOP/s", "peer's memory", "memory", "the logits",
+)  # fmt: skip
 HEADER = (
     "op", "sample", "dtype", "backend", "median", "GB/s", "TFLOP/s", "% of peak", "x reference",
 )  # fmt: skip
@@ -32,7 +36,8 @@ def main() -> int:
     rows = [entry["extra_info"] for entry in run["benchmarks"] if "op" in entry["extra_info"]]
     models = [entry["extra_info"] for entry in run["benchmarks"] if "model" in entry["extra_info"]]
     peers = [entry["extra_info"] for entry in run["benchmarks"] if "peer" in entry["extra_info"]]
-    if not rows and not models and not peers:
+    losses = [entry["extra_info"] for entry in run["benchmarks"] if "loss" in entry["extra_info"]]
+    if not rows and not models and not peers and not losses:
         print(f"{source}: holds no result of this folder's benchmarks", file=sys.stderr)
         return 1
     parts = [machine_line(run["machine_info"])]
@@ -40,6 +45,8 @@ def main() -> int:
         parts.append(models_table(models))
     if peers:
         parts.append(peers_table(peers))
+    if losses:
+        parts.append(losses_table(losses))
     if rows:
         parts.append(ops_table(rows))
     text = "\n".join(parts)
@@ -106,6 +113,22 @@ def peers_table(rows: list[dict]) -> str:
             f"{row['speedup']:.2f}x",
             "" if cosine is None else f"{cosine:.7f}",
             row.get("note", ""),
+        )
+        lines.append(table_row(entries))
+    return "\n".join(lines) + "\n"
+
+
+def losses_table(rows: list[dict]) -> str:
+    """Medians of calls in turn; memory beyond inputs and gradients, at its peak."""
+    lines = [table_row(LOSS_HEADER), table_row(["---"] * 3 + ["---:"] * 8)]
+    for row in rows:
+        seconds, sizes = ([row["peer_" + key], row[key]] for key in ("seconds", "bytes"))
+        entries = (
+            *(row[key] or "" for key in ("loss", "dtype", "loss_peer")),
+            *("" if s is None else duration(s) for s in seconds),
+            "" if seconds[0] is None else f"{seconds[0] / seconds[1]:.2f}x",
+            *("" if s is None else f"{row['flops'] / s / 1e12:.3g}" for s in seconds),
+            *("" if n is None else f"{n / 1e6:,.0f} MB" for n in (*sizes, row["logits_bytes"])),
         )
         lines.append(table_row(entries))
     return "\n".join(lines) + "\n"

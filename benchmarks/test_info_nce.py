@@ -1,10 +1,16 @@
-"""InfoNCE forward and backward, 1,024 queries against a pool of 65,536, d = 1024.
+"""info_nce forward and backward beside its peers, and beside the GEMMs that it is made of.
 
-Beside torch with stored logits, and beside torch's three GEMMs alone (6 B N d operations), which is the
-floor of any implementation that stores the logits; ours computes them twice (8 B N d). All take the same
-arrays in turn.
+Both take the same embeddings in turn; the ratio is that of the calls' medians. Loss and gradients are
+compared before anything is timed. Memory is that of one call in a fresh process. TFLOP/s counts the three
+products of the loss and its gradient, 6 rows pool dim operations, whatever an implementation computes again;
+ours, without stored logits, computes them twice.
+A peer that is not installed is named by the skip.
 """
 
+import functools
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -12,67 +18,116 @@ import pytest
 import torch
 
 from benchmarks.conftest import DEVICE
-from embedfuse import ops
+from benchmarks.losses import PEERS, both_passes, embeddings, ours
 
 ROUNDS = 3
-ROWS, COLUMNS, DEPTH, TEMPERATURE = 1024, 65536, 1024, 0.02
-
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="compares CPU paths")
-
-
-def gradients(loss: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(loss(*inputs).mean(), inputs)
-
-
-def stored(q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-    labels = torch.arange(len(q))
-    return torch.nn.functional.cross_entropy(q @ pool.T / TEMPERATURE, labels, reduction="none")
+SHAPE = (1024, 65536, 1024)
+SQUARE = (8192, 8192, 1024)  # as many scores
+MILLION = (256, 1_000_000, 256)
+MEMORY_OF_A_MILLION = 3e9
+DTYPES = ["float32", "bfloat16"]
+# Of the gradients' largest element. Peers round scores and weights to bf16 at places of their own.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 
-def fused(q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-    return ops.info_nce(q, pool, temperature=TEMPERATURE).loss
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PEERS)
+def test_beside_peer(name, dtype, benchmark):
+    peer = PEERS[name]
+    if peer.gpu_only and DEVICE == "cpu":
+        pytest.skip(f"the peer {name} runs on a GPU alone")
+    pytest.importorskip(peer.package, reason=f"the peer {name} is not installed")
+    shape = SQUARE if peer.symmetric else SHAPE
+    q, pool = embeddings(*shape, getattr(torch, dtype), DEVICE)
+    agree(peer, q, pool, TOLERANCE[dtype])
+    theirs, mine = (functools.partial(both_passes, f, q, pool) for f in (peer.theirs, peer.ours))
+    bytes_of = [memory(name, side, dtype, shape)[0] for side in ("theirs", "ours")]
+    record(benchmark, name, dtype, shape, turns(theirs, mine), bytes_of)
 
 
-def gemms(q: torch.Tensor, pool: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    with torch.no_grad():
-        logits = q @ pool.T
-        return logits @ pool, logits.T @ q
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_its_gemms(dtype, benchmark):
+    q, pool = embeddings(*SHAPE, getattr(torch, dtype), DEVICE)
+    scores = torch.empty(len(q), len(pool), dtype=q.dtype, device=DEVICE)
+    grad_q, grad_pool = torch.empty_like(q), torch.empty_like(pool)
+
+    @torch.no_grad()
+    def gemms():
+        torch.mm(q, pool.T, out=scores)
+        torch.mm(scores, pool, out=grad_q)
+        torch.mm(scores.T, q, out=grad_pool)
+
+    mine = functools.partial(both_passes, ours, q, pool)
+    record(benchmark, "the three GEMMs alone", dtype, SHAPE, turns(gemms, mine), [None, None])
 
 
-PEERS = {
-    "torch, stored logits": lambda q, pool: gradients(stored, q, pool),
-    "torch, the GEMMs alone": gemms,
-}
+@pytest.mark.skipif(DEVICE != "cpu", reason="measures this process's memory")
+def test_a_million_documents(benchmark):
+    q, pool = embeddings(*MILLION, torch.float32)
+    seconds = statistics.median(
+        timed(functools.partial(both_passes, ours, q, pool)) for _ in range(2)
+    )
+    del q, pool
+    extra, whole = memory("torch, logits stored", "ours", "float32", MILLION)
+    assert whole <= MEMORY_OF_A_MILLION
+    benchmark.extra_info["process_bytes"] = whole
+    record(benchmark, None, "float32", MILLION, [None, seconds], [None, extra])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("peer", PEERS)
-def test_beside(peer, dtype, benchmark):
-    generator = torch.Generator().manual_seed(0)
-    q, pool = (torch.randn(n, DEPTH, generator=generator) for n in (ROWS, COLUMNS))
-    pool[:ROWS] += q
-    q, pool = (torch.nn.functional.normalize(x, dim=1).to(getattr(torch, dtype)) for x in (q, pool))
-    # A bf16 score of up to 0.8 is rounded by up to 0.002.
-    tolerance = {"float32": 1e-4, "bfloat16": 0.002 / TEMPERATURE}[dtype]
-    few = q[:64], pool[:2048]
-    wanted = stored(*(x.float() for x in few))
-    torch.testing.assert_close(fused(*few), wanted, rtol=0, atol=tolerance)
-    q, pool = q.requires_grad_(), pool.requires_grad_()
-    calls = {"peer": lambda: PEERS[peer](q, pool), "ours": lambda: gradients(fused, q, pool)}
-    seconds = {name: [] for name in calls}
+def agree(peer, q, pool, tolerance: float) -> None:
+    found = []
+    for loss in (peer.theirs, peer.ours):
+        value = both_passes(loss, q, pool)
+        found.append([value.float(), q.grad.float(), pool.grad[:: len(pool) // 512].float()])
+    for wanted, got in zip(*found, strict=True):
+        atol = tolerance * wanted.abs().max().item()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
+
+
+def turns(theirs: Callable, mine: Callable) -> list[float]:
+    """Medians of both."""
+    seconds = {theirs: [], mine: []}
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    best = {name: min(times) for name, times in seconds.items()}
+        for run in (theirs, mine):
+            seconds[run].append(timed(run))
+    return [statistics.median(s) for s in seconds.values()]
+
+
+def timed(run: Callable) -> float:
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def memory(name: str, side: str, dtype: str, shape: tuple) -> tuple[int, int]:
+    """Bytes beyond inputs and gradients, and of the whole process (on a GPU: of all its tensors)."""
+    if DEVICE == "cpu":
+        call = [sys.executable, "-m", "benchmarks.losses", name, side, dtype, *map(str, shape)]
+        printed = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+        return tuple(map(int, printed.split()))
+    q, pool = embeddings(*shape, getattr(torch, dtype), DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    both_passes(getattr(PEERS[name], side), q, pool)
+    peak = torch.cuda.max_memory_allocated()
+    return peak - start - q.grad.nbytes - pool.grad.nbytes, peak
+
+
+def record(benchmark, peer: str | None, dtype: str, shape: tuple, seconds, bytes_of) -> None:
+    rows, pool, dim = shape
     benchmark.extra_info.update(
-        peer=peer,
-        workload=f"InfoNCE with gradients, {ROWS:,} x {COLUMNS:,}, d = {DEPTH}",
+        loss=f"{rows:,} x {pool:,}, d = {dim:,}",
+        loss_peer=peer,
         dtype=dtype,
-        peer_dtype=dtype,
-        peer_seconds=best["peer"],
-        seconds=best["ours"],
-        speedup=best["peer"] / best["ours"],
+        peer_seconds=seconds[0],
+        seconds=seconds[1],
+        peer_bytes=bytes_of[0],
+        bytes=bytes_of[1],
+        flops=6 * rows * pool * dim,
+        logits_bytes=rows * pool * getattr(torch, dtype).itemsize,
     )
     benchmark.pedantic(lambda: None)

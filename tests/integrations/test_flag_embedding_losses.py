@@ -1,0 +1,170 @@
+"""FlagEmbedding's training models and their drop-ins give one loss and one gradient."""
+
+import logging
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, MistralConfig, MistralModel
+
+from embedfuse.ops import info_nce_statistics
+
+pytest.importorskip("FlagEmbedding")
+
+from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
+from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
+
+from embedfuse.integrations import flag_embedding_losses as ours
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+QUERIES = 5
+
+
+def tower(decoder: bool):
+    torch.manual_seed(0)
+    if decoder:
+        return MistralModel(MistralConfig(num_key_value_heads=1, **SIZES))
+    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SIZES)
+    return BertModel(config)
+
+
+def models(decoder=False, **settings):
+    """(original, drop-in) on equal weights, in training mode."""
+    name = "BiDecoderOnlyEmbedderModel" if decoder else "BiEncoderOnlyEmbedderModel"
+    settings = {"temperature": 0.05, "normalize_embeddings": True, **settings}
+    original = getattr(decoder_only if decoder else encoder_only, name)(tower(decoder), **settings)
+    return original, getattr(ours, name)(tower(decoder), **settings)
+
+
+def batch(group: int, teacher: bool = False) -> dict:
+    generator = torch.Generator().manual_seed(group)
+
+    def texts(rows):
+        ids = torch.randint(1, 50, (rows, 7), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[::2, 5:] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    scores = torch.rand(QUERIES * group, generator=generator).tolist() if teacher else None
+    return {"queries": texts(QUERIES), "passages": texts(QUERIES * group), "teacher_scores": scores}
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(original, drop_in, inputs):
+    wanted, expected = loss_and_gradients(original, inputs)
+    found, grads = loss_and_gradients(drop_in, inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        atol = 5e-6 * max(grad.abs().max().item(), 1)
+        torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=atol)
+    return found
+
+
+@pytest.fixture
+def scores_forbidden(monkeypatch):
+    """The originals' matrix of scores raises in the drop-ins."""
+
+    def forbidden(self, *args):
+        pytest.fail("all scores were computed")
+
+    for model in (ours.BiEncoderOnlyEmbedderModel, ours.BiDecoderOnlyEmbedderModel):
+        monkeypatch.setattr(model, "compute_score", forbidden)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_in_batch(decoder, group, scores_forbidden):
+    pooling = "last_token" if decoder else "cls"
+    pair = models(decoder, sentence_pooling_method=pooling)
+    assert_same(*pair, batch(group))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0, "normalize_embeddings": False},
+        {"temperature": 0.01, "sentence_pooling_method": "mean"},
+        {"use_mrl": True, "mrl_dims": [4, 16]},
+        {"sub_batch_size": 2},
+    ],
+)
+def test_settings(settings, scores_forbidden):
+    assert_same(*models(**settings), batch(3))
+
+
+def test_distillation(scores_forbidden):
+    pair = models()
+    plain = assert_same(*pair, batch(3))
+    taught = assert_same(*pair, batch(3, teacher=True))
+    assert taught > plain + 0.1
+
+
+def test_no_in_batch_negatives():
+    """Is the original's own code: its scores are those of the groups."""
+    assert_same(*models(), batch(3) | {"no_in_batch_neg_flag": True})
+
+
+def test_m3_distillation_runs_the_original_and_says_so_once(caplog):
+    pair = models(kd_loss_type="m3_kd_loss")
+    with caplog.at_level(logging.WARNING, "embedfuse"):
+        for _ in range(2):
+            assert_same(*pair, batch(3, teacher=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        "BiEncoderOnlyEmbedderModel: the original's code, which stores all scores, serves "
+        "kd_loss_type='m3_kd_loss'"
+    ]
+
+
+def test_a_built_model_changes_its_class(scores_forbidden):
+    original, drop_in = models()
+    wanted = loss_and_gradients(original, batch(2))[0]
+    original.__class__ = type(drop_in)
+    torch.testing.assert_close(loss_and_gradients(original, batch(2))[0], wanted)
+    assert isinstance(original, encoder_only.BiEncoderOnlyEmbedderModel)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_cross_device(rank, teacher, monkeypatch, scores_forbidden):
+    """Two processes; the other's rows are this one's in reverse."""
+
+    def gather(self, x):
+        both = [x.detach().flip(0), x]
+        return torch.cat(both if rank else both[::-1])
+
+    pair = models()
+    for model in pair:
+        monkeypatch.setattr(type(model), "_dist_gather_tensor", gather)
+        model.negatives_cross_device, model.process_rank = True, rank
+    assert_same(*pair, batch(3, teacher))
+
+
+def test_autocast_multiplies_in_16_bits(monkeypatch):
+    seen = []
+    run = info_nce_statistics.FORWARD
+
+    def spy(x, y, *args):
+        seen.append((x.dtype, y.dtype))
+        return run(x, y, *args)
+
+    monkeypatch.setattr(info_nce_statistics, "FORWARD", spy)
+    pair = models()
+    exact, _ = loss_and_gradients(pair[0], batch(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, found = (loss_and_gradients(model, batch(3))[0] for model in pair)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert abs(found - exact) <= 2 * abs(wanted - exact) + 8e-3 * exact
