@@ -7,6 +7,7 @@ and gradients at its peak, and the whole process's peak. From Linux's /proc.
 """
 
 import functools
+import importlib
 import math
 import re
 import sys
@@ -53,8 +54,6 @@ def diagonal(q: Tensor) -> Tensor:
 
 def cached(module: str, q: Tensor, pool: Tensor) -> Tensor:
     """The loss half of CachedMultipleNegativesRankingLoss, with its backward pass."""
-    import importlib
-
     model = torch.nn.Sequential(torch.nn.Identity())  # is asked for its first module alone
     loss = importlib.import_module(module).CachedMultipleNegativesRankingLoss(
         model, scale=1 / TEMPERATURE, mini_batch_size=CACHED_ROWS

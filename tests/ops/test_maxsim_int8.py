@@ -58,6 +58,8 @@ def test_scores_by_hand(backend):
     assert maxsim(q, dataclasses.replace(d, scale=torch.tensor([[3.0]]))).tolist() == [[9 + 12]]
     unit = maxsim(q, dataclasses.replace(d, scale=torch.tensor([[-5.0, 0.1]])), normalize=True)
     assert unit.item() == pytest.approx(-1 / 17**0.5 + 4 / 17**0.5, abs=1e-6)
+    away = maxsim(-q, dataclasses.replace(d, scale=torch.tensor([[-5.0, 0.1]])), normalize=True)
+    assert away.item() == pytest.approx(1 + 0, abs=1e-6)
 
 
 @pytest.mark.parametrize("isa", config.CPU_ISAS)
@@ -164,7 +166,11 @@ def test_a_document_of_several_chunks(backend):
     # Found in two places of one chunk, and in a later chunk again.
     d.values[0, [20, 700, 2500]], d.scale[0, [20, 700, 2500]] = q[0, 0].sign().to(torch.int8), 9
     sides = q[0], torch.tensor([[0, 5]]), [d.values[0]], torch.tensor([[0, 3000]]), d.scale[0]
-    assert OP(*sides, None, None, False, 5)[1][0, 0] == 20
+    rows = d.values[0].double() * d.scale[0, :, None].double()
+    wanted = (q[0].double() @ rows.T).max(1).indices
+    assert wanted[0] == 20
+    assert wanted.max() > 1024
+    assert OP(*sides, None, None, False, 5)[1].tolist() == [wanted.tolist()]
     d.scale[0, 3] = NAN
     assert maxsim(q, d).isnan().all()
 
