@@ -162,7 +162,8 @@ def test_autocast_multiplies_in_16_bits(similarity, monkeypatch):
         seen.append((x.dtype, y.dtype))
         return run(x, y, *args)
 
-    monkeypatch.setattr(info_nce_statistics, "FORWARD", spy)
+    passes = spy, info_nce_statistics.BACKWARD
+    monkeypatch.setitem(info_nce_statistics.statistics.__kwdefaults__, "passes", passes)
     embeddings = [normalize(x, dim=1).detach() for x in columns(3, rows=40)]
     options = {"similarity_fct": similarity}
     loss, original = (m.MultipleNegativesRankingLoss(MODEL, **options) for m in (ours, losses))
