@@ -14,6 +14,8 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from embedfuse.nn import decoder
+
 FAMILIES = {
     "bert": (BertConfig, BertModel),
     "roberta": (RobertaConfig, RobertaModel),
@@ -83,3 +85,16 @@ def states(model, batch, **kwargs) -> torch.Tensor:
 def logits(model, batch, **kwargs) -> torch.Tensor:
     with torch.no_grad():
         return model(**batch, **kwargs).logits
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """Tokens of every run through the layers."""
+    counts, run = [], decoder.run
+
+    def counting(layers, norm, x, *args, **kwargs):
+        counts.append(len(x))
+        return run(layers, norm, x, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "run", counting)
+    return counts
