@@ -181,6 +181,7 @@ def test_adapters_that_do_not_fit(tmp_path):
     )
     model = AutoModel.from_pretrained(str(base))
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "prompts")
+    write_llama_tokenizer(tmp_path / "prompts")
     with pytest.raises(ValueError, match=r"prompts is an adapter of kind PROMPT_TUNING; accepted"):
         Embedder(str(tmp_path / "prompts"), device="cpu", preset=preset)
 
