@@ -1,5 +1,7 @@
 """What all contrastive losses share: cosine similarity, the queue of past documents, the reduction."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -71,9 +73,9 @@ class ContrastiveLoss(nn.Module):
             self.queue.enqueue(sides[1] if self.across is None else self._of_all_ranks(sides[1]))
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
+    @abstractmethod
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
         """Losses (B,) of sides that are normalised."""
-        raise NotImplementedError
 
     def statistics(self, *args, **settings) -> Statistics:
         """Of this rank's rows against the columns of all ranks that take part."""
