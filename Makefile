@@ -19,7 +19,7 @@ bench: PYTHON := $(BIN)/python
 bench: $(VENV)/installed
 	mkdir -p $(OUT)
 	$(BENCH)
-	$(PYTHON) -m benchmarks.report $(OUT)/bench.json
+	$(PYTHON) -m embedfuse bench report $(OUT)/bench.json
 
 # On a machine with a GPU: builds into the Python that is there, fetches nothing.
 gpu:
@@ -29,7 +29,7 @@ gpu:
 	set -o pipefail; failed=0; \
 	  $(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee $(OUT)/tests.txt || failed=1; \
 	  $(BENCH) 2>&1 | tee $(OUT)/bench.txt || failed=1; \
-	  $(PYTHON) -m benchmarks.report $(OUT)/bench.json || failed=1; exit $$failed
+	  $(PYTHON) -m embedfuse bench report $(OUT)/bench.json || failed=1; exit $$failed
 
 lint: $(VENV)/packages
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """A benchmark run as a Markdown table and a plot.
 
-    python -m benchmarks.report out/bench.json    # prints the table; writes out/bench.md and out/bench.png
+    embedfuse bench report out/bench.json    # prints the table; writes out/bench.md and out/bench.png
 
 % of peak: the time that the bytes take at the measured bandwidth, or the operations at the measured GEMM
 rate, whichever is longer, over the measured time. x reference: plain torch's time over this version's.
@@ -27,20 +27,23 @@ HEADER = (
 )  # fmt: skip
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python -m benchmarks.report FILE.json", file=sys.stderr)
-        return 2
-    source = Path(sys.argv[1])
-    run = json.loads(source.read_text())
-    rows = [entry["extra_info"] for entry in run["benchmarks"] if "op" in entry["extra_info"]]
-    models = [entry["extra_info"] for entry in run["benchmarks"] if "model" in entry["extra_info"]]
-    peers = [entry["extra_info"] for entry in run["benchmarks"] if "peer" in entry["extra_info"]]
-    losses = [entry["extra_info"] for entry in run["benchmarks"] if "loss" in entry["extra_info"]]
+def add_arguments(parser) -> None:
+    parser.add_argument("file", type=Path, help="JSON that `make bench` or `make gpu` wrote")
+
+
+def run(args) -> int:
+    source = args.file
+    stored = json.loads(source.read_text())
+    rows = [entry["extra_info"] for entry in stored["benchmarks"] if "op" in entry["extra_info"]]
+    models = [e["extra_info"] for e in stored["benchmarks"] if "model" in e["extra_info"]]
+    peers = [entry["extra_info"] for entry in stored["benchmarks"] if "peer" in entry["extra_info"]]
+    losses = [
+        entry["extra_info"] for entry in stored["benchmarks"] if "loss" in entry["extra_info"]
+    ]
     if not rows and not models and not peers and not losses:
         print(f"{source}: holds no result of this folder's benchmarks", file=sys.stderr)
         return 1
-    parts = [machine_line(run["machine_info"])]
+    parts = [machine_line(stored["machine_info"])]
     if models:
         parts.append(models_table(models))
     if peers:
@@ -183,7 +186,3 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set_xlabel("% of the measured peak")
     axes.margins(x=0.15, y=0.01)
     FigureCanvasAgg(figure).print_png(path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

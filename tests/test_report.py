@@ -1,11 +1,11 @@
-"""benchmarks/report.py on a small run with values that are easy to check."""
+"""`embedfuse bench report` on a small run with values that are easy to check."""
 
 import json
 import sys
 
 import pytest
 
-from benchmarks import report
+from embedfuse.cli import main
 
 SHARED = {"op": "mix", "sample": "x 2x3, mean", "dtype": "float32"}
 PEAKS = {"peak_gb_per_s": 20.0, "peak_tflop_per_s": 0.3}
@@ -82,8 +82,7 @@ def call(tmp_path, monkeypatch):
 
     def run(content):
         source.write_text(json.dumps(content))
-        monkeypatch.setattr(sys, "argv", ["report", str(source)])
-        return report.main()
+        return main(["bench", "report", str(source)])
 
     return run
 
