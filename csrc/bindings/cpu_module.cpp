@@ -20,7 +20,10 @@ namespace {
 void check_cu_seqlens(const std::string& name, const int32_t* cu_seqlens, int64_t batch,
                       int64_t tokens) {
   if (!valid_cu_seqlens(cu_seqlens, batch, tokens)) {
-    throw py::value_error(name + ": must start at 0, never fall, and end at the number of tokens");
+    throw py::value_error(name +
+                          ": must start at 0, never fall, and end at the number of tokens, " +
+                          std::to_string(tokens) + "; starts at " + std::to_string(cu_seqlens[0]) +
+                          ", ends at " + std::to_string(cu_seqlens[batch]));
   }
 }
 

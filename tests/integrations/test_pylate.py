@@ -227,6 +227,13 @@ def test_rerank(dtype, monkeypatch):
             assert [r["score"] for r in row] == wanted
 
 
+def test_rerank_of_a_query_without_documents():
+    q, d = texts([4, 2]), [[], texts([3], seed=2)]
+    found = ours.rerank([[], ["x"]], q, d)
+    assert found[0] == []
+    assert found[1] == ours.rerank([["x"]], q[1:], d[1:])[0]
+
+
 def test_rerank_of_one_array():
     q, d = texts([4])[0].numpy(), [[x.numpy() for x in texts([3, 5], seed=2)]]
     expected = rank.rerank([[1, 2]], q, d)

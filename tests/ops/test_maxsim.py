@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import numerics
-from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank
+from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank, quantize_int8
 from embedfuse.ops.maxsim_op import OP
 from embedfuse.ops.maxsim_spans import padded_spans
 
@@ -219,3 +219,35 @@ def test_same_bits_on_several_threads(backend, restore_threads):
     torch.set_num_threads(2)
     for _ in range(3):
         assert torch.equal(maxsim(q, d, d_mask=mask, normalize=True), alone)
+
+
+def test_lists_of_texts(backend):
+    q, d = tensor(9, 12), tensor(31, 12, seed=1)
+    queries, documents = list(q.split([4, 0, 5])), list(d.split([7, 1, 20, 3]))
+    wanted = maxsim_packed(q, cu(4, 0, 5), d, cu(7, 1, 20, 3))
+    assert torch.equal(maxsim(queries, documents), wanted)
+    arrays = [x.numpy() for x in documents]
+    assert torch.equal(maxsim(tuple(queries), arrays, padding="zero_vector"), wanted)
+    mean = maxsim(queries, documents, reduction="mean", normalize=True)
+    packed = q, cu(4, 0, 5), d, cu(7, 1, 20, 3)
+    torch.testing.assert_close(mean, maxsim_packed(*packed, reduction="mean", normalize=True))
+    stacked = d[:28].view(4, 7, 12)
+    assert torch.equal(maxsim(queries, stacked), maxsim(queries, list(stacked)))
+    assert torch.equal(maxsim(stacked.numpy(), documents), maxsim(list(stacked), documents))
+    assert maxsim(queries, []).shape == (3, 0)
+    eight = [quantize_int8(x) for x in documents]
+    wanted = maxsim_packed(q, cu(4, 0, 5), quantize_int8(d), cu(7, 1, 20, 3))
+    assert torch.equal(maxsim(queries, eight), wanted)
+
+
+def test_gradient_of_lists(backend):
+    def leaves():
+        return [x.clone().requires_grad_() for x in (tensor(9, 12), tensor(31, 12, seed=1))]
+
+    q, d = leaves()
+    maxsim(q.split([4, 5]), d.split([7, 4, 20])).square().sum().backward()
+    q_packed, d_packed = leaves()
+    scores = maxsim_packed(q_packed, cu(4, 5), d_packed, cu(7, 4, 20))
+    scores.square().sum().backward()
+    assert torch.equal(q.grad, q_packed.grad)
+    assert torch.equal(d.grad, d_packed.grad)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank
+from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank, quantize_int8
 from embedfuse.ops.maxsim_op import OP
 
 Q, D = torch.ones(2, 3, 4), torch.ones(5, 6, 4)
@@ -23,6 +23,14 @@ CU_Q, CU_D = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 6], [0, 5, 30]
         ("d_mask", {"d_mask": torch.ones(5, 6, device="meta")}),
         ("reduction", {"reduction": "max"}),
         ("padding", {"padding": "zero"}),
+        ("q", {"q": []}),
+        (r"q\[1\]", {"q": [Q[0], Q[0].half()]}),
+        (r"d\[1\]", {"d": [D[0], D]}),
+        (r"d\[1\]", {"d": [D[0], quantize_int8(D[0])]}),
+        ("q", {"q": quantize_int8(Q)}),
+        ("q", {"q": [quantize_int8(Q[0])]}),
+        ("q_mask", {"q": [Q[0]], "q_mask": torch.ones(1, 3)}),
+        ("d_mask", {"d": [D[0]], "d_mask": torch.ones(1, 6)}),
     ],
 )
 def test_padded_errors(name, changes):
@@ -50,13 +58,28 @@ def test_packed_errors(name, changes):
         maxsim_packed(**(args | changes))
 
 
+def test_wrong_bounds_say_what_came(backend):
+    wanted = "cu_d: must start at 0, .* number of tokens, 30; starts at 0, ends at 31"
+    with pytest.raises(ValueError, match=wanted):
+        maxsim_packed(Q.view(6, 4), CU_Q, D.view(30, 4), torch.tensor([0, 31]).int())
+    with pytest.raises(ValueError, match="starts at 0, ends at 30, falls"):
+        maxsim_packed(Q.view(6, 4), CU_Q, D.view(30, 4), torch.tensor([0, 9, 7, 30]).int())
+
+
+def test_what_is_no_text():
+    with pytest.raises(TypeError, match=r"^d: NoneType; accepted are tensors"):
+        maxsim(Q, None)
+    with pytest.raises(TypeError, match=r"^q: list; accepted are tensors"):
+        maxsim_packed([Q[0]], CU_Q, D.view(30, 4), CU_D)
+
+
 def test_rerank_errors():
     for name, args in {
         "top_k=0": (Q[0], D, 0),
         "query": (Q, D),
         r"documents\[1\]": (Q[0], [D[0], D]),
         r"documents\[0\]": (Q[0], [D[0].half()]),
-        "d": (Q[0], D.half()),
+        "documents": (Q[0], D.half()),
     }.items():
         with pytest.raises(ValueError, match=f"^{name}: "):
             maxsim_rerank(*args)

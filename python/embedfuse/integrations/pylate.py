@@ -166,6 +166,9 @@ def rerank(
         query = convert_to_tensor(query)
         query = query if device is None else query.to(device)
         documents = [convert_to_tensor(document).to(query.device) for document in documents]
+        if not documents:  # pylate's own raises
+            results.append([])
+            continue
         width = max(map(len, documents))
         found = score_all(*end_to_end([query]), documents, width)[0].to(query.dtype)
         best, order = found.sort(descending=True, stable=True)

@@ -15,8 +15,16 @@ def check_layout(name: str, cu_seqlens: Tensor) -> None:
 def check_values(name: str, cu_seqlens: Tensor, tokens: int) -> None:
     if cu_seqlens.is_cuda:  # reading it would wait for the GPU
         return
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"{name}: must start at 0, never fall, and end at the number of tokens")
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or _falls(cu_seqlens):
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        raise ValueError(
+            f"{name}: must start at 0, never fall, and end at the number of tokens, {tokens}; "
+            f"starts at {first}, ends at {last}" + (", falls" if _falls(cu_seqlens) else "")
+        )
+
+
+def _falls(cu_seqlens: Tensor) -> bool:
+    return bool((cu_seqlens.diff() < 0).any())
 
 
 def sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:

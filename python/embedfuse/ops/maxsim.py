@@ -11,13 +11,14 @@ from embedfuse.ops.int8 import Int8
 from embedfuse.ops.maxsim_op import OP, MaxSim
 from embedfuse.ops.maxsim_spans import padded_spans
 
+Texts = Tensor | Int8 | Sequence[Tensor] | Sequence[Int8]
 REDUCTIONS = ("sum", "mean")
 PADDINGS = ("exclude", "zero_vector")
 
 
 def maxsim(
-    q: Tensor,
-    d: Tensor | Int8,
+    q: Texts,
+    d: Texts,
     q_mask: Tensor | None = None,
     d_mask: Tensor | None = None,
     *,
@@ -28,7 +29,8 @@ def maxsim(
     """s_ab = sum over the tokens i of query a of max over the tokens j of document b of q_ai . d_bj (ColBERT,
     arXiv 2004.12832), for every query with every document.
 
-    q: (Nq, Lq, dim). d: (Nd, Ld, dim), of q's dtype, or Int8 of that shape (quantize_int8).
+    q: (Nq, Lq, dim), or a list of (tokens, dim). d: (Nd, Ld, dim), of q's dtype, or Int8 of that shape
+        (quantize_int8), or a list of (tokens, dim), which the CPU reads where they lie. Tensors or arrays.
     q_mask: (Nq, Lq). d_mask: (Nd, Ld). Nonzero marks tokens; what they leave out is never read, be it NaN. A
         mask with holes between tokens costs a copy of its side, and on a GPU any mask a wait for it.
     reduction: "mean" divides by the query's number of tokens (BGE-M3, arXiv 2402.03216).
@@ -43,18 +45,12 @@ def maxsim(
     multiplies those in fp32.
 
     Returns (Nq, Nd), fp32. Differentiable in q and d, with the same bits each time; keeps 4 Nq Nd Lq bytes.
-    Raises ValueError for shapes, dtypes, devices or names that do not fit, and for Int8 if q requires grad.
+    Raises ValueError for shapes, dtypes, devices or names that do not fit, for a mask beside a list, and for
+    Int8 if q requires grad.
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding={padding!r}: accepted are {', '.join(PADDINGS)}")
-    _check_sides(q, d, "(texts, tokens, dim)", 3)
-    width = q.shape[1]
-    d, scale = _parts(d)
-    q, query_spans, *_ = padded_spans("q", q, q_mask)
-    d, document_spans, padded, scale = padded_spans("d", d, d_mask, scale)
-    zero = padded if padding == "zero_vector" else None
-    sides = q, query_spans, [d], document_spans, scale
-    return _scores(*sides, zero, None, normalize, reduction, width)
+    return _all_pairs("q", q, q_mask, "d", d, d_mask, padding, normalize, reduction)
 
 
 def maxsim_packed(
@@ -78,7 +74,10 @@ def maxsim_packed(
     Raises ValueError for shapes, dtypes, devices or names that do not fit, and on the CPU for values of cu_q,
     cu_d or pairs that cannot be. Other arguments, and everything else, as in maxsim.
     """
-    _check_sides(q, d, "(tokens, dim)", 2)
+    for name, side in (("q", q), ("d", d)):
+        if not isinstance(side, Tensor | Int8):
+            raise TypeError(f"{name}: {type(side).__name__}; accepted are tensors, and Int8 for d")
+        _check_side(name, side, q, "(tokens, dim)", 2)
     d, scale = _parts(d)
     if scale is not None:
         scale = scale.expand(len(d))
@@ -99,7 +98,7 @@ def maxsim_packed(
 
 def maxsim_rerank(
     query: Tensor,
-    documents: Tensor | Int8 | Sequence[Tensor] | Sequence[Int8],
+    documents: Texts,
     top_k: int | None = None,
     *,
     reduction: str = "sum",
@@ -107,8 +106,7 @@ def maxsim_rerank(
 ) -> tuple[Tensor, Tensor]:
     """The documents of the largest maxsim with one query, best first.
 
-    query: (tokens, dim). documents: (n, tokens, dim), or a sequence of (tokens, dim), which the CPU reads
-        where they lie; tensors of query's dtype, arrays, or Int8. top_k: how many; default all.
+    query: (tokens, dim). documents: as d of maxsim. top_k: how many; default all.
 
     Returns scores (top_k,) fp32 and the documents' numbers (top_k,) int64; of equal scores the first document
     comes first. No gradient goes through the order. Raises ValueError as maxsim_packed does, and for top_k
@@ -119,46 +117,73 @@ def maxsim_rerank(
     query = torch.as_tensor(query)
     if query.dim() != 2:
         raise ValueError(f"query: shape {tuple(query.shape)}; accepted is (tokens, dim)")
-    settings = {"reduction": reduction, "normalize": normalize}
-    if isinstance(documents, Int8):
-        scores = maxsim(query[None], documents, **settings)[0]
-    elif hasattr(documents, "shape"):
-        scores = maxsim(query[None], torch.as_tensor(documents), **settings)[0]
-    else:
-        scores = _scores_of_list(query, documents, **settings)
+    sides = "query", query[None], None, "documents", documents, None
+    scores = _all_pairs(*sides, "exclude", normalize, reduction)[0]
     values, indices = scores.sort(descending=True, stable=True)
     return values[:top_k], indices[:top_k]
 
 
-def _scores_of_list(query: Tensor, documents: Sequence, reduction: str, normalize: bool) -> Tensor:
-    documents = [x if isinstance(x, Int8) else torch.as_tensor(x) for x in documents]
-    _check_side("query", query, query, "(tokens, dim)", 2)
-    for i, document in enumerate(documents):
-        if isinstance(document, Int8) != isinstance(documents[0], Int8):
-            raise ValueError(f"documents[{i}]: Int8 and others; accepted are all or none")
-        _check_side(f"documents[{i}]", document, query, "(tokens, dim)", 2)
-    rows, scales = zip(*map(_parts, documents), strict=True) if documents else ([query[:0]], [None])
-    # Not len(): a tensor's takes microseconds.
-    ends = torch.tensor([0, *(x.shape[0] for x in rows)]).cumsum(0)
-    spans = torch.stack((ends[:-1], ends[1:]), 1)[: len(documents)].to(query.device)
+def _all_pairs(
+    q_name, q, q_mask, d_name, d, d_mask, padding: str, normalize: bool, reduction: str
+) -> Tensor:
+    if isinstance(q, Int8) or (isinstance(q, list | tuple) and any(isinstance(x, Int8) for x in q)):
+        raise ValueError(f"{q_name}: Int8; accepted are tensors and arrays, Int8 for {d_name}")
+    queries, width, query_spans, *_ = _rows(q_name, q, q_mask, None)
+    query = queries[0] if len(queries) == 1 else torch.cat(queries)
+    documents, _, document_spans, padded, scale = _rows(d_name, d, d_mask, query)
+    if len(documents) > 1 and _wants_gradient(query, *documents):
+        documents = [torch.cat(documents)]
+    zero = padded if padding == "zero_vector" else None
+    sides = query, query_spans, documents, document_spans, scale
+    return _scores(*sides, zero, None, normalize, reduction, width)
+
+
+def _rows(
+    name: str, x: Texts, mask: Tensor | None, q: Tensor | None
+) -> tuple[list[Tensor], int, Tensor, Tensor, Tensor | None]:
+    """Matrices that hold the texts' rows, the number of the longest text's, and the rest as padded_spans.
+
+    q: what the texts have to agree with; None for queries, which agree with the first of them.
+    """
+    if isinstance(x, list | tuple):
+        if mask is not None:
+            raise ValueError(f"{name}_mask: accepted is None where {name} is a {type(x).__name__}")
+        return _rows_of_texts(name, x, q)
+    if not isinstance(x, Int8):
+        if not hasattr(x, "__array__"):
+            raise TypeError(
+                f"{name}: {type(x).__name__}; accepted are tensors, arrays, Int8, and lists of these"
+            )
+        x = torch.as_tensor(x)
+    _check_side(name, x, x if q is None else q, "(texts, tokens, dim)", 3)
+    values, scale = _parts(x)
+    rows, *rest = padded_spans(name, values, mask, scale)
+    return [rows], values.shape[1], *rest
+
+
+def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
+    if not x and q is None:
+        raise ValueError(f"{name}: no text; accepted are one or more, or a tensor (0, tokens, dim)")
+    texts = [text if isinstance(text, Int8) else torch.as_tensor(text) for text in x]
+    like = texts[0] if q is None else q
+    for i, text in enumerate(texts):
+        if isinstance(text, Int8) != isinstance(texts[0], Int8):
+            raise ValueError(f"{name}[{i}]: Int8 and others; accepted are all or none")
+        _check_side(f"{name}[{i}]", text, like, "(tokens, dim)", 2)
+    rows, scales = zip(*map(_parts, texts), strict=True) if texts else ([like[:0]], [None])
+    lengths = [text.shape[0] for text in rows]  # not len(): a tensor's takes microseconds
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    spans = torch.stack((ends[:-1], ends[1:]), 1)[: len(texts)].to(like.device)
     scale = None
     if scales[0] is not None:
-        scale = torch.cat([s.expand(x.shape[0]) for x, s in zip(rows, scales, strict=True)])
-    if _wants_gradient(query, *rows):
-        rows = [torch.cat(rows)]
-    query_spans = torch.tensor([[0, len(query)]], device=query.device)
-    sides = query, query_spans, list(rows), spans, scale
-    return _scores(*sides, None, None, normalize, reduction, len(query))[0]
+        scale = torch.cat([s.expand(n) for s, n in zip(scales, lengths, strict=True)])
+    unpadded = torch.zeros(len(texts), dtype=torch.bool, device=like.device)
+    return list(rows), max(lengths), spans, unpadded, scale
 
 
 def _parts(d: Tensor | Int8) -> tuple[Tensor, Tensor | None]:
     """What lies in memory, and its scale."""
     return (d.values, d.scale) if isinstance(d, Int8) else (d, None)
-
-
-def _check_sides(q: Tensor, d: Tensor | Int8, shape: str, dims: int) -> None:
-    _check_side("q", q, q, shape, dims)
-    _check_side("d", d, q, shape, dims)
 
 
 def _check_side(name: str, side: Tensor | Int8, q: Tensor, shape: str, dims: int) -> None:
