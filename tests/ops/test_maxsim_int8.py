@@ -96,6 +96,25 @@ def test_close_products(backend, rows):
 
 # A query that int8 cannot hold: one value hides the others' bits, which alone put the second document token
 # before the first. The smallest query's squares are 0 in fp32.
+def test_products_equal_up_to_rounding(backend):
+    """A query without an error of its own: what fp32 may round is all that the bound allows for."""
+    depth = 8192
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(-127, 128, (241, depth), generator=generator)
+        q, values = rows[:1], rows[1:]
+        q[0, 0] = 127
+        values[::10] = (
+            q.sign() * values[::10].abs()
+        )  # products near 3e7, more than fp32 holds exactly
+        scale = torch.full((240,), 1e-3)
+        scale[::10] = (1e5 / (values[::10].double() @ q[0].double())).float()
+        values = values.to(torch.int8)
+        together = maxsim(q[None].float(), Int8(values[None], scale[None]))
+        alone = maxsim(q[None].float(), Int8(values[:, None], scale[:, None]))
+        assert together.item() == alone.max().item()
+
+
 @pytest.mark.parametrize("size", [1, 2.0**-66, 2.0**-96])
 def test_query_finer_than_int8(backend, size):
     q = torch.full((1, 1, 64), 1e-4)
