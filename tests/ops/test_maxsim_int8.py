@@ -96,7 +96,7 @@ def test_close_products(backend, rows):
 
 # A query that int8 cannot hold: one value hides the others' bits, which alone put the second document token
 # before the first. The smallest query's squares are 0 in fp32.
-def test_products_equal_up_to_rounding(backend):
+def test_products_equal_up_to_rounding(cpu_module):
     """A query without an error of its own: what fp32 may round is all that the bound allows for."""
     depth = 8192
     for seed in range(20):
