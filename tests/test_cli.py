@@ -96,7 +96,7 @@ def test_doctor_environment(facts, monkeypatch):
     assert environment["EMBEDFUSE_CPU_ISA"] == {
         "value": "baseline",
         "meaning": config.VARIABLES["EMBEDFUSE_CPU_ISA"].meaning,
-        "accepted": "avx512_bf16, avx512, avx2, baseline",
+        "accepted": "amx, avx512_bf16, avx512, avx2, baseline",
         "default": "the best there is",
     }
     assert environment["EMBEDFUSE_BUILD_CPP"]["value"] is None

@@ -12,6 +12,13 @@
 
 #if defined(__x86_64__)
   #include <immintrin.h>
+  // Linux gives a process its tiles when asked. Compilers with this header come with an assembler that knows them.
+  #if defined(__linux__) && __has_include(<amxtileintrin.h>)
+    #include <cpuid.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #define EMBEDFUSE_HAS_AMX
+  #endif
 #endif
 
 #define EMBEDFUSE_BASELINE 0
@@ -79,6 +86,12 @@ namespace avx512 {
 namespace avx512_bf16 {
   #include "cpu/kernels.h"
 }
+  #if defined(EMBEDFUSE_HAS_AMX)
+namespace amx {
+using namespace avx512_bf16;
+    #include "cpu/maxsim_amx.h"
+}  // namespace amx
+  #endif
   #if defined(__clang__)
     #pragma clang attribute pop
   #else
@@ -100,18 +113,38 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+// Every processor with bf16 has had VNNI too; kernels of this entry use both.
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
-// Best first. A further ISA (AMX) is one entry here, one block above and one Vec or tile type.
+#if defined(EMBEDFUSE_EMULATE_AMX)
+bool has_amx() { return has_avx512_bf16(); }
+#elif defined(EMBEDFUSE_HAS_AMX)
+// Whether the processor has tiles of bf16 and bytes and the system gives them to this process; it is asked once.
+bool has_amx() {
+  static const bool given = [] {
+    constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+    unsigned eax, ebx, ecx, edx = 0;
+    return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+           !(~edx & (kBf16 | kTile | kInt8)) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return given;
+}
+#endif
+
+// Best first. A further ISA is one entry here, one block above and one Vec or tile type.
 const Isa kIsas[] = {
+#if defined(EMBEDFUSE_HAS_AMX)
+    {"amx", has_amx, amx::kKernels},
+#endif
 #if defined(__x86_64__)
-    // Every processor with bf16 has had VNNI too; kernels of this entry use both.
-    {"avx512_bf16",
-     [] {
-       return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-              __builtin_cpu_supports("avx512vnni");
-     },
-     avx512_bf16::kKernels},
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::kKernels},
     {"avx512", has_avx512, avx512::kKernels},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
      avx2::kKernels},

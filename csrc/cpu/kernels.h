@@ -18,13 +18,15 @@
 #include "cpu/maxsim_tile.h"
 
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
+  #include "cpu/maxsim_bytes.h"
   #include "cpu/maxsim_screen.h"
 #endif
 
 #include "cpu/maxsim.h"
 
 // A constant: a function compiled for this ISA must not run before the processor was asked.
-constexpr CpuKernels kKernels{pool_normalize, linear_few_rows,  linear_scratch,   linear,
-                              token_weights,  varlen_attention, add_layer_norm,   maxsim_scratch,
-                              maxsim,         segment_sum,      add_rms_norm,     rope,
-                              silu_mul,       info_nce_update,  info_nce_gradient};
+constexpr CpuKernels kKernels{pool_normalize, linear_few_rows,       linear_scratch,
+                              linear,         token_weights,         varlen_attention,
+                              add_layer_norm, maxsim_scratch<OfIsa>, maxsim<OfIsa>,
+                              segment_sum,    add_rms_norm,          rope,
+                              silu_mul,       info_nce_update,       info_nce_gradient};

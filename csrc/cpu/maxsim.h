@@ -10,6 +10,7 @@
 struct MaxSimJob {
   const MaxSimArgs& a;
   float* scratch;
+  int64_t thread_floats;  // of scratch
   int64_t items;
   int64_t queries_at_once;  // of an item
   int64_t next;             // item that nobody has taken yet
@@ -50,58 +51,52 @@ inline int64_t maxsim_threads(const MaxSimArgs& a) {
   return wanted < num_threads() ? wanted : num_threads();
 }
 
-inline int64_t thread_floats(const MaxSimArgs& a) {
-  const int64_t rows = group_blocks(a) * kBlockRows;
-  int64_t floats = rows * (a.depth + 3) + (chunk_rows(a) + kTile) * a.depth + kChunkRows;
-#if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
-  if (a.scale) floats += screen_floats(a, rows);
-#endif
-  return floats;
-}
-
-// Floats of scratch that `maxsim` needs.
-int64_t maxsim_scratch(const MaxSimArgs& a) { return maxsim_threads(a) * thread_floats(a); }
+// Floats that one row may take: a tile unit fills up its 32 values of bf16.
+inline int64_t row_floats(const MaxSimArgs& a) { return a.depth < 16 ? 16 : a.depth; }
 
 // One chunk of a document against all queries of the group.
-template <class U>
-void meet_queries(const MaxSimArgs& a, const QueryGroup& group, const typename U::Element* document,
+template <class M>
+void meet_queries(const MaxSimArgs& a, const QueryGroup& group, const typename M::Element* document,
                   int64_t stride, int64_t rows, int64_t place, const float* factors) {
   int64_t block = 0;
   for (int64_t q = group.first; q < group.last; ++q) {
     for (int64_t live = span_rows(a.query, q); live > 0; live -= kBlockRows, ++block) {
-      meet_block<U>(a, group, block, live, document, stride, rows, place, factors);
+      meet_block<M>(a, group, block, live, document, stride, rows, place, factors);
     }
   }
 }
 
-// Doc: elements as they lie in memory; U: those that are multiplied, the same where they need no conversion.
-template <class Doc, class U>
+// Doc: elements as they lie in memory; M multiplies its own, the same where they need no conversion.
+template <class Doc, class M>
 void pass_document(const MaxSimArgs& a, const QueryGroup& group, int64_t document) {
-  const int64_t step = chunk_rows(a), all = span_rows(a.document, document);
+  const int64_t step = chunk_rows(a, M::kRows), all = span_rows(a.document, document);
   const int64_t stride = a.document.stride;
   const auto* x = (const typename Doc::Element*)a.document.texts[document];
   const float* scale = a.scale ? a.scale + a.document.spans[2 * document] : nullptr;
   for (int64_t row = 0; row < all; row += step, x += step * stride) {
     const int64_t rows = all - row < step ? all - row : step;
     const float* factors = row_factors(a, x, rows, scale ? scale + row : nullptr, group.factor);
-    if constexpr (sizeof(typename Doc::Element) == sizeof(typename U::Element)) {
-      meet_queries<U>(a, group, x, stride, rows, row, factors);
+    if constexpr (sizeof(typename Doc::Element) == sizeof(typename M::Element)) {
+      meet_queries<M>(a, group, x, stride, rows, row, factors);
     } else {
       load_rows(x, stride, rows, a.depth, a.depth, group.chunk);
-      meet_queries<U>(a, group, group.chunk, a.depth, rows, row, factors);
+      meet_queries<M>(a, group, group.chunk, a.depth, rows, row, factors);
     }
   }
 }
 
+// In `padded` units for each row, zero beyond its own.
 template <class In>
-void pack_group(const MaxSimArgs& a, const QueryGroup& group) {
+void pack_group(const MaxSimArgs& a, const QueryGroup& group, int64_t padded) {
   const int64_t units = a.depth / In::kPerUnit, stride = a.query.stride;
   int64_t block = 0;
   for (int64_t q = group.first; q < group.last; ++q) {
     const auto* x = (const typename In::Element*)a.query.texts[q];
     for (int64_t left = span_rows(a.query, q); left > 0; left -= kBlockRows, ++block) {
       const int64_t rows = left < kBlockRows ? left : kBlockRows;
-      pack_rows<In>(x, stride, rows, units, group.packed + block * kBlockRows * units);
+      float* packed = group.packed + block * kBlockRows * padded;
+      pack_rows<In>(x, stride, rows, units, packed);
+      for (int64_t i = units * kBlockRows; i < padded * kBlockRows; ++i) packed[i] = 0.f;
       for (int64_t r = 0; r < rows && a.normalize; ++r, x += stride) {
         group.query_norm[block * kBlockRows + r] = normalizer(x, a.depth, 1.f);
       }
@@ -139,27 +134,35 @@ inline void store_scores(const MaxSimArgs& a, const QueryGroup& group, int64_t d
   }
 }
 
-// Every product in the arithmetic of U.
-template <class Query, class Doc, class U>
+// Every product by M.
+template <class Query, class Doc, class M>
 struct Direct {
   Direct(const MaxSimArgs&, int64_t, float*) {}
-  void pack(const MaxSimArgs& a, const QueryGroup& group) const { pack_group<Query>(a, group); }
+  static int64_t floats(const MaxSimArgs&, int64_t) { return 0; }
+  void pack(const MaxSimArgs& a, const QueryGroup& group) const {
+    pack_group<Query>(a, group, M::units(a.depth));
+  }
   void pass(const MaxSimArgs& a, const QueryGroup& group, int64_t document) const {
-    pass_document<Doc, U>(a, group, document);
+    pass_document<Doc, M>(a, group, document);
   }
 };
 
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
-template <class Query>
+// The products that may be a maximum, found by `Bytes`.
+template <class Query, class Bytes>
 struct Screened {
   Screen screen;
-  Screened(const MaxSimArgs& a, int64_t rows, float* scratch) : screen(a, rows, scratch) {}
+  Screened(const MaxSimArgs& a, int64_t rows, float* scratch)
+      : screen(screen_shape<Bytes>(a), rows, scratch) {}
+  static int64_t floats(const MaxSimArgs& a, int64_t rows) {
+    return screen_floats(screen_shape<Bytes>(a), rows);
+  }
   void pack(const MaxSimArgs& a, const QueryGroup& group) const {
-    pack_group<Query>(a, group);
+    pack_group<Query>(a, group, a.depth);
     screen_queries<Query>(a, group, screen);
   }
   void pass(const MaxSimArgs& a, const QueryGroup& group, int64_t document) const {
-    screen_pass<Query>(a, group, screen, document);
+    screen_pass<Query, Bytes>(a, group, screen, document);
   }
 };
 #endif
@@ -172,12 +175,12 @@ void maxsim_items(int64_t slot, int64_t, void* context) {
   const MaxSimArgs& a = job.a;
   const int64_t rows = group_blocks(a) * kBlockRows;
   QueryGroup group;
-  group.packed = job.scratch + slot * thread_floats(a);
-  group.best = group.packed + rows * a.depth;
+  group.packed = job.scratch + slot * job.thread_floats;
+  group.best = group.packed + rows * row_floats(a);
   group.place = group.best + rows;
   group.query_norm = group.place + rows;
   group.chunk = group.query_norm + rows;
-  group.factor = group.chunk + (chunk_rows(a) + kTile) * a.depth;
+  group.factor = group.chunk + (chunk_rows(a, kTileColumns) + kTile) * a.depth;
   const Version version(a, rows, group.factor + kChunkRows);
   int64_t blocks = 0;
   for (;;) {
@@ -201,35 +204,68 @@ void maxsim_items(int64_t slot, int64_t, void* context) {
   }
 }
 
-template <class Query>
-RangeFn maxsim_int8(const MaxSimArgs& a) {
-#if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
-  if (a.depth <= kScreenDepth) return maxsim_items<Screened<Query>>;
-#endif
-  return maxsim_items<Direct<Query, Floats<int8_t>, Floats<float>>>;
+// A version and the floats of scratch that each of its threads needs.
+struct MaxSimVersion {
+  RangeFn items;
+  int64_t thread_floats;
+};
+
+template <class Version>
+MaxSimVersion version_of(const MaxSimArgs& a) {
+  const int64_t rows = group_blocks(a) * kBlockRows;
+  const int64_t floats = rows * (row_floats(a) + 3) +
+                         (chunk_rows(a, kTileColumns) + kTile) * a.depth + kChunkRows +
+                         Version::floats(a, rows);
+  return {maxsim_items<Version>, (floats + 15) / 16 * 16};  // whole cache lines
 }
 
-inline RangeFn maxsim_version(const MaxSimArgs& a) {
+// What this ISA has besides arithmetic in fp32: pairs of bf16, and bytes.
+struct OfIsa {
+#if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
+  using Bf16 = Direct<Bf16Pairs, Bf16Pairs, Registers<Bf16Pairs>>;
+  template <class Query>
+  using Int8 = Screened<Query, VnniBytes>;
+#endif
+};
+
+template <class Unit, class Query>
+MaxSimVersion int8_version(const MaxSimArgs& a) {
+#if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
+  if (a.depth <= kScreenDepth) return version_of<typename Unit::template Int8<Query>>(a);
+#endif
+  return version_of<Direct<Query, Floats<int8_t>, Registers<Floats<float>>>>(a);
+}
+
+template <class Unit>
+MaxSimVersion maxsim_version(const MaxSimArgs& a) {
   using Fp32 = Floats<float>;
   using Fp16 = Floats<f16>;
   using Bf16 = Floats<bf16>;
   if (a.scale) {
-    return a.dtype == kFloat32   ? maxsim_int8<Fp32>(a)
-           : a.dtype == kFloat16 ? maxsim_int8<Fp16>(a)
-                                 : maxsim_int8<Bf16>(a);
+    return a.dtype == kFloat32   ? int8_version<Unit, Fp32>(a)
+           : a.dtype == kFloat16 ? int8_version<Unit, Fp16>(a)
+                                 : int8_version<Unit, Bf16>(a);
   }
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
-  if (a.dtype == kBFloat16 && a.depth % 2 == 0)
-    return maxsim_items<Direct<Bf16Pairs, Bf16Pairs, Bf16Pairs>>;
+  if (a.dtype == kBFloat16 && a.depth % 2 == 0) return version_of<typename Unit::Bf16>(a);
 #endif
-  return a.dtype == kFloat32   ? maxsim_items<Direct<Fp32, Fp32, Fp32>>
-         : a.dtype == kFloat16 ? maxsim_items<Direct<Fp16, Fp16, Fp32>>
-                               : maxsim_items<Direct<Bf16, Bf16, Fp32>>;
+  return a.dtype == kFloat32   ? version_of<Direct<Fp32, Fp32, Registers<Fp32>>>(a)
+         : a.dtype == kFloat16 ? version_of<Direct<Fp16, Fp16, Registers<Fp32>>>(a)
+                               : version_of<Direct<Bf16, Bf16, Registers<Fp32>>>(a);
 }
 
+// Floats of scratch that `maxsim` needs.
+template <class Unit>
+int64_t maxsim_scratch(const MaxSimArgs& a) {
+  return maxsim_threads(a) * maxsim_version<Unit>(a).thread_floats + 16;
+}
+
+template <class Unit>
 void maxsim(const MaxSimArgs& a, float* scratch) {
   const int64_t threads = maxsim_threads(a);
-  MaxSimJob job{a, scratch, a.pair_count, 1, 0};
+  const MaxSimVersion version = maxsim_version<Unit>(a);
+  scratch = (float*)((uintptr_t(scratch) + 63) / 64 * 64);
+  MaxSimJob job{a, scratch, version.thread_floats, a.pair_count, 1, 0};
   if (!a.pairs && a.query.count && a.document.count) {
     // Groups as large as the scratch allows, but items enough for all threads.
     const int64_t most = group_blocks(a) / longest_query(a);
@@ -238,5 +274,5 @@ void maxsim(const MaxSimArgs& a, float* scratch) {
     const int64_t groups = (a.query.count + job.queries_at_once - 1) / job.queries_at_once;
     job.items = groups * a.document.count;
   }
-  parallel_for(0, threads, 1, maxsim_version(a), &job);
+  parallel_for(0, threads, 1, version.items, &job);
 }

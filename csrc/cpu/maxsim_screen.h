@@ -7,52 +7,59 @@
 // so a row whose f Q D lies more than 2 (|e| / c) B below the largest cannot hold the maximum. What is left
 // (one or two rows for each query row) is multiplied in fp32; the result is the exact maximum, as if all had been.
 // Where more than an eighth is left, or numbers are not finite, all rows of the chunk are multiplied in fp32.
-// The instruction takes signed by unsigned bytes: a document's become D + 128, and sums begin at -128 sum(Q).
-// A tile unit (AMX) would take the place of `screen_tile` alone.
+// `Bytes` multiplies: VnniBytes (maxsim_bytes.h), or the tile unit's (maxsim_amx.h).
 
 constexpr int64_t kScreenBytes = 384 * 1024;
 // Sums of more products could pass 2^31.
 constexpr int64_t kScreenDepth = 32768;
 
-inline int64_t screen_stride(const MaxSimArgs& a) { return (a.depth + 63) / 64 * 64; }
-inline int64_t screen_quads(const MaxSimArgs& a) { return (a.depth + 3) / 4; }
-inline int64_t screen_rows(const MaxSimArgs& a) {
-  const int64_t fit = kScreenBytes / (screen_stride(a) + 1) / kTileColumns * kTileColumns;
-  return fit < kTileColumns ? kTileColumns : fit > kChunkRows ? kChunkRows : fit;
-}
 // Products of `live` query rows with `rows` document rows that may be left.
 inline int64_t most_left(int64_t live, int64_t rows) { return live + live * rows / 8; }
 
+struct ScreenShape {
+  int64_t stride;  // of a document's row in the chunk, in bytes
+  int64_t rows;    // of a chunk at most
+  int64_t quads;   // of a packed query row
+};
+
+template <class Bytes>
+ScreenShape screen_shape(const MaxSimArgs& a) {
+  const int64_t stride = (a.depth + 63) / 64 * 64, step = Bytes::kRows;
+  const int64_t fit = kScreenBytes / (stride + 1) / step * step;
+  const int64_t quads = ((a.depth + 3) / 4 + Bytes::kQuads - 1) / Bytes::kQuads * Bytes::kQuads;
+  return {stride, fit < step ? step : fit > kChunkRows ? kChunkRows : fit, quads};
+}
+
 // What a thread holds; arrays of one value per query row of the group come first.
 struct Screen {
+  ScreenShape shape;
   float *packed, *start;                            // int8 (quad, kBlockRows, 4) per block; int32
   float *inverse, *slack;                           // 1 / c, and |e| / c with what fp32 may round
   float *chunk, *squares, *products, *tops, *left;  // of a document
 
-  Screen(const MaxSimArgs& a, int64_t query_rows, float* scratch) {
-    const int64_t rows = screen_rows(a);
+  Screen(const ScreenShape& its_shape, int64_t query_rows, float* scratch) : shape(its_shape) {
     packed = scratch;
-    start = packed + query_rows * screen_quads(a);
+    start = packed + query_rows * shape.quads;
     inverse = start + query_rows;
     slack = inverse + query_rows;
     chunk = slack + query_rows;
-    squares = chunk + rows * screen_stride(a) / 4;
-    products = squares + rows + Vec::N;
-    tops = products + rows * kBlockRows;
-    left = tops + rows * kBlockRows / kTileColumns;
+    squares = chunk + shape.rows * shape.stride / 4;
+    products = squares + shape.rows + Vec::N;
+    tops = products + shape.rows * kBlockRows;
+    left = tops + shape.rows * kBlockRows / kTileColumns;
   }
 };
 
-inline int64_t screen_floats(const MaxSimArgs& a, int64_t query_rows) {
-  const int64_t rows = screen_rows(a);
-  return query_rows * (screen_quads(a) + 3) + rows * (screen_stride(a) / 4 + 1 + kBlockRows) +
-         rows * kBlockRows / kTileColumns + Vec::N + most_left(kBlockRows, rows);
+inline int64_t screen_floats(const ScreenShape& shape, int64_t query_rows) {
+  return query_rows * (shape.quads + 3) + shape.rows * (shape.stride / 4 + 1 + kBlockRows) +
+         shape.rows * kBlockRows / kTileColumns + Vec::N + most_left(kBlockRows, shape.rows);
 }
 
 // One query row, number `row` of the group. One that is not finite, or too small for c, gets a slack with
 // which every product is left.
 template <class T>
-void screen_query(const T* x, int64_t depth, int64_t row, int64_t quads, const Screen& screen) {
+void screen_query(const T* x, int64_t depth, int64_t row, const Screen& screen) {
+  const int64_t quads = screen.shape.quads;
   float largest = 0.f, poison = 0.f;
   for (int64_t k = 0; k < depth; ++k) {
     const float size = __builtin_fabsf(to_float(x[k]));
@@ -83,12 +90,12 @@ void screen_query(const T* x, int64_t depth, int64_t row, int64_t quads, const S
 
 template <class Query>
 void screen_queries(const MaxSimArgs& a, const QueryGroup& group, const Screen& screen) {
-  const int64_t quads = screen_quads(a);
+  const int64_t quads = screen.shape.quads;
   int64_t row = 0;
   for (int64_t q = group.first; q < group.last; ++q) {
     const auto* x = (const typename Query::Element*)a.query.texts[q];
     for (int64_t r = 0; r < span_rows(a.query, q); ++r, x += a.query.stride, ++row) {
-      screen_query(x, a.depth, row, quads, screen);
+      screen_query(x, a.depth, row, screen);
     }
     for (; row % kBlockRows; ++row) {  // lanes without a row: nothing is ever left
       screen.start[row] = screen.inverse[row] = 0.f;
@@ -97,25 +104,6 @@ void screen_queries(const MaxSimArgs& a, const QueryGroup& group, const Screen& 
       for (int64_t u = 0; u < quads; ++u) packed[u * kBlockRows + row % kBlockRows] = 0;
     }
   }
-}
-
-// Rows of a document to chunk rows of D + 128, with upper bounds of |D|^2.
-inline void screen_copy(const int8_t* const rows[kTileColumns], int64_t depth, int64_t stride,
-                        uint8_t* chunk, float* squares) {
-  Vec sums[kTileColumns];
-  for (int m = 0; m < kTileColumns; ++m, chunk += stride) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t k = 0; k < depth; k += 64) {
-      const __mmask64 inside = depth - k < 64 ? (1ull << (depth - k)) - 1 : ~0ull;
-      const __m512i x = _mm512_maskz_loadu_epi8(inside, rows[m] + k);
-      _mm512_storeu_si512(chunk + k, _mm512_xor_si512(x, _mm512_set1_epi8(-128)));
-      // |-128| is no signed byte, 127 stands for it; the bound makes up for that.
-      const __m512i size = _mm512_abs_epi8(x);
-      sum = _mm512_dpbusd_epi32(sum, size, _mm512_min_epu8(size, _mm512_set1_epi8(127)));
-    }
-    sums[m].v = _mm512_cvtepi32_ps(sum);
-  }
-  for (int m = 0; m < kTileColumns; m += 4) sum4(sums + m, squares + m);
 }
 
 // The largest |f D| of the chunk, rounded up; -1 where it is of no use.
@@ -137,48 +125,6 @@ inline float screen_bound(const float* squares, const float* factors, int64_t ro
 // Lanes in which x is at least `floor`, or `floor` is NaN: inf - inf, after an infinite maximum of a query that
 // has no bound.
 inline uint32_t reached(Vec x, Vec floor) { return _mm512_cmp_ps_mask(x.v, floor.v, _CMP_NLT_UQ); }
-
-// products[m] = factors[m] D_m Q for chunk rows m over VECS registers of query rows, and the largest of each in
-// `tops`. Where the tile after next begins in the document is fetched meanwhile. Without the pragmas GCC
-// unrolls too late to keep the sums in registers.
-template <int VECS>
-void screen_tile(const uint8_t* chunk, int64_t stride, const float* packed, const float* start,
-                 int64_t quads, const float* factors, const int8_t* ahead, float* products,
-                 float* tops) {
-  __m512i acc[kTileColumns][VECS];
-#pragma GCC unroll 8
-  for (int m = 0; m < kTileColumns; ++m) {
-#pragma GCC unroll 3
-    for (int v = 0; v < VECS; ++v) acc[m][v] = _mm512_loadu_si512(start + v * Vec::N);
-  }
-  for (int64_t u = 0; u < quads; ++u) {
-    __m512i x[VECS];
-#pragma GCC unroll 3
-    for (int v = 0; v < VECS; ++v) x[v] = _mm512_loadu_si512(packed + u * kBlockRows + v * Vec::N);
-    __builtin_prefetch(ahead + u * kTileColumns * 4);
-#pragma GCC unroll 8
-    for (int m = 0; m < kTileColumns; ++m) {
-      int32_t quad;
-      __builtin_memcpy(&quad, chunk + m * stride + 4 * u, 4);
-      const __m512i w = _mm512_set1_epi32(quad);
-#pragma GCC unroll 3
-      for (int v = 0; v < VECS; ++v) acc[m][v] = _mm512_dpbusd_epi32(acc[m][v], w, x[v]);
-    }
-  }
-  Vec top[VECS];
-#pragma GCC unroll 8
-  for (int m = 0; m < kTileColumns; ++m) {
-    const Vec factor = Vec::all(factors[m]);
-#pragma GCC unroll 3
-    for (int v = 0; v < VECS; ++v) {
-      const Vec product = Vec{_mm512_cvtepi32_ps(acc[m][v])} * factor;
-      product.store(products + (m * VECS + v) * Vec::N);
-      top[v] = m ? max(top[v], product) : product;
-    }
-  }
-#pragma GCC unroll 3
-  for (int v = 0; v < VECS; ++v) top[v].store(tops + v * Vec::N);
-}
 
 // Numbers (row * VECS * N + lane) of the products that reach `floor`, of tiles whose tops do; -1 where they
 // are more than `most`.
@@ -221,35 +167,57 @@ struct ScreenChunk {
   const float* factors;
 };
 
-// A chunk against block `block` of the group, whose `live` rows begin at `query`. The first block also
-// brings the chunk into place. False: too many products are left.
-template <class T, int VECS>
+// Rows [row, row + Bytes::kRows) of the document's chunk, where there are any, to the screen's.
+template <class Bytes>
+void screen_rows(const MaxSimArgs& a, const Screen& screen, const ScreenChunk& chunk, int64_t row) {
+  for (int64_t r = row; r < row + Bytes::kRows && r < chunk.count; r += kTileColumns) {
+    const int8_t* rows[kTileColumns];  // past the last row, the last one again
+    for (int m = 0; m < kTileColumns; ++m) {
+      rows[m] = chunk.rows + (r + m < chunk.count ? r + m : chunk.count - 1) * a.document.stride;
+    }
+    uint8_t* copy = (uint8_t*)screen.chunk + r * screen.shape.stride;
+    screen_copy(rows, a.depth, screen.shape.stride, copy, screen.squares + r);
+  }
+}
+
+// Products of the whole chunk with block `block` of the group, to screen.products and screen.tops. The first
+// block also brings the chunk into place. What the step after next begins with is fetched meanwhile.
+template <class Bytes, int VECS>
+void screen_multiply(const MaxSimArgs& a, const Screen& screen, int64_t block,
+                     const ScreenChunk& chunk) {
+  constexpr int64_t kLanes = VECS * Vec::N, kRows = Bytes::kRows;
+  const ScreenShape& shape = screen.shape;
+  const float* packed = screen.packed + block * kBlockRows * shape.quads;
+  for (int64_t r = 0; r < chunk.count; r += kRows) {
+    float factors[kRows];
+    for (int64_t m = 0; m < kRows; ++m) {
+      factors[m] = chunk.factors[r + m < chunk.count ? r + m : chunk.count - 1];
+    }
+    if (block == 0) screen_rows<Bytes>(a, screen, chunk, r);
+    const int8_t* ahead = chunk.rows + r * a.document.stride + 2 * kRows * a.depth;
+    Bytes::template multiply<VECS>((uint8_t*)screen.chunk + r * shape.stride, shape.stride,
+                                   chunk.count - r, packed, screen.start + block * kBlockRows,
+                                   shape.quads, factors, ahead, screen.products + r * kLanes,
+                                   screen.tops + r / kTileColumns * kLanes);
+  }
+}
+
+// A chunk against block `block` of the group, whose `live` rows begin at `query`. False: too many products
+// are left.
+template <class T, class Bytes, int VECS>
 bool screen_block(const MaxSimArgs& a, const QueryGroup& group, const Screen& screen, int64_t block,
                   int64_t live, const T* query, const ScreenChunk& chunk) {
   constexpr int64_t kLanes = VECS * Vec::N;
-  const int64_t stride = screen_stride(a), quads = screen_quads(a), base = block * kBlockRows;
-  float* tops = screen.tops;
-  for (int64_t r = 0; r < chunk.count; r += kTileColumns, tops += kLanes) {
-    uint8_t* copy = (uint8_t*)screen.chunk + r * stride;
-    const int8_t* rows[kTileColumns];  // past the last row, the last one again
-    float factors[kTileColumns];
-    for (int m = 0; m < kTileColumns; ++m) {
-      const int64_t row = r + m < chunk.count ? r + m : chunk.count - 1;
-      rows[m] = chunk.rows + row * a.document.stride;
-      factors[m] = chunk.factors[row];
-    }
-    if (block == 0) screen_copy(rows, a.depth, stride, copy, screen.squares + r);
-    screen_tile<VECS>(copy, stride, screen.packed + base * quads, screen.start + base, quads,
-                      factors, rows[0] + 2 * kTileColumns * a.depth, screen.products + r * kLanes,
-                      tops);
-  }
+  const int64_t base = block * kBlockRows;
+  screen_multiply<Bytes, VECS>(a, screen, block, chunk);
   const float bound = screen_bound(screen.squares, chunk.factors, chunk.count);
   if (bound < 0.f) return false;
   float *best = group.best + base, *place = group.place + base;
+  const float* end = screen.tops + (chunk.count + kTileColumns - 1) / kTileColumns * kLanes;
   Vec floor[VECS];
   for (int v = 0; v < VECS; ++v) {
     Vec top = Vec::load(screen.tops + v * Vec::N);
-    for (const float* other = screen.tops + v * Vec::N; other < tops; other += kLanes) {
+    for (const float* other = screen.tops + v * Vec::N; other < end; other += kLanes) {
       top = max(top, Vec::load(other));
     }
     const Vec slack = Vec::load(screen.slack + base + v * Vec::N) * Vec::all(bound);
@@ -271,7 +239,7 @@ bool screen_block(const MaxSimArgs& a, const QueryGroup& group, const Screen& sc
   return count >= 0;
 }
 
-template <class T>
+template <class T, class Bytes>
 void screen_chunk(const MaxSimArgs& a, const QueryGroup& group, const Screen& screen,
                   const ScreenChunk& chunk) {
   int64_t block = 0;
@@ -279,31 +247,31 @@ void screen_chunk(const MaxSimArgs& a, const QueryGroup& group, const Screen& sc
     const T* x = (const T*)a.query.texts[q];
     for (int64_t live = span_rows(a.query, q); live > 0; live -= kBlockRows, ++block) {
       const bool done =
-          live > 2 * Vec::N ? screen_block<T, 3>(a, group, screen, block, live, x, chunk)
-          : live > Vec::N   ? screen_block<T, 2>(a, group, screen, block, live, x, chunk)
-                            : screen_block<T, 1>(a, group, screen, block, live, x, chunk);
-      const int64_t step = chunk_rows(a);
+          live > 2 * Vec::N ? screen_block<T, Bytes, 3>(a, group, screen, block, live, x, chunk)
+          : live > Vec::N   ? screen_block<T, Bytes, 2>(a, group, screen, block, live, x, chunk)
+                            : screen_block<T, Bytes, 1>(a, group, screen, block, live, x, chunk);
+      const int64_t step = chunk_rows(a, kTileColumns);
       for (int64_t r = 0; r < chunk.count && !done; r += step) {
         const int64_t rows = chunk.count - r < step ? chunk.count - r : step;
         load_rows(chunk.rows + r * a.document.stride, a.document.stride, rows, a.depth, a.depth,
                   group.chunk);
-        meet_block<Floats<float>>(a, group, block, live, group.chunk, a.depth, rows,
-                                  chunk.place + r, chunk.factors + r);
+        meet_block<Registers<Floats<float>>>(a, group, block, live, group.chunk, a.depth, rows,
+                                             chunk.place + r, chunk.factors + r);
       }
       x += kBlockRows * a.query.stride;
     }
   }
 }
 
-template <class Query>
+template <class Query, class Bytes>
 void screen_pass(const MaxSimArgs& a, const QueryGroup& group, const Screen& screen,
                  int64_t document) {
-  const int64_t step = screen_rows(a), all = span_rows(a.document, document);
+  const int64_t step = screen.shape.rows, all = span_rows(a.document, document);
   const auto* x = (const int8_t*)a.document.texts[document];
   const float* scale = a.scale + a.document.spans[2 * document];
   for (int64_t row = 0; row < all; row += step, x += step * a.document.stride) {
     const int64_t rows = all - row < step ? all - row : step;
     const float* factors = row_factors(a, x, rows, scale + row, group.factor);
-    screen_chunk<typename Query::Element>(a, group, screen, {x, rows, row, factors});
+    screen_chunk<typename Query::Element, Bytes>(a, group, screen, {x, rows, row, factors});
   }
 }

@@ -21,9 +21,10 @@ inline int64_t span_rows(const RowsArg& x, int64_t i) {
 }
 inline int64_t blocks_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
-inline int64_t chunk_rows(const MaxSimArgs& a) {
-  const int64_t fit = kChunkBytes / (4 * a.depth + 1) / kTileColumns * kTileColumns;
-  return fit < kTileColumns ? kTileColumns : fit > kChunkRows ? kChunkRows : fit;
+// Document rows of a chunk: a multiple of `step`, those that are multiplied at a time.
+inline int64_t chunk_rows(const MaxSimArgs& a, int64_t step) {
+  const int64_t fit = kChunkBytes / (4 * a.depth + 1) / step * step;
+  return fit < step ? step : fit > kChunkRows ? kChunkRows : fit;
 }
 
 // scale / |scale x|, or the scale over 1e-12 where that is larger than the norm.
@@ -52,24 +53,36 @@ const float* row_factors(const MaxSimArgs& a, const T* x, int64_t rows, const fl
   return factors;
 }
 
+// Multiplies document rows with query rows that stand in registers, in the arithmetic of U.
+template <class U>
+struct Registers {
+  using Element = typename U::Element;
+  static constexpr int64_t kRows = kTileColumns;                       // of a document, at a time
+  static int64_t units(int64_t depth) { return depth / U::kPerUnit; }  // of a packed row
+  // products[m][row] of document rows m < rows.
+  template <int VECS>
+  static void multiply(const Element* document, int64_t stride, int64_t rows, int64_t depth,
+                       const float* packed, float* products) {
+    const Element* tile[kTileColumns];  // past the last row, the last one again
+    for (int m = 0; m < kTileColumns; ++m) tile[m] = document + (m < rows ? m : rows - 1) * stride;
+    multiply_tile<U, VECS, true>(tile, packed, units(depth), products);
+  }
+};
+
 // Document rows [0, rows), `place` the first one's number, against one block of query rows.
-template <class U, int VECS>
-void update_best(const typename U::Element* document, int64_t stride, int64_t rows, int64_t place,
-                 const float* factors, const float* packed, int64_t units, float* best,
+template <class M, int VECS>
+void update_best(const typename M::Element* document, int64_t stride, int64_t rows, int64_t place,
+                 const float* factors, const float* packed, int64_t depth, float* best,
                  float* places) {
   Vec top[VECS], at[VECS];
   for (int v = 0; v < VECS; ++v) {
     top[v] = Vec::load(best + v * Vec::N);
     at[v] = Vec::load(places + v * Vec::N);
   }
-  for (int64_t r = 0; r < rows; r += kTileColumns) {
-    const typename U::Element* tile[kTileColumns];  // past the last row, the last one again
-    for (int m = 0; m < kTileColumns; ++m) {
-      tile[m] = document + (r + m < rows ? r + m : rows - 1) * stride;
-    }
-    alignas(64) float products[kTileColumns * kBlockRows];
-    multiply_tile<U, VECS, true>(tile, packed, units, products);
-    for (int m = 0; m < kTileColumns && r + m < rows; ++m) {
+  for (int64_t r = 0; r < rows; r += M::kRows) {
+    alignas(64) float products[M::kRows * kBlockRows];
+    M::template multiply<VECS>(document + r * stride, stride, rows - r, depth, packed, products);
+    for (int m = 0; m < M::kRows && r + m < rows; ++m) {
       const Vec row = Vec::all(bits_float(uint32_t(place + r + m)));
       for (int v = 0; v < VECS; ++v) {
         Vec product = Vec::load(products + m * kBlockRows + v * Vec::N);
@@ -85,16 +98,16 @@ void update_best(const typename U::Element* document, int64_t stride, int64_t ro
 }
 
 // The same against block `block` of the group, of which `live` rows are a query's.
-template <class U>
+template <class M>
 void meet_block(const MaxSimArgs& a, const QueryGroup& group, int64_t block, int64_t live,
-                const typename U::Element* document, int64_t stride, int64_t rows, int64_t place,
+                const typename M::Element* document, int64_t stride, int64_t rows, int64_t place,
                 const float* factors) {
-  const int64_t units = a.depth / U::kPerUnit;
-  const float* packed = group.packed + block * kBlockRows * units;
+  const int64_t depth = a.depth;
+  const float* packed = group.packed + block * kBlockRows * M::units(depth);
   float *best = group.best + block * kBlockRows, *places = group.place + block * kBlockRows;
   if (live > 2 * Vec::N)
-    return update_best<U, 3>(document, stride, rows, place, factors, packed, units, best, places);
+    return update_best<M, 3>(document, stride, rows, place, factors, packed, depth, best, places);
   if (live > Vec::N)
-    return update_best<U, 2>(document, stride, rows, place, factors, packed, units, best, places);
-  update_best<U, 1>(document, stride, rows, place, factors, packed, units, best, places);
+    return update_best<M, 2>(document, stride, rows, place, factors, packed, depth, best, places);
+  update_best<M, 1>(document, stride, rows, place, factors, packed, depth, best, places);
 }

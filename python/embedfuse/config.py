@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-CPU_ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+CPU_ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,18 @@ def test_every_instruction_set_is_compiled(instructions):
 def test_avx512_stays_in_its_namespace(instructions):
     # Masks and registers 16 to 31 exist in AVX-512 alone.
     found = users(instructions, r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]")
-    assert outside(found, "avx512", "avx512_bf16") == []
+    assert outside(found, "avx512", "avx512_bf16", "amx") == []
 
 
 def test_avx_stays_in_its_namespaces(instructions):
     # Every AVX mnemonic starts with v, and so does nothing that a compiler emits otherwise.
-    assert outside(users(instructions, r"%ymm|^v"), "avx512", "avx512_bf16", "avx2") == []
+    assert outside(users(instructions, r"%ymm|^v"), "amx", "avx512", "avx512_bf16", "avx2") == []
+
+
+def test_tiles_stay_in_their_namespace(instructions):
+    for product in ("tdpbf16ps", "tdpbusd"):
+        assert users(instructions, f"^{product} "), f"no {product}"
+    assert outside(users(instructions, "%tmm|^ldtilecfg|^tilerelease"), "amx") == []
 
 
 def test_no_second_runtime_is_linked(cpu_module):

@@ -30,7 +30,7 @@ def most_rows(dtype: torch.dtype) -> float:
         return 0
     if isa == "baseline" or dtype not in native.DTYPES:
         return 0
-    if dtype == torch.bfloat16 and isa != "avx512_bf16":
+    if dtype == torch.bfloat16 and isa not in ("amx", "avx512_bf16"):
         return 0
     amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     return FEW_ROWS if dtype == torch.bfloat16 and amx else float("inf")
