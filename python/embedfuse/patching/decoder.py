@@ -97,7 +97,7 @@ class PackedDecoder(PackedModel):
 
     def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
         if type(self.embed_tokens) is nn.Embedding:
-            check_ids(tokens.input_ids, self.embed_tokens.num_embeddings)
+            check_ids(tokens.input_ids, packed, self.embed_tokens.num_embeddings)
 
     def packed_states(self, call: dict, pooling: str | None = None, count: bool = True):
         # Weights are about to change, and fused optimisers count up no version.

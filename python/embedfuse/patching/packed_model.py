@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from embedfuse.packing import Packed, pack, unpadded
+from embedfuse.packing import Packed, one_each, pack
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.plan import Plan, is_hooked
@@ -216,8 +216,7 @@ class PackedModel(Patched):
             return self.run_packed(plan, packed, tokens, None), packed
         ends = packed.cu_seqlens
         rows = ends[:-1] if pooling == "cls" else ends[1:] - 1
-        batch = len(packed.lengths)
-        return self.run_packed(plan, packed, tokens, rows), unpadded([1] * batch, ends.device)
+        return self.run_packed(plan, packed, tokens, rows), one_each(len(rows), ends.device)
 
     def misfit(self, packed: Packed) -> str | None:
         """Why the original has to serve a batch of this shape."""
