@@ -34,7 +34,12 @@ class NoWait(TorchDispatchMode):
 
 
 class NoTensorOfAList(TorchFunctionMode):
+    """Fails on a list that torch would make a tensor of on the host and copy in a way that waits."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(i, list) for i in index), "a list as index"
         if function in (torch.tensor, torch.as_tensor):
             device = torch.device((kwargs or {}).get("device") or "cpu")
             assert device == torch.device("cpu"), f"{function.__name__} from pageable memory"
@@ -112,6 +117,8 @@ def test_pooling_of_the_texts_own_tokens_waits_for_nothing(tmp_path, staged):
         lambda x: x.cpu(),
         lambda x: x[x > 0],
         lambda x: x[torch.tensor([1, 0])],
+        lambda x: x[[1, 0]],
+        lambda x: x.__setitem__(([1, 0],), x[:2]),
         lambda x: torch.arange(3).to(META),
         lambda x: torch.tensor([1, 2], device=META),
         lambda x: ops.sparse_scatter(

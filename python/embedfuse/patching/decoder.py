@@ -12,6 +12,7 @@ from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe, check_ids
+from embedfuse.patching.engine import REUSES
 from embedfuse.patching.packed_model import PackedModel, Tokens
 from embedfuse.patching.plan import Plan, not_stock
 
@@ -30,6 +31,7 @@ class PackedDecoder(PackedModel):
     # The tower takes a sequence's last row alone: its attention counts query rows from the end.
     pruned_poolings = ("last",)
     attentions = ("bidirectional",)
+    reuses = REUSES
 
     @classmethod
     def probe(cls, model: nn.Module) -> Probe:

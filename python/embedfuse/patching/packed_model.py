@@ -70,8 +70,9 @@ class PackedModel(Patched):
     _argument_names: tuple[str, ...]
     # Poolings for which run_packed takes `rows`.
     pruned_poolings: tuple[str, ...] = ("cls", "last")
-    # What Options.attention may ask for besides the model's own.
+    # What Options may ask for, attention besides the model's own.
     attentions: tuple[str, ...] = ()
+    reuses: tuple[str, ...] = ("off", "batch")
 
     @classmethod
     @abstractmethod
@@ -114,6 +115,11 @@ class PackedModel(Patched):
     def install(cls, model: nn.Module, options: Options) -> Report:
         if options.attention not in (None, *cls.attentions):
             raise ValueError(f"attention={options.attention!r}: {cls.__name__} accepts None")
+        if options.reuse_prefixes not in cls.reuses:
+            raise ValueError(
+                f"reuse_prefixes={options.reuse_prefixes!r}: {cls.__name__} accepts "
+                f"{' and '.join(cls.reuses)}; it has no causal attention"
+            )
         check_loaded(model)
         report = Report(cls.__name__)
         before = parameter_bytes(model)

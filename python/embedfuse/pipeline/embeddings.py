@@ -21,12 +21,13 @@ class Embeddings:
 
     dense: (texts, hidden). sparse: one row of lexical weights per text, on the CPU; `sparse.dicts()`
     gives them as FlagEmbedding does. multi: one (tokens, columns) array per text, each with memory of
-    its own.
+    its own. tokens: how many the model read for them, prompts and special tokens included.
     """
 
     dense: np.ndarray | None
     sparse: Csr | None
     multi: list[np.ndarray] | None
+    tokens: int = 0
 
     def __len__(self) -> int:
         return len(next(x for x in (self.dense, self.sparse, self.multi) if x is not None))
@@ -38,6 +39,7 @@ class Embeddings:
             None if dense[0] is None else np.concatenate(dense),
             None if sparse[0] is None else Csr.cat(sparse),
             None if multi[0] is None else [array for part in multi for array in part],
+            sum(part.tokens for part in parts),
         )
 
 
@@ -48,6 +50,7 @@ class Vectors:
     dense: Tensor | None = None
     sparse: Csr | None = None
     multi: list[Tensor] | None = None
+    tokens: int = 0
 
     @classmethod
     def collect(cls, parts: Iterable[tuple[list[int], "Vectors"]]) -> "Vectors":
@@ -64,7 +67,7 @@ class Vectors:
         if vectors[0].multi is not None:
             every = [x for v in vectors for x in v.multi]
             multi = [every[i] for i in order.tolist()]
-        return cls(dense, sparse, multi)
+        return cls(dense, sparse, multi, sum(v.tokens for v in vectors))
 
     def host(self) -> Embeddings:
         # copy(): a view would keep the whole batch in memory for as long as one text's array lives.
@@ -72,6 +75,7 @@ class Vectors:
             None if self.dense is None else self.dense.cpu().numpy(),
             None if self.sparse is None else self.sparse.to("cpu"),
             None if self.multi is None else [x.cpu().numpy().copy() for x in self.multi],
+            self.tokens,
         )
 
 
@@ -95,6 +99,7 @@ class BatchVectors:
             None if self.kept is None else self.kept.csr(),
             # Without the first token, whose state is the dense vector.
             None if self.multi is None else [x[1:] for x in self.multi.split(self.packed.lengths)],
+            self.packed.tokens,
         )
 
     def send(self, to_host: ToHost) -> Callable[[], Vectors]:
