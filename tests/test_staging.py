@@ -32,8 +32,9 @@ class Played:
 
         def synchronize(self):
             self.played.log.append("host waits")
-            for target, source in self.copies:
-                target.copy_(source)
+            with torch.inference_mode():
+                for target, source in self.copies:
+                    target.copy_(source)
 
     def stream(self, stream):
         played = self

@@ -55,7 +55,8 @@ class ToHost:
             return lambda: tensors
         device = self._stream.device
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
+        # The tensors are of inference mode, outside of which torch may refuse to mark them.
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             copies = tuple(None if t is None else self._copy(t) for t in tensors)
         # blocking: the waiting thread sleeps, so that the one that tokenises has its core.
         done = torch.cuda.Event(blocking=True)
