@@ -9,6 +9,8 @@ from tqdm.auto import tqdm
 from embedfuse.nn.heads import load_heads
 from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching import Report, patch, report
+from embedfuse.patching.engine import Options
+from embedfuse.patching.recipes import recipe_of
 from embedfuse.pipeline.checkpoint import read_preset
 from embedfuse.pipeline.embeddings import Embeddings, Vectors
 from embedfuse.pipeline.llm2vec import WrappedTexts
@@ -35,7 +37,10 @@ class Embedder:
         stead may be named here. To change one field: `dataclasses.replace(PRESETS["e5"], ...)`.
     strict: where the tokenizer does not add the token that ends every text, though the checkpoint wants
         it: raise instead of having it added, with a warning.
-    reuse_prefixes: as in `patch`; an instruction before the queries of a decoder runs once, not per query.
+    dimensions: keep so many leading entries of dense and multi-vector rows, of models trained so that these
+        do alone (Matryoshka); they are normalised after that.
+    reuse_prefixes: as in `patch`, and of no matter for an encoder; an instruction before the queries of a
+        decoder runs once, not per query.
     hub: further arguments of transformers' from_pretrained (revision, token, cache_dir ...). Remote code
         runs only with trust_remote_code=True among them.
 
@@ -55,11 +60,13 @@ class Embedder:
         max_length: int | None = None,
         preset: str | Preset | None = None,
         strict: bool = False,
+        dimensions: int | None = None,
         reuse_prefixes: str = "stream",
         **hub,
     ):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype!r}: accepted are float32, bfloat16 and float16")
+        Options(reuse_prefixes=reuse_prefixes)  # for its error, before the weights are read
         self.preset = read_preset(model, hub, preset)
         self.preset.check_dtype(dtype)
         tokenize = TextTokenizer(load_tokenizer(model, self.preset, strict, hub))
@@ -68,15 +75,20 @@ class Embedder:
         transformer = load_model(model, torch_dtype, hub).requires_grad_(False).to(device)
         both_ways = self.preset.attention == "bidirectional"
         attention = "bidirectional" if both_ways else None
-        patch(transformer, attention=attention, reuse_prefixes=reuse_prefixes)
+        reuse = reuse_prefixes if reuse_prefixes in recipe_of(transformer).reuses else "batch"
+        patch(transformer, attention=attention, reuse_prefixes=reuse)
         self._pipeline = EmbeddingPipeline(
             transformer,
             tokenize,
             load_heads(model, transformer.config.hidden_size, device, torch_dtype, **hub),
             pooling=self.preset.pooling,
             normalize=self.preset.normalize,
+            dimensions=dimensions,
             wrapped=WrappedTexts(tokenize, self.preset) if self.preset.wraps else None,
         )
+        width = transformer.config.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= width:
+            raise ValueError(f"dimensions={dimensions}: accepted is 1 to {width}")
         longest = min(self.tokenizer.model_max_length, transformer.longest_sequence())
         default = min(longest, self.preset.max_length or longest)
         self.max_length = default if max_length is None else max_length

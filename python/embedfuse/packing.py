@@ -1,11 +1,14 @@
 """Packed: the sequences of a padded batch, end to end, and the way back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
 import torch
 from torch import Tensor
+
+from embedfuse.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class Packed:
     lengths: tokens of each sequence. cu_seqlens: (batch + 1,) int32, their running sum from 0.
     shape: (batch, length) of the padded batch. index: (tokens,) place of each token in the padded
     batch read row by row; None when nothing was padded. starts_padded: whether some row begins with
-    padding.
+    padding. ids: (tokens,) token ids on the CPU, where the host made them; None where only the device
+    has them.
     """
 
     lengths: tuple[int, ...]
@@ -23,6 +27,7 @@ class Packed:
     shape: tuple[int, int]
     index: Tensor | None
     starts_padded: bool = False
+    ids: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -79,17 +84,30 @@ class Packed:
 
 def unpadded(lengths: list[int], device: torch.device) -> Packed:
     """Sequences that never were padded; their padded shape is one row."""
-    return Packed(tuple(lengths), _cu_seqlens(lengths, device), (1, sum(lengths)), None)
+    return never_padded(lengths, *to_device(device, cu_seqlens_of(lengths)))
+
+
+def never_padded(lengths: Sequence[int], cu_seqlens: Tensor, ids: Tensor | None = None) -> Packed:
+    return Packed(tuple(lengths), cu_seqlens, (1, sum(lengths)), None, ids=ids)
+
+
+def one_each(sequences: int, device: torch.device) -> Packed:
+    """Sequences of one token each."""
+    cu_seqlens = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+    return never_padded((1,) * sequences, cu_seqlens)
 
 
 def end_to_end(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:
     """Token ids (tokens,) of sequences that never were padded, and where each lies."""
-    input_ids = torch.tensor(list(chain.from_iterable(sequences)), device=device)
-    return input_ids, unpadded([len(sequence) for sequence in sequences], device)
+    ids = torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64, device="cpu")
+    lengths = [len(sequence) for sequence in sequences]
+    input_ids, cu_seqlens = to_device(device, ids, cu_seqlens_of(lengths))
+    return input_ids, never_padded(lengths, cu_seqlens, ids)
 
 
-def _cu_seqlens(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device="cpu").cumsum(0).to(device, torch.int32)
+def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
+    """(n + 1,) int32 on the CPU, from 0."""
+    return torch.tensor([0, *lengths], device="cpu").cumsum(0, dtype=torch.int32)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attention_mask") -> Packed:
@@ -119,9 +137,8 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attentio
     index = None
     if sum(lengths) != batch * length:
         index = keep.flatten().nonzero().squeeze(1)
-    return Packed(
-        tuple(lengths), _cu_seqlens(lengths, device), (batch, length), index, starts_padded
-    )
+    (cu_seqlens,) = to_device(device, cu_seqlens_of(lengths))
+    return Packed(tuple(lengths), cu_seqlens, (batch, length), index, starts_padded)
 
 
 def _count(keep: Tensor, name: str) -> tuple[list[int], bool]:

@@ -151,6 +151,10 @@ def test_options_that_are_not_accepted(model):
     bert = BertModel(config)
     with pytest.raises(ValueError, match="attention='bidirectional': BertModel accepts None"):
         embedfuse.patch(bert, attention="bidirectional")
+    with pytest.raises(
+        ValueError, match="reuse_prefixes='stream': BertModel accepts off and batch"
+    ):
+        embedfuse.patch(bert, reuse_prefixes="stream")
     assert type(bert) is BertModel
 
 

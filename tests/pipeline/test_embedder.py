@@ -90,6 +90,30 @@ def test_16_bits(m3_folder, exact, texts, dtype):
         assert_close(tensors(found, VOCABULARY), own, exact(texts))
 
 
+def test_dimensions(m3_folder, embedder, texts):
+    found = Embedder(m3_folder, device="cpu", dimensions=10).encode(texts, ("dense", "multi"))
+    whole = embedder.encode(texts, ("dense", "multi"))
+    for got, rows in ((found.dense, whole.dense), (found.multi[3], whole.multi[3])):
+        rows = rows[:, :10] / np.linalg.norm(rows[:, :10], axis=1, keepdims=True)
+        np.testing.assert_allclose(got, rows, rtol=0, atol=2e-6)
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match=f"dimensions={wrong}: accepted is 1 to 64"):
+            Embedder(m3_folder, device="cpu", dimensions=wrong)
+
+
+def test_tokens_are_counted(embedder, plain, texts):
+    count = sum(map(len, plain.states(texts)[0]))
+    assert embedder.encode(texts, ALL).tokens == count
+    assert embedder.encode(texts, ("sparse",)).tokens == count
+    assert embedder.encode([]).tokens == 0
+
+
+def test_options_are_looked_at_before_the_weights():
+    for wrong in ({"reuse_prefixes": True}, {"dtype": "int8"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*: accepted are"):
+            Embedder("no such folder", **wrong)
+
+
 def test_array_dtype(embedder, texts):
     full = embedder.encode(texts, ALL)
     half = embedder.encode(texts, ALL, array_dtype="float16")

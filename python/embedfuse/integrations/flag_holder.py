@@ -57,12 +57,14 @@ def stream(
     batch_size: int,
     max_length: int,
     dtype: torch.dtype = torch.float32,
+    on_host: bool = True,
 ) -> Iterator[Vectors]:
     """The pipeline's stream, with FlagEmbedding's limits and its progress bar."""
     limit = most_tokens(batch_size, max_length)
     label = {"desc": "Inference Embeddings", "disable": len(texts) < batch_size}
     with tqdm(total=len(texts), **label) as bar:
-        yield from pipeline.stream(texts, outputs, max_length, dtype, bar.update, limit)
+        call = (texts, outputs, max_length, dtype, bar.update, limit)
+        yield from pipeline.stream(*call, on_host=on_host)
 
 
 def most_tokens(batch_size: int, max_length: int) -> int:

@@ -74,7 +74,8 @@ class BaseLLMEmbedder(_ORIGINAL, FlagHolder):
             dense = vectors.dense
             return self._convert_to_numpy(dense, device=device) if convert_to_numpy else dense
 
-        run = stream(pipeline, texts, _DENSE, batch_size, max_length, dtype)
+        call = (pipeline, texts, _DENSE, batch_size, max_length, dtype)
+        run = stream(*call, on_host=convert_to_numpy)
         parts = [finished(vectors) for vectors in run] or [finished(pipeline.empty(_DENSE, dtype))]
         found = np.concatenate(parts) if convert_to_numpy else torch.cat(parts)
         return found[0] if isinstance(sentences, str) else found

@@ -12,8 +12,9 @@ from embedfuse.patching.classifier import PackedClassifier
 from embedfuse.patching.engine import Options
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
-from embedfuse.pipeline.batches import TokenBudget
+from embedfuse.pipeline.batches import TokenBudget, behind
 from embedfuse.pipeline.tokenize import check_texts
+from embedfuse.staging import ToHost
 
 _ORIGINAL = base.BaseReranker
 _PROBE_PAIRS = [["one", "Two short words"], ["a longer question than that", "One"]]
@@ -75,15 +76,16 @@ class BaseReranker(_ORIGINAL, FlagHolder):
         sequences = self._pair_ids(pairs, query_max_length, max_length)
         device = self.model.device
         budget = self._kept(("budget", str(device)), (), lambda: TokenBudget(device))
-        scores = torch.empty(len(pairs))
+        scores, to_host = torch.empty(len(pairs)), ToHost(device)
         with tqdm(total=len(pairs), desc="Compute Scores", disable=len(pairs) < batch_size) as bar:
             run = budget.run(
                 [len(s) for s in sequences],
-                lambda batch: self._logits(sequences, batch),
+                lambda batch: to_host(self._logits(sequences, batch)),
                 at_most=most_tokens(batch_size, max_length),
             )
-            for batch, logits in run:
-                scores[batch] = logits.view(-1).float().cpu()
+            for batch, arrive in behind(run, to_host.behind):
+                (logits,) = arrive()
+                scores[batch] = logits.view(-1).float()
                 bar.update(len(batch))
         if self.normalize if normalize is None else normalize:
             return [base.sigmoid(score) for score in scores.tolist()]

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedfuse.packing import Packed, unpadded
+from embedfuse.packing import Packed, cu_seqlens_of, never_padded
+from embedfuse.staging import to_device
 
 # Folding has to save one token in so many. A token saved is worth its share of the GEMMs, and a token
 # folded costs no more than a copy of its keys and values.
@@ -111,14 +112,14 @@ class PrefixCache:
 class Step:
     """Sequences that run at once, and where the keys and values of each lie.
 
-    sequences: their numbers in the batch. places: (keys,) place of all their tokens in the batch.
-    tokens: (computed,) the ones of these that run.
+    sequences: (sequences,) their numbers in the batch. places: (keys,) place of all their tokens in
+    the batch. tokens: (computed,) the ones of these that run.
     queries: how many of these each sequence has, its last ones. keys: all tokens of each.
     source: (keys,) row of each among those of `reused`, one after the other, then the computed ones.
     kept, span: prefix whose keys and values to keep, and where it lies among the keys.
     """
 
-    sequences: list[int]
+    sequences: Tensor
     places: Tensor
     tokens: Tensor
     queries: Packed
@@ -150,10 +151,12 @@ def shared_steps(
 ) -> Iterator[Step] | None:
     """The steps of about step_tokens tokens that a batch takes; None where folding saves too little.
 
-    ids: (tokens,). cache: prefixes of earlier calls, used and filled; None where the states of all
-    tokens are wanted, which it does not hold. A step has to run before the next one is asked for.
+    ids: (tokens,), read from the device only where `packed` has none of the host. cache: prefixes of
+    earlier calls, used and filled; None where the states of all tokens are wanted, which it does not
+    hold. A step has to run before the next one is asked for.
     """
-    sequences = np.split(ids.cpu().numpy(), np.cumsum(packed.lengths)[:-1])
+    ids = ids.cpu() if packed.ids is None else packed.ids
+    sequences = np.split(ids.numpy(), np.cumsum(packed.lengths)[:-1])
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
     ordered = [sequences[i] for i in order]
     shared = [0, *(common(a, b) for a, b in pairwise(ordered))]
@@ -171,7 +174,7 @@ def shared_steps(
 
 
 def _steps(order, ordered, shared, packed, step_tokens, cache, stamp) -> Iterator[Step]:
-    begins = packed.cu_seqlens.cpu().numpy()
+    begins = np.cumsum([0, *packed.lengths])
     first = 0
     while first < len(order):
         known = [] if cache is None else cache.prefixes(stamp)
@@ -210,15 +213,13 @@ def _step(sequences, sources, places, own, reused, device) -> Step:
     tokens = [place[len(place) - n :] for place, n in zip(places, own, strict=True)]
     source = np.concatenate(sources)
     source = np.where(source < 0, ~source, source + rows)
-    return Step(
-        sequences=sequences,
-        places=torch.from_numpy(np.concatenate(places)).to(device),
-        tokens=torch.from_numpy(np.concatenate(tokens)).to(device),
-        queries=unpadded(own, device),
-        keys=unpadded([len(s) for s in sources], device),
-        source=torch.from_numpy(source).to(device),
-        reused=reused,
+    arrays = np.array(sequences), np.concatenate(places), np.concatenate(tokens), source
+    whole = [len(s) for s in sources]
+    sequences, places, tokens, source, cu_queries, cu_keys = to_device(
+        device, *map(torch.from_numpy, arrays), cu_seqlens_of(own), cu_seqlens_of(whole)
     )
+    queries, keys = never_padded(own, cu_queries), never_padded(whole, cu_keys)
+    return Step(sequences, places, tokens, queries, keys, source, reused)
 
 
 def _place(reused: list[Prefix], prefix: Prefix) -> int:

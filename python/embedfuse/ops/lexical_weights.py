@@ -38,13 +38,17 @@ def lexical_weights(
     Raises ValueError for shapes, devices or ids that do not fit (ids and cu_seqlens are not read on a
     GPU), TypeError for dtypes that are not accepted.
     """
+    weights = token_weights(hidden_states, weight, bias)
+    return sparse_scatter(weights, input_ids, cu_seqlens=cu_seqlens, excluded=excluded)
+
+
+def token_weights(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(tokens,) w_t = relu(h_t . weight + bias): the first step of `lexical_weights`."""
     _check(hidden_states, weight, bias)
     tensors = (hidden_states, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        weights = _TokenWeights.apply(*tensors)
-    else:
-        weights = OP(*tensors)
-    return sparse_scatter(weights, input_ids, cu_seqlens=cu_seqlens, excluded=excluded)
+        return _TokenWeights.apply(*tensors)
+    return OP(*tensors)
 
 
 def _check(hidden_states, weight, bias) -> None:

@@ -1,6 +1,7 @@
 """Token weights to one sparse vector per text: the maximum over the tokens of equal id."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,6 +46,43 @@ def sparse_scatter(
     Raises ValueError for shapes, devices or ids that do not fit (ids and cu_seqlens are not read on a
     GPU), TypeError for dtypes that are not accepted.
     """
+    kept, cu_seqlens = _kept(token_weights, input_ids, cu_seqlens, attention_mask, excluded)
+    return kept.csr() if vocabulary is None else _dense(kept, cu_seqlens, vocabulary)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """What a Csr is made of once its size may be waited for: the tokens that give an entry.
+
+    index: (tokens,) int64, those of one sequence after the other by rising id, -1 in between. counts:
+    (batch,) int64, how many of each sequence. input_ids, weights: (tokens,), of all tokens.
+    """
+
+    index: Tensor
+    counts: Tensor
+    input_ids: Tensor
+    weights: Tensor
+
+    def csr(self) -> Csr:
+        index = self.index.masked_select(self.index >= 0)
+        return Csr(
+            running_sum(self.counts),
+            self.input_ids.index_select(0, index),
+            self.weights.index_select(0, index),
+        )
+
+
+def kept_tokens(
+    token_weights: Tensor, input_ids: Tensor, *, cu_seqlens: Tensor, excluded: Sequence[int] = ()
+) -> KeptTokens:
+    """`sparse_scatter` up to where it would wait for a GPU: its `csr()` is what that returns."""
+    return _kept(token_weights, input_ids, cu_seqlens, None, excluded)[0]
+
+
+def _kept(
+    token_weights, input_ids, cu_seqlens, attention_mask, excluded
+) -> tuple[KeptTokens, Tensor]:
+    """And cu_seqlens, made of the batch's shape where there is none."""
     _check(token_weights, input_ids, cu_seqlens, attention_mask)
     keep = None if attention_mask is None else attention_mask != 0
     for token_id in excluded:
@@ -57,14 +95,7 @@ def sparse_scatter(
         cu_seqlens = torch.arange(batch + 1, device=input_ids.device, dtype=torch.int32) * length
     token_weights, input_ids = token_weights.reshape(-1), input_ids.reshape(-1)
     index, counts = OP(token_weights.detach(), input_ids, cu_seqlens)
-    if vocabulary is None:
-        index = index.masked_select(index >= 0)
-        return Csr(
-            running_sum(counts),
-            input_ids.index_select(0, index),
-            token_weights.index_select(0, index),
-        )
-    return _dense(token_weights, input_ids, cu_seqlens, index, vocabulary)
+    return KeptTokens(index, counts, input_ids, token_weights), cu_seqlens
 
 
 def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
@@ -99,14 +130,15 @@ def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
             )
 
 
-def _dense(token_weights, input_ids, cu_seqlens, index, vocabulary) -> Tensor:
+def _dense(tokens: KeptTokens, cu_seqlens: Tensor, vocabulary: int) -> Tensor:
     """Places that hold no token add zero to id 0, so that no shape depends on values."""
+    token_weights, input_ids, index = tokens.weights, tokens.input_ids, tokens.index
     out = token_weights.new_zeros(len(cu_seqlens) - 1, vocabulary)
     if not len(index):
         return out
     kept, index = index >= 0, index.clamp_min(0)
     ids = torch.where(kept, input_ids.index_select(0, index), 0)
-    if not ids.is_cuda and (largest := int(ids.max())) >= vocabulary:
+    if ids.is_cpu and (largest := int(ids.max())) >= vocabulary:
         raise ValueError(f"input_ids: {largest}; accepted are ids below vocabulary, {vocabulary}")
     weights = torch.where(kept, token_weights.index_select(0, index), 0)
     row = sequence_of(cu_seqlens, len(ids))
@@ -118,7 +150,7 @@ def _(token_weights, input_ids, cu_seqlens):
     check_values("cu_seqlens", cu_seqlens, len(input_ids))
     counting = ~(token_weights <= 0)
     ids = torch.where(counting, input_ids, 0)
-    if not ids.is_cuda and len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
+    if ids.is_cpu and len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
         raise ValueError("input_ids: an id is out of range; accepted are 0 to 2^31 - 1")
     # By weight falling, NaN first, then by sequence and id, each sort keeping the order of equals.
     order = token_weights.argsort(descending=True, stable=True)

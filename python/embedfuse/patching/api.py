@@ -33,7 +33,7 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
         "off" never. What is kept is forgotten when a parameter changes, but an edit through `.data` is
         not seen. Nothing is kept ("stream" is "batch") while the model has modules that are not
         transformers' own (LoRA), parameters with gradients or made under inference_mode, or rotary
-        angles that hang on the batch.
+        angles that hang on the batch. Encoders accept "off" and "batch".
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
     leaves out are zero (the original fills them with values that mean nothing). A decoder makes no

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from embedfuse.packing import Packed
 from embedfuse.patching.plan import has_own_forward
 from embedfuse.patching.report import PatchError
 
@@ -28,10 +29,11 @@ def check_loaded(model: nn.Module) -> None:
         )
 
 
-def check_ids(input_ids: Tensor, words: int) -> None:
+def check_ids(input_ids: Tensor, packed: Packed, words: int) -> None:
     """Raise IndexError for a token id that the embedding table does not have."""
-    if input_ids.is_cpu and input_ids.numel():  # on a GPU the look would wait for it
-        low, high = input_ids.aminmax()
+    ids = input_ids if packed.ids is None else packed.ids
+    if ids.is_cpu and ids.numel():  # on a GPU the look would wait for it
+        low, high = ids.aminmax()
         if low < 0 or high >= words:
             bad = int(low if low < 0 else high)
             raise IndexError(f"input_ids: token {bad}; accepted are 0 to {words - 1}")

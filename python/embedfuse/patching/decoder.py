@@ -12,6 +12,7 @@ from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe, check_ids
+from embedfuse.patching.engine import REUSES
 from embedfuse.patching.packed_model import PackedModel, Tokens
 from embedfuse.patching.plan import Plan, not_stock
 
@@ -30,6 +31,7 @@ class PackedDecoder(PackedModel):
     # The tower takes a sequence's last row alone: its attention counts query rows from the end.
     pruned_poolings = ("last",)
     attentions = ("bidirectional",)
+    reuses = REUSES
 
     @classmethod
     def probe(cls, model: nn.Module) -> Probe:
@@ -97,7 +99,7 @@ class PackedDecoder(PackedModel):
 
     def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
         if type(self.embed_tokens) is nn.Embedding:
-            check_ids(tokens.input_ids, self.embed_tokens.num_embeddings)
+            check_ids(tokens.input_ids, packed, self.embed_tokens.num_embeddings)
 
     def packed_states(self, call: dict, pooling: str | None = None, count: bool = True):
         # Weights are about to change, and fused optimisers count up no version.

@@ -85,7 +85,7 @@ class PackedEncoder(PackedModel):
                 f"input_ids: length {packed.shape[1]} (longest sequence {packed.max_seqlen}) needs "
                 f"position {last}; the position table ends at {places - 1}"
             )
-        check_ids(tokens.input_ids, tables.word_embeddings.num_embeddings)
+        check_ids(tokens.input_ids, packed, tables.word_embeddings.num_embeddings)
 
     def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
         return encode(plan.layers, self._embed(packed, tokens), packed, rows)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from embedfuse.packing import Packed, pack, unpadded
+from embedfuse.packing import Packed, one_each, pack
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.plan import Plan, is_hooked
@@ -70,8 +70,9 @@ class PackedModel(Patched):
     _argument_names: tuple[str, ...]
     # Poolings for which run_packed takes `rows`.
     pruned_poolings: tuple[str, ...] = ("cls", "last")
-    # What Options.attention may ask for besides the model's own.
+    # What Options may ask for, attention besides the model's own.
     attentions: tuple[str, ...] = ()
+    reuses: tuple[str, ...] = ("off", "batch")
 
     @classmethod
     @abstractmethod
@@ -114,6 +115,11 @@ class PackedModel(Patched):
     def install(cls, model: nn.Module, options: Options) -> Report:
         if options.attention not in (None, *cls.attentions):
             raise ValueError(f"attention={options.attention!r}: {cls.__name__} accepts None")
+        if options.reuse_prefixes not in cls.reuses:
+            raise ValueError(
+                f"reuse_prefixes={options.reuse_prefixes!r}: {cls.__name__} accepts "
+                f"{' and '.join(cls.reuses)}; it has no causal attention"
+            )
         check_loaded(model)
         report = Report(cls.__name__)
         before = parameter_bytes(model)
@@ -216,8 +222,7 @@ class PackedModel(Patched):
             return self.run_packed(plan, packed, tokens, None), packed
         ends = packed.cu_seqlens
         rows = ends[:-1] if pooling == "cls" else ends[1:] - 1
-        batch = len(packed.lengths)
-        return self.run_packed(plan, packed, tokens, rows), unpadded([1] * batch, ends.device)
+        return self.run_packed(plan, packed, tokens, rows), one_each(len(rows), ends.device)
 
     def misfit(self, packed: Packed) -> str | None:
         """Why the original has to serve a batch of this shape."""

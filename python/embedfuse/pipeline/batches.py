@@ -43,6 +43,23 @@ def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             result = coming.result()
 
 
+def behind(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items in order, each handed out when `count` more have come, or none is left to come.
+
+    What `items` raises comes after all before it.
+    """
+    waiting: deque[T] = deque()
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > count:
+                yield waiting.popleft()
+    except Exception:
+        yield from waiting
+        raise
+    yield from waiting
+
+
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of the sequences, longest first, in batches of at most `budget` tokens.
 

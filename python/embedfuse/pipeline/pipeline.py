@@ -8,14 +8,17 @@ from torch import Tensor, nn
 
 from embedfuse.nn.heads import Heads
 from embedfuse.nn.linear import linear
-from embedfuse.ops import Csr, lexical_weights, pool_normalize, sparse_scatter
+from embedfuse.ops import Csr, pool_normalize
+from embedfuse.ops.lexical_weights import token_weights
+from embedfuse.ops.sparse_scatter import KeptTokens, kept_tokens
 from embedfuse.packing import Packed, end_to_end
 from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import is_hooked
-from embedfuse.pipeline.batches import TokenBudget, ahead
-from embedfuse.pipeline.embeddings import OUTPUTS, Vectors
+from embedfuse.pipeline.batches import TokenBudget, ahead, behind
+from embedfuse.pipeline.embeddings import OUTPUTS, BatchVectors, Vectors
 from embedfuse.pipeline.llm2vec import WrappedTexts, tails
 from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
+from embedfuse.staging import ToHost
 
 T = TypeVar("T")
 # One window is tokenised while the one before runs, and bounds the memory of a stream.
@@ -61,9 +64,11 @@ class EmbeddingPipeline:
         advance: Callable[[int], None] = lambda texts: None,
         at_most: int | None = None,
         prompt: str = "",
+        on_host: bool = True,
     ) -> Iterator[Vectors]:
         """Vectors of one window of texts after the other, in order.
 
+        From a GPU they travel while the next batch runs. on_host=False leaves them there.
         dtype: of dense and multi-vector rows. advance: told how many more texts are done.
         at_most: tokens of one forward, where the caller wants less than the budget. prompt: put before
         every text.
@@ -84,45 +89,70 @@ class EmbeddingPipeline:
                 )
             return ids, own
 
-        longest = max_length * 16  # of a longer text, hardly more is read
-        for sequences, own in ahead(ids_of, windows(texts, lambda text: length_of(text, longest))):
-            yield self.vectors(sequences, outputs, dtype, advance, at_most, own)
+        to_host = ToHost(self.model.device)
+
+        def leave(found: BatchVectors) -> Callable[[], Vectors]:
+            return found.send(to_host) if on_host else found.vectors
+
+        def batches() -> Iterator[tuple[int, list[int], Callable[[], Vectors]]]:
+            """Batches that have started, each with the number of texts of its window."""
+            longest = max_length * 16  # of a longer text, hardly more is read
+            cut = windows(texts, lambda text: length_of(text, longest))
+            for sequences, own in ahead(ids_of, cut):
+                for batch, arrive in self._run(sequences, outputs, dtype, at_most, own, leave):
+                    yield len(sequences), batch, arrive
+
+        parts, done = [], 0
+        for wanted, batch, arrive in behind(batches(), to_host.behind):
+            parts.append((batch, arrive()))
+            advance(len(batch))
+            done += len(batch)
+            if done == wanted:
+                yield Vectors.collect(parts)
+                parts, done = [], 0
 
     def vectors(
         self,
         sequences: list[list[int]],
         outputs: Sequence[str],
         dtype: torch.dtype = torch.float32,
-        advance: Callable[[int], None] = lambda texts: None,
         at_most: int | None = None,
-        own: list[int] | None = None,
     ) -> Vectors:
-        """Vectors of token id lists, on the model's device.
+        """Vectors of token id lists, on the model's device."""
+        found = self._run(sequences, outputs, dtype, at_most, None, BatchVectors.vectors)
+        return Vectors.collect(found)
+
+    def _run(
+        self,
+        sequences: list[list[int]],
+        outputs: Sequence[str],
+        dtype: torch.dtype,
+        at_most: int | None,
+        own: list[int] | None,
+        finish: Callable[[BatchVectors], T],
+    ) -> Iterator[tuple[list[int], T]]:
+        """(indices, what `finish` makes of their vectors) of batches of token id lists.
 
         own: of each list, how many tokens at its end the dense vector pools; None: all.
         """
 
-        def run(batch: list[int]) -> Vectors:
+        def run(batch: list[int]) -> T:
             counts = None if own is None else [own[i] for i in batch]
-            return self._forward([sequences[i] for i in batch], outputs, dtype, counts)
+            return finish(self._forward([sequences[i] for i in batch], outputs, dtype, counts))
 
-        parts = []
-        for batch, vectors in self.budget.run([len(s) for s in sequences], run, at_most):
-            parts.append((batch, vectors))
-            advance(len(batch))
-        return Vectors.collect(parts)
+        return self.budget.run([len(s) for s in sequences], run, at_most)
 
     @torch.inference_mode()
     def _forward(
         self, sequences: list[list[int]], outputs, dtype: torch.dtype, own: list[int] | None
-    ) -> Vectors:
+    ) -> BatchVectors:
         device = self.model.device
         input_ids, packed = end_to_end(sequences, device)
         only_dense = tuple(outputs) == ("dense",) and own is None
         states, pooled = self.model.sequence_states(
             input_ids, packed, self.pooling if only_dense else None
         )
-        dense = sparse = multi = None
+        dense = kept = multi = None
         if "dense" in outputs:
             rows, pooled = (states, pooled) if own is None else tails(states, packed, own)
             dense = pool_normalize(
@@ -133,25 +163,25 @@ class EmbeddingPipeline:
                 out_dtype=dtype,
             )
         if "sparse" in outputs:
-            sparse = self._lexical(states, input_ids, packed)
+            kept = self._lexical(states, input_ids, packed)
         if "multi" in outputs:
             head = self.heads.multi
             rows = head(states) if is_hooked(head) else linear(head, states, plain=True)
             rows = rows[:, : self.dimensions]
             each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)
-            rows = pool_normalize(
+            multi = pool_normalize(
                 rows, cu_seqlens=each, pooling="cls", normalize=self.normalize, out_dtype=dtype
             )
-            # Without the first token, whose state is the dense vector.
-            multi = [x[1:] for x in rows.split(packed.lengths)]
-        return Vectors(dense, sparse, multi)
+        return BatchVectors(packed, dense, kept, multi)
 
-    def _lexical(self, states: Tensor, input_ids: Tensor, packed: Packed) -> Csr:
+    def _lexical(self, states: Tensor, input_ids: Tensor, packed: Packed) -> KeptTokens:
         head = self.heads.sparse
-        bounds = {"cu_seqlens": packed.cu_seqlens, "excluded": self._special_ids()}
         if type(head) is nn.Linear and not is_hooked(head):
-            return lexical_weights(states, input_ids, head.weight[0], head.bias, **bounds)
-        return sparse_scatter(head(states).squeeze(-1).float(), input_ids, **bounds)
+            weights = token_weights(states, head.weight[0], head.bias)
+        else:
+            weights = head(states).squeeze(-1).float()
+        excluded = self._special_ids()
+        return kept_tokens(weights, input_ids, cu_seqlens=packed.cu_seqlens, excluded=excluded)
 
     def _special_ids(self) -> tuple[int, ...]:
         """Tokens that have no lexical weight, as FlagEmbedding leaves them out."""

@@ -1,0 +1,252 @@
+"""What lets a GPU go on: no forward reads from it or waits for a copy to it, and results come one behind."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from embedfuse import Embedder, ops
+from embedfuse.pipeline.batches import behind
+from embedfuse.pipeline.embeddings import OUTPUTS
+from tests.pipeline.families import make, write_sentence_transformers
+from tests.pipeline.reference import tensors
+
+META = torch.device("meta")
+
+
+class NoWait(TorchDispatchMode):
+    """Fails on what a host waits for a GPU in, with tensors of device "meta" in place of the GPU's.
+
+    They hold no values, so torch itself raises where one is read: .item(), .tolist(), .cpu(), nonzero.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        out = function(*args, **kwargs)
+        produced = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        devices = {t.device for t in (*given, *produced) if t.dim()}
+        if len(devices) > 1:
+            staged = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
+            assert staged, f"{function}: a copy between {devices} that waits"
+        return out
+
+
+class NoTensorOfAList(TorchFunctionMode):
+    """Fails on a list that torch would make a tensor of on the host and copy in a way that waits."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(i, list) for i in index), "a list as index"
+        if function in (torch.tensor, torch.as_tensor):
+            device = torch.device((kwargs or {}).get("device") or "cpu")
+            assert device == torch.device("cpu"), f"{function.__name__} from pageable memory"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def staged(monkeypatch):
+    """What was taken to the device, as to_device does it for a GPU."""
+    taken = []
+
+    def to_device(device, *tensors):
+        taken.append([t.shape for t in tensors])
+        return tuple(t.to(device, non_blocking=True) for t in tensors)
+
+    for module in ("packing", "nn.prefixes"):
+        monkeypatch.setattr(f"embedfuse.{module}.to_device", to_device)
+    # torch knows no autocast on this device.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
+    return taken
+
+
+def forward(staged, embedder, sequences, outputs, own=None):
+    embedder.model.to(META)
+    staged.clear()  # what the check in patch took there
+    for head in (embedder._pipeline.heads.sparse, embedder._pipeline.heads.multi):
+        if head is not None:
+            head.to(META)
+    with NoTensorOfAList(), NoWait():
+        return embedder._pipeline._forward(sequences, outputs, torch.float32, own)
+
+
+SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
+
+
+@pytest.mark.parametrize("outputs", [("dense",), OUTPUTS])
+def test_an_encoder_waits_for_nothing(m3_folder, staged, outputs):
+    found = forward(staged, Embedder(m3_folder, device="cpu"), SEQUENCES, outputs)
+    assert found.dense.shape == (3, 64)
+    assert found.dense.device == META
+    assert staged == [[(10,), (4,)]]
+    if outputs == OUTPUTS:
+        assert (found.multi.shape, found.kept.index.shape) == ((10, 64), (10,))
+        assert found.packed.ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("kind", ["bert", "mistral", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
+@pytest.mark.parametrize("reuse", ["off", "stream"])
+def test_towers_wait_for_nothing(tmp_path, staged, kind, pooling, reuse):
+    write_sentence_transformers(make(tmp_path, kind), pooling)
+    embedder = Embedder(str(tmp_path), device="cpu", reuse_prefixes=reuse)
+    alike = [[5] * 20 + [i] for i in range(6, 16)]
+    found = forward(staged, embedder, alike + SEQUENCES, ("dense",))
+    assert found.dense.shape == (13, 48)
+    shares = reuse == "stream" and kind != "bert"
+    assert len(staged) == 1 + shares
+    if shares:  # ids, and one copy for all that tells where shared tokens lie
+        assert len(staged[1]) == 6
+
+
+def test_pooling_of_the_texts_own_tokens_waits_for_nothing(tmp_path, staged):
+    write_sentence_transformers(make(tmp_path, "mistral"), "mean")
+    embedder = Embedder(str(tmp_path), device="cpu")
+    found = forward(staged, embedder, SEQUENCES, ("dense",), own=[2, 1, 3])
+    assert found.dense.shape == (3, 48)
+    assert len(staged) == 2
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x[torch.tensor([1, 0])],
+        lambda x: x[[1, 0]],
+        lambda x: x.__setitem__(([1, 0],), x[:2]),
+        lambda x: torch.arange(3).to(META),
+        lambda x: torch.tensor([1, 2], device=META),
+        lambda x: ops.sparse_scatter(
+            x, torch.zeros(4, dtype=torch.int64, device=META), cu_seqlens=x.int()
+        ),
+    ],
+)
+def test_what_waits_is_found(wait):
+    x = torch.empty(4, device=META)
+    with (
+        pytest.raises((RuntimeError, NotImplementedError, AssertionError)),
+        NoTensorOfAList(),
+        NoWait(),
+    ):
+        wait(x)
+
+
+def test_ids_that_the_table_has_not_are_found_on_the_host(m3_folder, staged):
+    with pytest.raises(IndexError, match="token 2000; accepted are 0 to 1999"):
+        forward(staged, Embedder(m3_folder, device="cpu"), [[5, 2000]], ("dense",))
+
+
+class Late:
+    """ToHost of a device one batch behind: what arrives is there only once it is waited for."""
+
+    behind = 1
+
+    def __init__(self, device):
+        self.log = []
+        Late.last = self
+
+    def __call__(self, *tensors):
+        number = sum(event == "start" for event, _ in self.log)
+        self.log.append(("start", number))
+        copies = [None if t is None else torch.zeros_like(t) for t in tensors]
+
+        def wait():
+            self.log.append(("wait", number))
+            for copy, tensor in zip(copies, tensors, strict=True):
+                if copy is not None:
+                    copy.copy_(tensor)
+            return tuple(copies)
+
+        return wait
+
+
+@pytest.fixture
+def late(embedder, monkeypatch):
+    monkeypatch.setattr("embedfuse.pipeline.pipeline.ToHost", Late)
+    monkeypatch.setattr("embedfuse.pipeline.pipeline.WINDOW_TEXTS", 4)
+    monkeypatch.setattr(embedder._pipeline.budget, "tokens", 60)
+
+
+def test_each_batch_starts_before_the_one_before_is_waited_for(embedder, texts, late):
+    stream = embedder.iter_encode(texts, OUTPUTS)
+    parts = list(stream)
+    log = Late.last.log
+    count = len(log) // 2
+    assert count > len(parts) > 5  # windows of several batches
+    expected = [("start", 0)]
+    for i in range(1, count):
+        expected += [("start", i), ("wait", i - 1)]
+    assert log == [*expected, ("wait", count - 1)]
+    assert [len(part) for part in parts[:-1]] == [4] * (len(parts) - 1)
+
+
+def test_results_are_the_same(embedder, texts, monkeypatch):
+    monkeypatch.setattr("embedfuse.pipeline.pipeline.WINDOW_TEXTS", 4)
+    monkeypatch.setattr(embedder._pipeline.budget, "tokens", 60)
+    expected = tensors(embedder.encode(texts, OUTPUTS), 2000)
+    monkeypatch.setattr("embedfuse.pipeline.pipeline.ToHost", Late)
+    found = embedder.encode(texts, OUTPUTS)
+    assert all(array.base is None for array in found.multi)
+    for name, value in tensors(found, 2000).items():
+        assert torch.equal(value, expected[name])
+
+
+def test_memory_that_runs_out_loses_nothing(embedder, texts, late, monkeypatch):
+    expected = embedder.encode(texts).dense
+    states = embedder.model.sequence_states
+
+    def forward(input_ids, packed, pooling=None):
+        if packed.tokens > max(30, packed.max_seqlen):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return states(input_ids, packed, pooling)
+
+    monkeypatch.setattr(embedder.model, "sequence_states", forward, raising=False)
+    found = torch.from_numpy(embedder.encode(texts).dense)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=2e-6)
+
+
+def test_what_came_before_an_error_is_handed_out(embedder, texts, late):
+    expected = embedder.encode(texts[:4]).dense
+    stream = embedder.iter_encode([*texts[:4], None])
+    torch.testing.assert_close(next(stream).dense, expected, rtol=0, atol=2e-6)
+    with pytest.raises(TypeError, match=r"texts\[4\]"):
+        next(stream)
+
+
+def test_behind():
+    taken = []
+
+    def items(n):
+        for i in range(n):
+            taken.append(i)
+            yield i
+
+    for count, read in ((0, 1), (1, 2), (3, 4)):
+        taken.clear()
+        stream = behind(items(6), count)
+        assert next(stream) == 0
+        assert len(taken) == read
+        assert list(stream) == [1, 2, 3, 4, 5]
+    assert list(behind([], 2)) == []
+    assert list(behind([1], 2)) == [1]
+
+
+def test_behind_is_closed_with_its_source():
+    closed = []
+
+    def items():
+        try:
+            yield from range(5)
+        finally:
+            closed.append(True)
+
+    stream = behind(items(), 1)
+    next(stream)
+    stream.close()
+    del stream
+    assert closed == [True]
