@@ -39,6 +39,8 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
             tile |= {"num_warps": 4, "num_stages": 4, "programs": 3 if wide < 256 else 2}
     else:
         tile |= {"num_warps": block // 16, "num_stages": 2 if wide == 256 else 3, "programs": 1}
+        if wide > 256 and int8:
+            tile["B_D"] = 32
     return tile
 
 
@@ -265,7 +267,6 @@ def maxsim_kernel(
     start, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_r = tl.arange(0, B_Q) % SLOT
     i_q = (tl.program_id(1) * (B_Q // SLOT) + tl.arange(0, B_Q) // SLOT).to(tl.int64)
-    b_q, b_norm = None, None
     if ONE_SLICE and p_p is None:
         q_start, q_rows = text_of(p_qs, i_q, queries)
         # What fits stays for all documents, and leaves none to the loop below.
@@ -274,6 +275,7 @@ def maxsim_kernel(
         b_q = load_slice(p_r, m_r, 0, depth, B_D)
         if WIDEN:
             b_q = b_q.to(tl.float32)
+        b_norm = None
         if NORMALIZE:
             b_norm = row_normalizers(p_r, m_r, depth, B_Q, B_D)
         for n in range(start, tl.where(fits, count, 0), step):
@@ -312,15 +314,16 @@ def maxsim_kernel(
         b_score = tl.zeros([B_Q], tl.float64)
         for t in range(0, rows_to_visit(q_rows, p_a, width), SLOT):
             p_r, m_r = p_q + (q_start + t + o_r) * s_q, t + o_r < q_rows
+            b_x, b_unit = None, None
             if ONE_SLICE:
-                b_q = load_slice(p_r, m_r, 0, depth, B_D)
+                b_x = load_slice(p_r, m_r, 0, depth, B_D)
                 if WIDEN:
-                    b_q = b_q.to(tl.float32)
+                    b_x = b_x.to(tl.float32)
             if NORMALIZE:
-                b_norm = row_normalizers(p_r, m_r, depth, B_Q, B_D)
+                b_unit = row_normalizers(p_r, m_r, depth, B_Q, B_D)
             b_score += tile_scores(
-                b_q,
-                b_norm,
+                b_x,
+                b_unit,
                 p_r,
                 t + o_r,
                 q_rows,
@@ -408,22 +411,27 @@ def aot_calls() -> Iterator[tuple]:
 
     documents, zero, pairs = empty(4, 2), empty(4, dtype=torch.bool), empty(9, 2)
     d_scale = empty(100, dtype=torch.float32)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        # One query, as many as fill a tile, and one that fills it alone.
-        for rows, queries in ((32, 1), (32, 8), (128, 1)):
-            spans = empty(queries, 2)
-            for depth in (16, 37, 64, 128, 256, 1024):
-                q, d = empty(rows * queries, depth, dtype=dtype), empty(100, depth, dtype=dtype)
-                yield maxsim, (q, spans, [d], documents, None, None, None, False, 0)
-                yield (
-                    maxsim,
-                    (q, spans, [d.to(torch.int8)], documents, d_scale, None, None, False, 0),
-                )
-                if depth in (128, 1024):
-                    yield maxsim, (q, spans, [d], documents, None, zero, pairs, True, 32)
-                    yield maxsim, (q, spans, [d], documents, None, None, None, False, 32)
-                    yield maxsim, (q, spans, [d], documents, None, zero, None, True, 0)
-                    yield (
-                        maxsim,
-                        (q, spans, [d.to(torch.int8)], documents, d_scale, zero, pairs, True, 32),
-                    )
+
+    def calls(dtype, rows, queries, depth):
+        q, d = empty(rows * queries, depth, dtype=dtype), empty(100, depth, dtype=dtype)
+        plain = q, empty(queries, 2), [d], documents, None
+        int8 = *plain[:2], [d.to(torch.int8)], documents, d_scale
+        yield *plain, None, None, False, 0
+        yield *int8, None, None, False, 0
+        yield *plain, None, None, False, 32
+        yield *plain, zero, None, True, 0
+        yield *int8, zero, None, True, 32
+        if queries == 1:
+            yield *int8, zero, pairs, True, 32
+
+    # Tiles of one short query, of two kinds of several, and of a long one.
+    tiles = [(32, 1), (16, 4), (32, 4)]
+    for dtype, depths in (
+        (torch.float32, (37, 1024)),
+        (torch.float16, (128, 1024)),
+        (torch.bfloat16, (16, 37, 64, 128, 256, 1024)),
+    ):
+        for depth in depths:
+            for rows, queries in tiles if depth > 64 else tiles[:1]:
+                for call in calls(dtype, rows, queries, depth):
+                    yield maxsim, call
