@@ -27,7 +27,7 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
     wide = max(16, triton.next_power_of_2(depth))
     slot = min(128, max(16, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
-        tile = {"B_Q": 32, "B_T": 64, "B_D": 16, "num_warps": 4, "num_stages": 2, "programs": 3}
+        tile = {"B_Q": 32, "B_T": 32, "B_D": 16, "num_warps": 4, "num_stages": 2, "programs": 2}
         return {"SLOT": min(slot, 32), **tile}
     block = min(128, slot * triton.next_power_of_2(queries))
     tile = {"SLOT": slot, "B_Q": block, "B_T": 64, "B_D": wide if wide <= 256 else 64}
@@ -174,7 +174,7 @@ def maxsim_kernel(
         store_scores(p_o, o_o, b_score, B_Q, SLOT)
 
 
-def programs(device: torch.device, per_processor: int, tiles: int, count: int) -> int:
+def programs_of(device: torch.device, per_processor: int, tiles: int, count: int) -> int:
     """How many share the documents of a tile, or the pairs: all at once where there is one tile, else in some
     waves, so that the last one's idle processors weigh little."""
     processors = 1
@@ -203,7 +203,7 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
     registers = 65536 // (32 * config["num_warps"] * per_processor)
     tiles = triton.cdiv(together, config["B_Q"] // config["SLOT"])
     count = results // together
-    step = programs(query.device, per_processor, tiles, count)
+    step = programs_of(query.device, per_processor, tiles, count)
     with torch.cuda.device_of(query):
         maxsim_kernel[(step * tiles,)](
             query,
@@ -257,11 +257,11 @@ def aot_calls() -> Iterator[tuple]:
     # Tiles of one short query, of two kinds of several, and of a long one.
     tiles = [(32, 1), (16, 4), (32, 4)]
     for dtype, depths in (
-        (torch.float32, (37, 1024)),
-        (torch.float16, (128, 1024)),
-        (torch.bfloat16, (16, 37, 64, 128, 256, 1024)),
+        (torch.float32, (37, 128)),
+        (torch.float16, (64,)),
+        (torch.bfloat16, (16, 37, 128, 256, 1024)),
     ):
         for depth in depths:
-            for rows, queries in tiles if depth > 64 else tiles[:1]:
+            for rows, queries in tiles if depth > 64 and dtype != torch.float32 else tiles[:1]:
                 for call in calls(dtype, rows, queries, depth):
                     yield maxsim, call
