@@ -1,11 +1,12 @@
-"""maxsim:      s_p = sum over rows i of q of max over rows j of d of q_i d_j ;  a_pi = that j
-segment_sum: out_r = sum over the entries k of segment r of w_k x_{i_k}
+"""s_p = sum over rows i of q of max over rows j of d of q_i d_j ;  a_pi = that j
 
-maxsim takes one program per pair: a block of query rows meets the document's rows a block at a time on the
-tensor cores, in slices of the depth, with a running maximum in registers; int8 documents become the query's
-dtype, which holds them exactly, and their scales multiply the products. segment_sum takes one program
-per row of the result and slice of its columns; neither uses atomics, so the bits are always the same.
-Limits: each query reads its documents anew, from L2 where they fit; a pair of a long query is one program.
+A tile holds the rows of one query, or of several short ones, each at the start of its slot, and meets a
+document a block of rows at a time on the tensor cores. Each product meets the one that stood in its place
+a block before, so the maximum of a row is found once per document. A program takes one tile past every
+n-th document; where its queries fit their slots and a row is one slice of the depth, the tile is read once.
+int8 documents become the query's dtype, which holds them exactly, and their scales multiply the products.
+No atomics; a query's maxima are added in fp64, so the bits are always the same.
+Limits: a query longer than its slot reads its documents once per slot; listed pairs read each query anew.
 """
 
 from collections.abc import Iterator
@@ -13,26 +14,58 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels._maxsim_tile import load_slice, row_normalizers, tile_scores
 
 from embedfuse.registry import triton_interprets
 
-EPS = tl.constexpr(1e-12)
+
+def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> dict[str, int]:
+    """Block sizes and launch options. rows: of a query, on average. queries: that meet the same documents.
+
+    Not measured: the largest without spills on sm_80, sm_90 and sm_100.
+    """
+    wide = max(16, triton.next_power_of_2(depth))
+    slot = min(128, max(16, triton.next_power_of_2(rows)))
+    if dtype == torch.float32:
+        tile = {"B_Q": 32, "B_T": 32, "B_D": 16, "num_warps": 4, "num_stages": 2, "programs": 2}
+        return {"SLOT": min(slot, 32), **tile}
+    block = min(128, slot * triton.next_power_of_2(queries))
+    tile = {"SLOT": slot, "B_Q": block, "B_T": 64, "B_D": wide if wide <= 256 else 64}
+    if block <= 32:
+        # The documents' bytes decide: many on their way.
+        tile |= {"num_warps": 8, "num_stages": 3, "programs": 1}
+        if wide != 256:
+            tile |= {"num_warps": 4, "num_stages": 4, "programs": 3 if wide < 256 else 2}
+    else:
+        tile |= {"num_warps": block // 16, "num_stages": 2 if wide == 256 else 3, "programs": 1}
+        if wide > 256 and int8:
+            tile["B_D"] = 32
+    return tile
 
 
 @triton.jit
-def load_rows(p_x, stride, o_t, rows, o_k, depth):
-    m_x = (o_t < rows)[:, None] & (o_k < depth)[None, :]
-    return tl.load(p_x + o_t.to(tl.int64)[:, None] * stride + o_k[None, :], mask=m_x, other=0)
+def text_of(p_spans, i, texts):
+    """First row and number of rows of texts by number; none of a number past the last."""
+    first = tl.load(p_spans + 2 * i, mask=i < texts, other=0)
+    return first, (tl.load(p_spans + 2 * i + 1, mask=i < texts, other=0) - first).to(tl.int32)
 
 
 @triton.jit
-def normalizers(b_squares, b_scale):
-    norm = tl.sqrt(b_squares) * tl.abs(b_scale)
-    # tl.maximum would drop a NaN norm.
-    return b_scale / tl.where(norm < EPS, EPS, norm)
+def rows_to_visit(q_rows, p_a, width):
+    longest = tl.max(q_rows, 0)
+    if p_a is not None:
+        longest = tl.maximum(longest, width)
+    return longest
 
 
-@triton.jit(do_not_specialize=["documents", "width"])
+@triton.jit
+def store_scores(p_o, o_o, b_score, B_Q: tl.constexpr, SLOT: tl.constexpr):
+    b_sum = tl.sum(tl.reshape(b_score, [B_Q // SLOT, SLOT]), 1)
+    o_o = tl.max(tl.reshape(o_o, [B_Q // SLOT, SLOT]), 1)
+    tl.store(p_o + o_o, b_sum.to(tl.float32), mask=o_o >= 0)
+
+
+@triton.jit(do_not_specialize=["queries", "count", "step", "width"])
 def maxsim_kernel(
     p_q,  # (rows, depth)
     p_qs,  # (queries, 2)
@@ -45,175 +78,159 @@ def maxsim_kernel(
     p_a,  # (pairs, width) or None
     s_q,
     s_d,
-    documents,
+    queries,
+    count,  # pairs listed, or documents
+    step,  # programs that share them
     depth,
     width,
     NORMALIZE: tl.constexpr,
     WIDEN: tl.constexpr,
+    ONE_SLICE: tl.constexpr,
+    SLOT: tl.constexpr,
     B_Q: tl.constexpr,
     B_T: tl.constexpr,
     B_D: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)
-    if p_p is not None:
-        i_q, i_d = tl.load(p_p + 2 * pair), tl.load(p_p + 2 * pair + 1)
-    else:
-        i_q, i_d = pair // documents, pair % documents
-    q_start, d_start = tl.load(p_qs + 2 * i_q), tl.load(p_ds + 2 * i_d)
-    q_rows = (tl.load(p_qs + 2 * i_q + 1) - q_start).to(tl.int32)
-    d_rows = (tl.load(p_ds + 2 * i_d + 1) - d_start).to(tl.int32)
-    p_q += q_start * s_q
-    p_d += d_start * s_d
-    lowest, nowhere = float("-inf"), 0
-    if p_z is not None:
-        zero = tl.load(p_z + i_d) != 0
-        lowest = tl.where(zero, 0.0, float("-inf"))
-        nowhere = tl.where(zero, -1, 0)
-
-    end = q_rows
-    if p_a is not None:
-        end = tl.maximum(q_rows, width)
-    score = tl.zeros([B_Q], tl.float32)
-    for t in range(0, end, B_Q):
-        o_q = t + tl.arange(0, B_Q)
-        b_best = tl.zeros([B_Q], tl.float32) + lowest
-        b_place = tl.zeros([B_Q], tl.int32) + nowhere
-        for u in range(0, d_rows, B_T):
-            o_t = u + tl.arange(0, B_T)
-            b_s = tl.zeros([B_Q, B_T], tl.float32)
-            b_squares = tl.zeros([B_T], tl.float32)
-            for k in range(0, depth, B_D):
-                o_k = k + tl.arange(0, B_D)
-                b_q = load_rows(p_q, s_q, o_q, q_rows, o_k, depth)
-                b_d = load_rows(p_d, s_d, o_t, d_rows, o_k, depth)
-                if WIDEN:
-                    b_q, b_d = b_q.to(tl.float32), b_d.to(tl.float32)
-                b_d = b_d.to(b_q.dtype)
-                b_s = tl.dot(b_q, tl.trans(b_d), b_s, input_precision="ieee")
-                if NORMALIZE:
-                    b_squares += tl.sum(b_d.to(tl.float32) * b_d.to(tl.float32), 1)
-            b_scale = tl.full([B_T], 1.0, tl.float32)
-            if p_s is not None:
-                b_scale = tl.load(p_s + d_start + o_t, mask=o_t < d_rows, other=0)
-            if NORMALIZE:
-                b_scale = normalizers(b_squares, b_scale)
-            if NORMALIZE or p_s is not None:
-                b_s *= b_scale[None, :]
-            b_s = tl.where((o_t < d_rows)[None, :], b_s, float("-inf"))
-            # A NaN goes before all numbers, and the first one stays.
-            b_nan = tl.max((b_s != b_s).to(tl.int32), 1) > 0
-            b_top, b_at = tl.max(tl.where(b_s != b_s, float("inf"), b_s), 1, return_indices=True)
-            take = (b_best == b_best) & (b_nan | (b_top > b_best))
-            b_best = tl.where(take, tl.where(b_nan, float("nan"), b_top), b_best)
-            b_place = tl.where(take, u + b_at, b_place)
+    start = tl.program_id(0).to(tl.int64) % step
+    o_r = tl.arange(0, B_Q) % SLOT
+    i_q = tl.program_id(0).to(tl.int64) // step * (B_Q // SLOT) + tl.arange(0, B_Q) // SLOT
+    if ONE_SLICE and p_p is None:
+        q_start, q_rows = text_of(p_qs, i_q, queries)
+        # What fits stays for all documents, and leaves none to the loop below.
+        fits = rows_to_visit(q_rows, p_a, width) <= SLOT
+        p_r, m_r = p_q + (q_start + o_r) * s_q, o_r < q_rows
+        b_q = load_slice(p_r, m_r, 0, depth, B_D)
+        if WIDEN:
+            b_q = b_q.to(tl.float32)
+        b_norm = None
         if NORMALIZE:
-            b_squares = tl.zeros([B_Q], tl.float32)
-            for k in range(0, depth, B_D):
-                b_q = load_rows(p_q, s_q, o_q, q_rows, k + tl.arange(0, B_D), depth).to(tl.float32)
-                b_squares += tl.sum(b_q * b_q, 1)
-            b_best *= normalizers(b_squares, 1.0)
-        found = (o_q < q_rows) & (d_rows > 0)
-        score += tl.where(found, b_best, 0)
-        if p_a is not None:
-            b_place = tl.where(found, b_place, -1)
-            tl.store(p_a + pair * width + o_q, b_place, mask=o_q < width)
-    tl.store(p_o + pair, tl.sum(score, 0))
+            b_norm = row_normalizers(p_r, m_r, depth, B_Q, B_D)
+        for n in range(start, tl.where(fits, count, 0), step):
+            o_o = tl.where(i_q < queries, i_q * count + n, -1)
+            b_score = tile_scores(
+                b_q,
+                b_norm,
+                p_r,
+                o_r,
+                q_rows,
+                n,
+                o_o,
+                p_d,
+                p_ds,
+                p_s,
+                p_z,
+                p_a,
+                s_d,
+                depth,
+                width,
+                NORMALIZE,
+                WIDEN,
+                B_Q,
+                B_T,
+                B_D,
+            )
+            store_scores(p_o, o_o, b_score, B_Q, SLOT)
+        start = tl.where(fits, count, start)
+    for n in range(start, count, step):
+        if p_p is None:
+            i_t, i_d = i_q, n
+            o_o = tl.where(i_q < queries, i_q * count + n, -1)
+        else:
+            o_o = tl.zeros([B_Q], tl.int64) + n
+            i_t, i_d = tl.load(p_p + 2 * o_o), tl.load(p_p + 2 * n + 1)
+        q_start, q_rows = text_of(p_qs, i_t, queries)
+        b_score = tl.zeros([B_Q], tl.float64)
+        for t in range(0, rows_to_visit(q_rows, p_a, width), SLOT):
+            p_r, m_r = p_q + (q_start + t + o_r) * s_q, t + o_r < q_rows
+            b_x, b_unit = None, None
+            if ONE_SLICE:
+                b_x = load_slice(p_r, m_r, 0, depth, B_D)
+                if WIDEN:
+                    b_x = b_x.to(tl.float32)
+            if NORMALIZE:
+                b_unit = row_normalizers(p_r, m_r, depth, B_Q, B_D)
+            b_score += tile_scores(
+                b_x,
+                b_unit,
+                p_r,
+                t + o_r,
+                q_rows,
+                i_d,
+                o_o,
+                p_d,
+                p_ds,
+                p_s,
+                p_z,
+                p_a,
+                s_d,
+                depth,
+                width,
+                NORMALIZE,
+                WIDEN,
+                B_Q,
+                B_T,
+                B_D,
+            )
+        store_scores(p_o, o_o, b_score, B_Q, SLOT)
 
 
-@triton.jit
-def segment_sum_kernel(
-    p_x,  # (rows, depth)
-    p_w,  # (entries)
-    p_i,  # (entries)
-    p_ptr,  # (segments + 1)
-    p_o,  # (segments, depth)
-    s_x,
-    depth,
-    B_K: tl.constexpr,
-    B_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * B_D + tl.arange(0, B_D)
-    m_d = o_d < depth
-    end = tl.load(p_ptr + row + 1)
-    b_acc = tl.zeros([B_K, B_D], tl.float32)
-    for k in range(tl.load(p_ptr + row), end, B_K):
-        o_k = k + tl.arange(0, B_K)
-        m_k = o_k < end
-        b_w = tl.load(p_w + o_k, mask=m_k, other=0)
-        b_i = tl.load(p_i + o_k, mask=m_k, other=0)
-        p_r = p_x + b_i[:, None] * s_x + o_d[None, :]
-        b_x = tl.load(p_r, mask=m_k[:, None] & m_d[None, :], other=0).to(tl.float32)
-        b_acc += b_w[:, None] * b_x
-    tl.store(p_o + row * depth + o_d, tl.sum(b_acc, 0), mask=m_d)
+def programs_of(device: torch.device, per_processor: int, tiles: int, count: int) -> int:
+    """How many share the documents of a tile, or the pairs: all at once where there is one tile, else in some
+    waves, so that the last one's idle processors weigh little."""
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    waves = 1 if tiles == 1 else 8
+    share = triton.cdiv(count * tiles, processors * per_processor * waves)
+    return triton.cdiv(count, share)
 
 
 def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, normalize, width):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/maxsim_op.py)."""
     document = documents[0] if len(documents) == 1 else torch.cat(documents)
     query, document = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, document))
-    count = len(query_spans) * len(document_spans) if pairs is None else len(pairs)
-    scores = query.new_empty(count, dtype=torch.float32)
-    argmax = query.new_empty((count if width else 0, width), dtype=torch.int32)
-    # More columns at a time spill registers.
-    depth = query.shape[1]
-    most = 16 if query.dtype == torch.float32 else 128 if scale is None else 64
-    if scale is not None and depth % 16:  # bytes are loaded one at a time
-        most = min(most, 32)
-    slice_ = min(most, max(16, triton.next_power_of_2(max(depth, 1))))
-    if count:
-        with torch.cuda.device_of(query):
-            maxsim_kernel[(count,)](
-                query,
-                query_spans.contiguous(),
-                document,
-                document_spans.contiguous(),
-                None if scale is None else scale.contiguous(),
-                None if zero is None else zero.contiguous().view(torch.uint8),
-                None if pairs is None else pairs.contiguous(),
-                scores,
-                argmax if width else None,
-                query.stride(0),
-                document.stride(0),
-                len(document_spans),
-                depth,
-                width,
-                NORMALIZE=normalize,
-                # Triton's interpreter (3.9) multiplies the bit patterns of bf16.
-                WIDEN=triton_interprets() and query.dtype == torch.bfloat16,
-                B_Q=32,
-                B_T=64,
-                B_D=slice_,
-                num_warps=4,
-                num_stages=2,
-                # What 4 warps may have. Told nothing, ptxas spills a few to fit one more program.
-                maxnreg=255,
-            )
+    queries, depth = len(query_spans), query.shape[1]
+    results = queries * len(document_spans) if pairs is None else len(pairs)
+    scores = query.new_empty(results, dtype=torch.float32)
+    argmax = query.new_empty((results if width else 0, width), dtype=torch.int32)
+    if results == 0:
+        return scores, argmax
+    rows = triton.cdiv(len(query), queries)
+    together = queries if pairs is None else 1
+    config = default_config(query.dtype, depth, rows, together, scale is not None)
+    # Places and squares take registers as well.
+    per_processor = config.pop("programs") if not (width or normalize) else 1
+    registers = 65536 // (32 * config["num_warps"] * per_processor)
+    tiles = triton.cdiv(together, config["B_Q"] // config["SLOT"])
+    count = results // together
+    step = programs_of(query.device, per_processor, tiles, count)
+    with torch.cuda.device_of(query):
+        maxsim_kernel[(step * tiles,)](
+            query,
+            query_spans.contiguous(),
+            document,
+            document_spans.contiguous(),
+            None if scale is None else scale.contiguous(),
+            None if zero is None else zero.contiguous().view(torch.uint8),
+            None if pairs is None else pairs.contiguous(),
+            scores,
+            argmax if width else None,
+            query.stride(0),
+            document.stride(0),
+            queries,
+            count,
+            step,
+            depth,
+            width,
+            NORMALIZE=normalize,
+            # Triton's interpreter (3.9) multiplies the bit patterns of bf16.
+            WIDEN=triton_interprets() and query.dtype == torch.bfloat16,
+            ONE_SLICE=depth <= config["B_D"],
+            # Told nothing, ptxas spills a few to fit one more program.
+            maxnreg=min(255, registers // 8 * 8),
+            **config,
+        )
     return scores, argmax
-
-
-def segment_sum(x, weights, index, indptr):
-    """Launcher; arguments and results are those of the op (python/embedfuse/ops/segment_sum.py)."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    rows, depth = len(indptr) - 1, x.shape[1]
-    out = weights.new_empty(rows, depth)
-    block = min(256, max(16, triton.next_power_of_2(max(depth, 1))))
-    if out.numel():
-        with torch.cuda.device_of(x):
-            segment_sum_kernel[(rows, triton.cdiv(depth, block))](
-                x,
-                weights.contiguous(),
-                index.contiguous(),
-                indptr.contiguous(),
-                out,
-                x.stride(0),
-                depth,
-                # Elements enough that a thread loads 16 bytes at once.
-                B_K=max(8, 1024 // block),
-                B_D=block,
-            )
-    return out
 
 
 def aot_calls() -> Iterator[tuple]:
@@ -222,15 +239,29 @@ def aot_calls() -> Iterator[tuple]:
     def empty(*shape, dtype=torch.int64):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    spans, zero, pairs = empty(4, 2), empty(4, dtype=torch.bool), empty(9, 2)
-    scale = empty(100, dtype=torch.float32)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for depth in (16, 37, 64, 128, 256, 1024):
-            x = empty(100, depth, dtype=dtype)
-            yield maxsim, (x, spans, [x], spans, None, None, None, False, 0)
-            yield maxsim, (x, spans, [x.to(torch.int8)], spans, scale, None, None, False, 0)
-            yield segment_sum, (x, empty(50, dtype=torch.float32), empty(50), empty(11))
-        yield maxsim, (x, spans, [x], spans, None, zero, pairs, True, 32)
-        yield maxsim, (x, spans, [x], spans, None, None, pairs, False, 32)
-        yield maxsim, (x, spans, [x], spans, None, zero, None, True, 0)
-        yield maxsim, (x, spans, [x.to(torch.int8)], spans, scale, zero, pairs, True, 32)
+    documents, zero, pairs = empty(4, 2), empty(4, dtype=torch.bool), empty(9, 2)
+    d_scale = empty(100, dtype=torch.float32)
+
+    def calls(dtype, rows, queries, depth):
+        q, d = empty(rows * queries, depth, dtype=dtype), empty(100, depth, dtype=dtype)
+        plain = q, empty(queries, 2), [d], documents, None
+        int8 = *plain[:2], [d.to(torch.int8)], documents, d_scale
+        yield *plain, None, None, False, 0
+        yield *int8, None, None, False, 0
+        yield *plain, None, None, False, 32
+        yield *plain, zero, None, True, 0
+        yield *int8, zero, None, True, 32
+        if queries == 1:
+            yield *int8, zero, pairs, True, 32
+
+    # Tiles of one short query, of two kinds of several, and of a long one.
+    tiles = [(32, 1), (16, 4), (32, 4)]
+    for dtype, depths in (
+        (torch.float32, (37, 128)),
+        (torch.float16, (64,)),
+        (torch.bfloat16, (16, 37, 128, 256, 1024)),
+    ):
+        for depth in depths:
+            for rows, queries in tiles if depth > 64 and dtype != torch.float32 else tiles[:1]:
+                for call in calls(dtype, rows, queries, depth):
+                    yield maxsim, call

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CASES = [f"tests/interpret/cases_{name}.py" for name in ("triton", "maxsim")]
 
 
 def test_triton_kernels_in_the_interpreter():
@@ -19,7 +20,7 @@ def test_triton_kernels_in_the_interpreter():
     by_hand = [path for path in by_hand if (ROOT / path).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "interpret.triton_only"]
     # Where cu_seqlens lies on a GPU its values are not checked, and no kernel here has threads.
-    command += ["-k", "not errors and not threads", "tests/interpret/cases_triton.py", *by_hand]
+    command += ["-k", "not errors and not threads", *CASES, *by_hand]
     result = subprocess.run(
         command,
         cwd=ROOT,

@@ -81,7 +81,7 @@ def _load_cpp():
 
 
 OP.impl("cpp", _load_cpp)
-OP.impl("triton", triton_function("maxsim:segment_sum"))
+OP.impl("triton", triton_function("segment_sum:segment_sum"))
 
 
 @OP.samples

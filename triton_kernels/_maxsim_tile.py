@@ -1,0 +1,183 @@
+"""A tile of query rows past one document: what the kernel in maxsim.py is made of.
+
+Each product meets the one that stood in its place a block before, so that the maximum of a row is found
+once per document; b_q is the tile itself where a row is one slice of the depth, else None.
+"""
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def load_slice(p_r, m_r, k, depth, B_D: tl.constexpr):
+    """Columns k to k + B_D of the rows at p_r; of rows left out, and past the depth, 0."""
+    o_k = k + tl.arange(0, B_D)
+    m_x = (o_k < depth)[None, :]
+    if m_r is not None:
+        m_x &= m_r[:, None]
+    return tl.load(p_r[:, None] + o_k[None, :], mask=m_x, other=0)
+
+
+@triton.jit
+def normalizers(b_squares, b_scale):
+    norm = tl.sqrt(b_squares) * tl.abs(b_scale)
+    # tl.maximum would drop a NaN norm.
+    return b_scale / tl.where(norm < EPS, EPS, norm)
+
+
+@triton.jit
+def row_normalizers(p_r, m_r, depth, B_Q: tl.constexpr, B_D: tl.constexpr):
+    b_squares = tl.zeros([B_Q], tl.float32)
+    for k in range(0, depth, B_D):
+        b_x = load_slice(p_r, m_r, k, depth, B_D).to(tl.float32)
+        b_squares += tl.sum(b_x * b_x, 1)
+    return normalizers(b_squares, 1.0)
+
+
+@triton.jit
+def products(
+    b_q,
+    p_q,
+    m_q,
+    p_t,
+    depth,
+    SQUARES: tl.constexpr,
+    WIDEN: tl.constexpr,
+    B_Q: tl.constexpr,
+    B_T: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    """Of the tile, b_q if it is one slice, with a block of document rows; and the squares of these."""
+    b_s = tl.zeros([B_Q, B_T], tl.float32)
+    b_squares = tl.zeros([B_T], tl.float32)
+    if b_q is not None:
+        b_d = load_slice(p_t, None, 0, depth, B_D).to(b_q.dtype)
+        b_s = tl.dot(b_q, tl.trans(b_d), input_precision="ieee")
+        if SQUARES:
+            b_squares = tl.sum(b_d.to(tl.float32) * b_d.to(tl.float32), 1)
+    else:
+        for k in range(0, depth, B_D):
+            b_x = load_slice(p_q, m_q, k, depth, B_D)
+            if WIDEN:
+                b_x = b_x.to(tl.float32)
+            b_d = load_slice(p_t, None, k, depth, B_D).to(b_x.dtype)
+            b_s = tl.dot(b_x, tl.trans(b_d), b_s, input_precision="ieee")
+            if SQUARES:
+                b_squares += tl.sum(b_d.to(tl.float32) * b_d.to(tl.float32), 1)
+    return b_s, b_squares
+
+
+@triton.jit
+def best_products(
+    b_q,
+    p_q,
+    m_q,
+    i_d,
+    p_d,
+    p_ds,
+    p_s,
+    p_z,
+    s_d,
+    depth,
+    PLACES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    B_Q: tl.constexpr,
+    B_T: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    """Per row of the tile: its maximum over a document, and the first row of this that gives it."""
+    d_start, d_rows = tl.load(p_ds + 2 * i_d), tl.load(p_ds + 2 * i_d + 1)
+    d_rows = (d_rows - d_start).to(tl.int32)
+    lowest, nowhere = float("-inf"), 0
+    if p_z is not None:
+        zero = tl.load(p_z + i_d) != 0
+        lowest = tl.where(zero, 0.0, float("-inf"))
+        nowhere = tl.where(zero, -1, 0)
+    o_c = tl.arange(0, B_T)
+    b_best = tl.zeros([B_Q, B_T], tl.float32) + lowest
+    b_block = tl.zeros([B_Q, B_T], tl.int32) + nowhere
+    for u in range(0, d_rows, B_T):
+        # Past the end the last row again, which moves no maximum.
+        o_t = d_start + tl.minimum(u + o_c, d_rows - 1)
+        b_s, b_squares = products(
+            b_q, p_q, m_q, p_d + o_t * s_d, depth, NORMALIZE, WIDEN, B_Q, B_T, B_D
+        )
+        b_scale = tl.full([B_T], 1.0, tl.float32)
+        if p_s is not None:
+            b_scale = tl.load(p_s + o_t)
+        if NORMALIZE:
+            b_scale = normalizers(b_squares, b_scale)
+        if NORMALIZE or p_s is not None:
+            b_s *= b_scale[None, :]
+        # A NaN goes before all numbers, and the first one stays.
+        if PLACES:
+            b_take = (b_best == b_best) & ((b_s <= b_best) == 0)
+            b_best = tl.where(b_take, b_s, b_best)
+            b_block = tl.where(b_take, u, b_block)
+        else:
+            b_best = tl.maximum(b_best, b_s, tl.PropagateNan.ALL)
+    b_nan = b_best != b_best
+    b_any = tl.max(b_nan.to(tl.int32), 1) > 0
+    b_top = tl.where(b_any, float("nan"), tl.max(b_best, 1))
+    b_place = tl.zeros([B_Q], tl.int32)
+    if PLACES:
+        b_is = b_nan | (b_best == b_top[:, None])
+        b_at = tl.where(b_block < 0, -1, b_block + o_c[None, :])
+        b_place = tl.min(tl.where(b_is, b_at, 2147483647), 1)
+        b_place = tl.where(d_rows > 0, b_place, -1)
+    return tl.where(d_rows > 0, b_top, 0), b_place
+
+
+@triton.jit
+def tile_scores(
+    b_q,
+    b_norm,
+    p_q,
+    o_r,
+    q_rows,
+    i_d,
+    o_o,
+    p_d,
+    p_ds,
+    p_s,
+    p_z,
+    p_a,
+    s_d,
+    depth,
+    width,
+    NORMALIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    B_Q: tl.constexpr,
+    B_T: tl.constexpr,
+    B_D: tl.constexpr,
+):
+    """What each row of the tile adds to its pair's score; stores where it was found."""
+    m_q = o_r < q_rows
+    b_best, b_place = best_products(
+        b_q,
+        p_q,
+        m_q,
+        i_d,
+        p_d,
+        p_ds,
+        p_s,
+        p_z,
+        s_d,
+        depth,
+        p_a is not None,
+        NORMALIZE,
+        WIDEN,
+        B_Q,
+        B_T,
+        B_D,
+    )
+    if NORMALIZE:
+        b_best *= b_norm
+    if p_a is not None:
+        tl.store(
+            p_a + o_o * width + o_r, tl.where(m_q, b_place, -1), mask=(o_o >= 0) & (o_r < width)
+        )
+    return tl.where(m_q, b_best, 0).to(tl.float64)
