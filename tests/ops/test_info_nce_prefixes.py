@@ -73,7 +73,7 @@ def batch(names, normalize):
             continue
         generator = torch.Generator().manual_seed(20 + i)
         ids = torch.randint(0, 300, shape, generator=generator)
-        guide = draw(*shape, 6, seed=10 + i).bfloat16()
+        guide = draw(*shape, 6, seed=10 + i)
         has_ids = "ids" in names and name != "q"
         has_guide = "guide" in names
         sides.append(
@@ -119,9 +119,8 @@ def test_equals_a_call_per_width(backend, dtype, option, normalize):
         return info_nce(q, pool, LABELS, prefixes=prefixes, **options).loss
 
     def definition(rows, temperature):
-        with use_backend("reference"):
-            options = {"labels": LABELS, "temperature": temperature, **settings}
-            return one_by_one(rows, prefixes, **options)
+        options = {"labels": LABELS, "temperature": temperature, **settings}
+        return one_by_one(rows, prefixes, **options)
 
     def own(x):
         return x.detach().clone()
@@ -130,8 +129,9 @@ def test_equals_a_call_per_width(backend, dtype, option, normalize):
         return x.detach().double()
 
     got = evaluate(in_one_pass, sides, frozen, own)
-    torchs = evaluate(definition, sides, frozen, own)
-    exact = evaluate(definition, sides, frozen, double, torch.float64)
+    with use_backend("reference"):
+        torchs = evaluate(definition, sides, frozen, own)
+        exact = evaluate(definition, sides, frozen, double, torch.float64)
     assert got[0].shape == (3, 40)
     if dtype == torch.float32:
         torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-5)
@@ -149,7 +149,6 @@ def nll(positive, *negatives):
 def test_values_by_hand(backend):
     # Scores of the first component 1 -2, 0 0; of both 5 -2, 6 3.
     q, pool = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 2.0], [-2.0, 1.0]])
-    pool = pool[[0, 1]]
     out = info_nce(q, pool, temperature=1.0, prefixes=Prefixes((1, 2), normalize=False))
     wanted = [nll(1, -2), nll(0, 0), nll(5, 0), nll(3, 6)]
     assert out.loss.flatten().tolist() == pytest.approx(wanted, rel=1e-5)
