@@ -10,6 +10,7 @@ it are torch's (python/embedfuse/ops/info_nce_chunks.py).
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,30 +18,55 @@ import triton.language as tl
 from embedfuse.triton_kernels import info_nce_fused
 from embedfuse.triton_kernels.info_nce_fused import counting_columns, sigmoid_parts
 
-from embedfuse.ops import info_nce_chunks
+from embedfuse.ops import info_nce_chunks, info_nce_prefix_chunks
 from embedfuse.ops.info_nce_chunks import Tile, torch_multiply
 
 
 @triton.jit
+def load_factors(p_xf, p_yf, i_r, o_c, columns):
+    factors = 1.0
+    if p_xf is not None:
+        factors = tl.load(p_xf + i_r) * tl.load(p_yf + o_c, mask=o_c < columns, other=0)
+    return factors
+
+
+@triton.jit
 def load_logits(
-    p_c, p_g, i_r, columns, o_c, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk, p_glim
+    p_c,
+    p_g,
+    i_r,
+    columns,
+    o_c,
+    first,
+    p_xf,
+    p_yf,
+    p_scale,
+    p_bias,
+    p_own,
+    p_lim,
+    p_xk,
+    p_yk,
+    p_glim,
 ):
-    """Logits of a row, and which of them count."""
+    """Logits of a row, which of them count, and its scores."""
     o_g = i_r * columns + o_c
     b_c = tl.load(p_c + o_g, mask=o_c < columns, other=0).to(tl.float32)
+    b_c *= load_factors(p_xf, p_yf, i_r, o_c, columns)
     b_keep = counting_columns(
         b_c, p_g, o_g, o_c < columns, i_r, o_c, first, p_own, p_lim, p_xk, p_yk, p_glim
     )
     b_z = b_c * tl.load(p_scale)
     if p_bias is not None:
         b_z += tl.load(p_bias)
-    return b_z, b_keep
+    return b_z, b_keep, b_c
 
 
 @triton.jit(do_not_specialize=["first"])
 def update_kernel(
     p_c,  # (rows, columns), becomes the weights where p_f is given
     p_g,  # (rows, columns) or None
+    p_xf,  # (rows) or None
+    p_yf,  # (columns) or None
     p_scale,
     p_bias,  # or None
     p_own,  # (rows) or None, as all that follow
@@ -60,8 +86,22 @@ def update_kernel(
 ):
     i_r = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, B_C)
-    b_z, b_keep = load_logits(
-        p_c, p_g, i_r, columns, o_c, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk, p_glim
+    b_z, b_keep, _ = load_logits(
+        p_c,
+        p_g,
+        i_r,
+        columns,
+        o_c,
+        first,
+        p_xf,
+        p_yf,
+        p_scale,
+        p_bias,
+        p_own,
+        p_lim,
+        p_xk,
+        p_yk,
+        p_glim,
     )
     factor = 1.0
     if SIGMOID:
@@ -89,6 +129,8 @@ def update_kernel(
 def gradient_kernel(
     p_c,  # (rows, columns), becomes G
     p_g,
+    p_xf,
+    p_yf,
     p_scale,
     p_bias,
     p_own,
@@ -100,6 +142,7 @@ def gradient_kernel(
     p_gs,
     p_gt,
     p_go,
+    p_sum,  # (rows, columns) or None
     columns,
     first,
     SIGMOID: tl.constexpr,
@@ -107,8 +150,22 @@ def gradient_kernel(
 ):
     i_r = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, B_C)
-    b_z, b_keep = load_logits(
-        p_c, p_g, i_r, columns, o_c, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk, p_glim
+    b_z, b_keep, b_c = load_logits(
+        p_c,
+        p_g,
+        i_r,
+        columns,
+        o_c,
+        first,
+        p_xf,
+        p_yf,
+        p_scale,
+        p_bias,
+        p_own,
+        p_lim,
+        p_xk,
+        p_yk,
+        p_glim,
     )
     if SIGMOID:
         b_weight, _ = sigmoid_parts(b_z)
@@ -118,6 +175,12 @@ def gradient_kernel(
     b_grad = tl.where(b_keep, b_weight * tl.load(p_gs + i_r) + tl.load(p_gt + i_r), 0)
     if p_own is not None:
         b_grad = tl.where(first + o_c == tl.load(p_own + i_r), tl.load(p_go + i_r), b_grad)
+    if p_sum is not None:
+        p_o = p_sum + i_r * columns + o_c
+        b_sum = tl.load(p_o, mask=o_c < columns, other=0)
+        b_sum += b_grad * load_factors(p_xf, p_yf, i_r, o_c, columns)
+        tl.store(p_o, b_sum, mask=o_c < columns)
+        b_grad *= b_c
     tl.store(p_c + i_r * columns + o_c, b_grad.to(p_c.dtype.element_ty), mask=o_c < columns)
 
 
@@ -130,6 +193,8 @@ def _launch(kernel, tile: Tile, *state):
             kernel[(rows,)](
                 tile.scores,
                 tile.guide,
+                tile.x_factor,
+                tile.y_factor,
                 tile.scale,
                 tile.bias,
                 *masks,
@@ -147,8 +212,8 @@ def update(*args):
     _launch(update_kernel, *args)
 
 
-def gradient(*args):
-    _launch(gradient_kernel, *args)
+def gradient(*args, into=None):
+    _launch(gradient_kernel, *args, into)
 
 
 _chunked_forward = functools.partial(info_nce_chunks.forward, torch_multiply, update)
@@ -178,6 +243,16 @@ def backward(x, y, *inputs):
     return run(x, y, *inputs)
 
 
+def prefix_forward(x, y, *inputs):
+    """Arguments and results are those of the op (python/embedfuse/ops/info_nce_prefix_op.py)."""
+    return info_nce_prefix_chunks.forward(torch_multiply, update, x, y, *inputs)
+
+
+def prefix_backward(x, y, *inputs):
+    """Arguments and results are those of the op (python/embedfuse/ops/info_nce_prefix_op.py)."""
+    return info_nce_prefix_chunks.backward(torch_multiply, gradient, x, y, *inputs)
+
+
 def aot_calls() -> Iterator[tuple]:
     """(launcher, its arguments on the meta device): every block size and dtype of a tile, with and without
     masks."""
@@ -192,7 +267,12 @@ def aot_calls() -> Iterator[tuple]:
             plain = Tile(scores, scores, scores, None, 0, one, None, key, *[None] * 4, sigmoid)
             masks = (key, row, key, keys, row)
             masked = Tile(scores, scores, scores, scores, columns, one, one, *masks, sigmoid)
+            factors = {"x_factor": row, "y_factor": empty(columns)}
             for tile in (plain, masked):
                 yield update, (tile, row, row, row, key, None)
                 yield update, (tile, row, row, row, key, row)
                 yield gradient, (tile, row, row, row, row)
+            if not sigmoid:
+                for tile in (plain, masked, *(replace(t, **factors) for t in (plain, masked))):
+                    yield update, (tile, row, row, row, key, None)
+                    yield functools.partial(gradient, into=scores), (tile, row, row, row, row)

@@ -274,13 +274,14 @@ void silu_mul(uintptr_t gate, uintptr_t up, int dtype, int64_t rows, int64_t col
 }
 
 // Scores, their dtype, rows, columns and first column; own, limit, keys of rows and columns, guide, its limit
-// and dtype; scale, bias, sigmoid.
-using Tile = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
-                        uintptr_t, uintptr_t, uintptr_t, int, float, float, bool>;
+// and dtype; factors of rows and columns; scale, bias, sigmoid.
+using Tile =
+    std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+               uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, float, float, bool>;
 
 InfoNceTile tile_arg(const Tile& x) {
   const auto& [scores, dtype, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
-               guide_dtype, scale, bias, sigmoid] = x;
+               guide_dtype, x_factor, y_factor, scale, bias, sigmoid] = x;
   if (columns > kInfoNceColumns) {
     throw py::value_error("scores: " + std::to_string(columns) + " columns; accepted are up to " +
                           std::to_string(kInfoNceColumns));
@@ -297,6 +298,8 @@ InfoNceTile tile_arg(const Tile& x) {
           (const void*)guide,
           (const float*)guide_limit,
           guide_dtype,
+          (const float*)x_factor,
+          (const float*)y_factor,
           scale,
           bias,
           sigmoid};
@@ -309,10 +312,10 @@ void info_nce_update(const Tile& tile, uintptr_t maximum, uintptr_t sum, uintptr
 }
 
 void info_nce_gradient(const Tile& tile, uintptr_t statistic, uintptr_t g_statistic,
-                       uintptr_t g_total, uintptr_t g_own) {
+                       uintptr_t g_total, uintptr_t g_own, uintptr_t sum) {
   cpu_kernels().info_nce_gradient(
       tile_arg(tile), {(const float*)statistic, (const float*)g_statistic, (const float*)g_total,
-                       (const float*)g_own});
+                       (const float*)g_own, (float*)sum});
 }
 
 void set_thread_pool(uintptr_t parallel_for, uintptr_t num_threads) {

@@ -1,6 +1,8 @@
 // Per row of a tile of scores c, over the columns j that count, with z = scale c + bias:
 //   update:   maximum m, sum of e^(z - m), sum of z  |  sigmoid: -, sum of softplus(z), sum of sigmoid(z)
 //   gradient: c_j = w g_statistic + g_total,  w = e^(z - statistic)  |  sigmoid: w = sigmoid(z);  own column: g_own
+//             | into a sum: sum_j += a_i b_j w'_j, c_j = w'_j c_j, with w' that gradient
+// where c is what is stored times a_i b_j (x_factor, y_factor), if these are given.
 //
 // A row is widened, masked and scaled once into a buffer of the L1 cache, where columns that do not count are
 // -inf. Rows are dealt out to threads, so no sum depends on how many there are. Included once per ISA (no
@@ -36,15 +38,21 @@ inline Vec load_guide(const InfoNceTile& t, int64_t at, int64_t n) {
   return load_first((const bf16*)t.guide + at, n);
 }
 
+template <class T>
+Vec load_scores(const InfoNceTile& t, int64_t row, int64_t j) {
+  const int64_t n = t.columns - j;
+  const Vec c = load_first((const T*)t.scores + row * t.columns + j, n);
+  return t.y_factor ? c * Vec::all(t.x_factor[row]) * load_first(t.y_factor + j, n) : c;
+}
+
 // logits[j] = scale c_j + bias where j counts, -inf elsewhere and up to a whole number of registers. The one
 // place that knows which columns count.
 template <class T>
 void fill_logits(const InfoNceTile& t, int64_t row, float* logits) {
   const Vec none = Vec::all(-__builtin_inff());
-  const T* scores = (const T*)t.scores + row * t.columns;
   for (int64_t j = 0; j < t.columns; j += Vec::N) {
     const int64_t n = t.columns - j;
-    const Vec c = load_first(scores + j, n);
+    const Vec c = load_scores<T>(t, row, j);
     Vec z = fma(c, Vec::all(t.scale), Vec::all(t.bias));
     if (t.limit) z = where_greater(c, Vec::all(t.limit[row]), none, z);
     if (t.guide) {
@@ -134,10 +142,10 @@ void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row, float*
   if (s.factor) s.factor[row] = factor;
 }
 
+// out = G; it may be `logits`.
 template <class T>
-void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, float* logits) {
-  fill_logits<T>(t, row, logits);
-  T* out = (T*)t.scores + row * t.columns;
+void weigh_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, const float* logits,
+               T* out) {
   const Vec base = Vec::all(finite_base(g.statistic[row]));
   const Vec scale = Vec::all(g.g_statistic[row]), offset = Vec::all(g.g_total[row]);
   for (int64_t j = 0; j < t.columns; j += Vec::N) {
@@ -148,6 +156,23 @@ void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, f
   }
   const int64_t own = t.own ? t.own[row] - t.first : -1;
   if (own >= 0 && own < t.columns) from_float(g.g_own[row], out + own);
+}
+
+template <class T>
+void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, float* logits) {
+  fill_logits<T>(t, row, logits);
+  T* out = (T*)t.scores + row * t.columns;
+  if (!g.sum) return weigh_row(t, g, row, logits, out);
+  weigh_row(t, g, row, logits, logits);
+  float* sums = g.sum + row * t.columns;
+  for (int64_t j = 0; j < t.columns; j += Vec::N) {
+    const int64_t n = t.columns - j;
+    const Vec grad = Vec::load(logits + j);
+    const Vec of_stored =
+        t.y_factor ? grad * Vec::all(t.x_factor[row]) * load_first(t.y_factor + j, n) : grad;
+    store_first(load_first(sums + j, n) + of_stored, sums + j, n);
+    store_first(grad * load_scores<T>(t, row, j), out + j, n);
+  }
 }
 
 template <class T>

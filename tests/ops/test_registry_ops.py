@@ -17,7 +17,12 @@ BACKENDS = [("reference", None), ("cpp", None)]
 
 
 # torch's GEMM takes part, which rounds by its number of threads: the same bits each time, by one number.
-TORCH_GEMM = ("info_nce_forward", "info_nce_backward")
+TORCH_GEMM = (
+    "info_nce_forward",
+    "info_nce_backward",
+    "info_nce_prefixes_forward",
+    "info_nce_prefixes_backward",
+)
 
 
 def per_op(versions):

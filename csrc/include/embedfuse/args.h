@@ -186,7 +186,9 @@ struct InfoNceTile {
   const void* guide;         // (rows, columns): those above
   const float* guide_limit;  // (rows) do not count; or null
   int guide_dtype;
-  float scale, bias;  // logit = scale score + bias
+  const float* x_factor;  // (rows), and
+  const float* y_factor;  // (columns): what `scores` are still to be multiplied by; or null
+  float scale, bias;      // logit = scale score + bias
   bool sigmoid;
 };
 
@@ -198,8 +200,11 @@ struct InfoNceState {
   float* factor;                 // (rows) or null
 };
 
+// The tile becomes G, or, where `sum` is given (fp32 scores alone), G score, and G x_factor y_factor is added
+// to `sum`.
 struct InfoNceGradient {
   const float *statistic, *g_statistic, *g_total, *g_own;  // (rows)
+  float* sum;                                              // (rows, columns) or null
 };
 
 }  // namespace embedfuse

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from embedfuse.losses.base import ContrastiveLoss, diagonal
 from embedfuse.ops.info_nce import candidate_statistics, info_nce
 from embedfuse.ops.info_nce_inputs import Choice, FalseNegatives, Rows, inverse_temperature
+from embedfuse.ops.info_nce_prefixes import Prefixes
 from embedfuse.ops.info_nce_statistics import lowest
 
 
@@ -38,12 +39,19 @@ class InfoNCE(ContrastiveLoss):
             "label_smoothing": label_smoothing,
         }
 
-    def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
-        if bank is not None and self.options["label_smoothing"]:
+    def per_row(
+        self,
+        q: Rows,
+        d: Rows,
+        hard: Rows | None,
+        bank: Rows | None,
+        prefixes: Prefixes | None = None,
+    ) -> Tensor:
+        if bank is not None and (self.options["label_smoothing"] or prefixes):
             # The backward pass reads it again, after the queue was written to.
             bank = bank._replace(vectors=bank.vectors.clone())
         settings = {"temperature": self.temperature, "across": self.across, **self.options}
-        return info_nce(q, d, hard_negatives=hard, bank=bank, **settings).loss
+        return info_nce(q, d, hard_negatives=hard, bank=bank, prefixes=prefixes, **settings).loss
 
 
 class SymmetricInfoNCE(ContrastiveLoss):

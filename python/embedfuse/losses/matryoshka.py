@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from embedfuse.losses.base import ContrastiveLoss, normalized
+from embedfuse.losses.info_nce import InfoNCE
 from embedfuse.losses.negative_queue import NegativeQueue
 from embedfuse.ops.info_nce_inputs import Rows
+from embedfuse.ops.info_nce_prefixes import Prefixes
+from embedfuse.ops.info_nce_ranks import Ring
 
 
 class MatryoshkaLoss(ContrastiveLoss):
@@ -15,6 +18,9 @@ class MatryoshkaLoss(ContrastiveLoss):
 
     loss: any loss of this package without a queue; its reduction and `across` are used. dims: widths, each
     once; weights: default all 1. queue: documents of past steps at full width.
+
+    InfoNCE, unless across a Ring, takes all widths in one pass, with the arithmetic of the widest; what else
+    takes one pass per width.
     """
 
     def __init__(
@@ -44,9 +50,14 @@ class MatryoshkaLoss(ContrastiveLoss):
             raise ValueError(
                 f"queries: width {q.vectors.shape[1]}; accepted is {max(self.dims)} and more"
             )
+        weight_of = dict(zip(self.dims, self.weights, strict=True))
+        if type(self.loss) is InfoNCE and not isinstance(self.across, Ring):
+            widths = tuple(sorted(self.dims))
+            losses = self.loss.per_row(q, d, hard, bank, Prefixes(widths, self.normalize))
+            return losses.new_tensor([weight_of[width] for width in widths]) @ losses
         return sum(
             weight * self.loss.per_row(*(self._prefix(side, dim) for side in (q, d, hard, bank)))
-            for dim, weight in zip(self.dims, self.weights, strict=True)
+            for dim, weight in weight_of.items()
         )
 
     def _prefix(self, side: Rows | None, dim: int) -> Rows | None:

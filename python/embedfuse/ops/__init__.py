@@ -6,6 +6,7 @@ from embedfuse.ops.bias_gelu import bias_gelu
 from embedfuse.ops.csr import Csr
 from embedfuse.ops.info_nce import InfoNCEOutput, info_nce
 from embedfuse.ops.info_nce_inputs import FalseNegatives, Rows
+from embedfuse.ops.info_nce_prefixes import Prefixes
 from embedfuse.ops.info_nce_ranks import AllGather, Ring
 from embedfuse.ops.int8 import Int8, quantize_int8
 from embedfuse.ops.lexical_scores import lexical_scores
@@ -25,6 +26,7 @@ __all__ = [
     "FalseNegatives",
     "InfoNCEOutput",
     "Int8",
+    "Prefixes",
     "Ring",
     "Rows",
     "add_layer_norm",

@@ -1,11 +1,13 @@
 """InfoNCE over a pool of any size: softmax cross-entropy against in-batch negatives, logits never stored."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from embedfuse.ops import info_nce_statistics
 from embedfuse.ops.info_nce_inputs import (
     Choice,
     FalseNegatives,
@@ -15,13 +17,14 @@ from embedfuse.ops.info_nce_inputs import (
     check_sides,
     inverse_temperature,
 )
+from embedfuse.ops.info_nce_prefixes import Prefixes
 from embedfuse.ops.info_nce_ranks import AllGather, Ring
-from embedfuse.ops.info_nce_statistics import Statistics, statistics, statistics_of_each
+from embedfuse.ops.info_nce_statistics import Statistics, statistics
 
 
 class InfoNCEOutput(NamedTuple):
     """loss (B,) and logsumexp (B,), of positive and negatives, in fp32; negatives (B,) int64, how many
-    counted."""
+    counted. With prefixes (widths, B)."""
 
     loss: Tensor
     logsumexp: Tensor
@@ -41,6 +44,7 @@ def info_nce(
     hard_hardness: float = 0.0,
     label_smoothing: float = 0.0,
     across: AllGather | Ring | None = None,
+    prefixes: Prefixes | None = None,
 ) -> InfoNCEOutput:
     """loss_i = -log(e^z_ip / (e^z_ip + sum over the negatives j of e^z_ij)), z = q . d / temperature (arXiv
     1807.03748).
@@ -58,14 +62,18 @@ def info_nce(
     across: negatives from the pools of all ranks, labels being those into this rank's; hard_negatives and
         bank stay this rank's. Gradients of q, pool and temperature are those of the sum of all ranks' losses
         as far as they pass through this rank's tensors.
+    prefixes: the losses at several widths (arXiv 2205.13147), each as of its own call with the first
+        components alone; guides and ids are those of all widths. The arithmetic is that of the widest.
 
     Vectors are taken as they are: normalise them for cosine similarity. Sums are fp32 (fp64 for fp64 input);
     on the CPU bf16 scores are rounded to bf16, as torch's matmul does. A row without negatives loses 0. NaN
     spreads. Memory beyond inputs and gradients: a tile of logits and a few rows of statistics; where `pool`
-    needs no gradient, all is done in one pass. Deterministic.
+    needs no gradient, all is done in one pass; with prefixes a tile for each width, and `bank` is read again
+    in the backward pass. Deterministic.
 
-    Raises ValueError for shapes, dtypes, devices or numbers that do not fit, and on the CPU for labels out of
-    range and a temperature tensor that is not positive; on all ranks for pools of different shapes.
+    Raises ValueError for shapes, dtypes, devices or numbers that do not fit, for Ring with prefixes, and on
+    the CPU for labels out of range and a temperature tensor that is not positive; on all ranks for pools of
+    different shapes.
     """
     q, pool, bank, hard = map(as_rows, (q, pool, bank, hard_negatives))
     check_sides(q, pool=pool, bank=bank, hard_negatives=hard)
@@ -73,11 +81,25 @@ def info_nce(
         raise ValueError(f"label_smoothing={label_smoothing}: accepted are 0 to below 1")
     labels = check_labels(labels, q, pool)
     scale = inverse_temperature(temperature, q.vectors)
-    choose = Choice(q, pool, labels, false_negatives or FalseNegatives())
+    kind = info_nce_statistics if prefixes is None else prefixes
+    over = kind.statistics if across is None else across.statistics
+    if prefixes is not None:
+        check_prefixes(prefixes, q, across)
+        if across is not None:
+            over = functools.partial(across.statistics, of_columns=kind.statistics)
+    choose = Choice(q, pool, labels, false_negatives or FalseNegatives(), kind.own_scores)
     settings = {"hardness": hardness, "hard_hardness": hard_hardness, "total": label_smoothing > 0}
-    over = statistics if across is None else across.statistics
-    parts = candidate_statistics(q, pool, hard, bank, scale, choose, over, **settings)
+    parts = candidate_statistics(q, pool, hard, bank, scale, choose, over, kind, **settings)
     return combine(parts[0].own, parts, label_smoothing)
+
+
+def check_prefixes(prefixes: Prefixes, q: Rows, across: AllGather | Ring | None) -> None:
+    if isinstance(across, Ring):
+        raise ValueError("across: Ring; accepted with prefixes is AllGather")
+    if prefixes.widths[-1] > q.vectors.shape[1]:
+        raise ValueError(
+            f"prefixes: width {prefixes.widths[-1]}; accepted are up to that of q, {q.vectors.shape[1]}"
+        )
 
 
 def candidate_statistics(
@@ -88,6 +110,7 @@ def candidate_statistics(
     scale: Tensor,
     choose: Choice,
     over: Callable = statistics,
+    kind=info_nce_statistics,
     *,
     hardness: float = 0.0,
     hard_hardness: float = 0.0,
@@ -96,17 +119,17 @@ def candidate_statistics(
 ) -> list[Statistics]:
     """Of q against the pool, whose own columns are the positives, then against hard negatives and bank.
 
-    over: statistics, or that of ranks, for the pool."""
+    over: statistics, or that of ranks, for the pool. kind: what has the other functions of statistics."""
     settings_of_all = {"hardness": hardness, "total": total, **settings}
     x, own = q.vectors, choose.labels
     parts = [over(x, pool.vectors, scale, choose.columns(pool, own), **settings_of_all)]
     if hard is not None and hard.vectors.shape[1]:
         columns = choose.columns(hard)
         settings["hardness"] = hard_hardness
-        parts.append(statistics_of_each(x, hard.vectors, scale, columns, **settings))
+        parts.append(kind.statistics_of_each(x, hard.vectors, scale, columns, **settings))
     if bank is not None and len(bank.vectors):
         columns = choose.columns(bank)
-        parts.append(statistics(x, bank.vectors.detach(), scale, columns, **settings_of_all))
+        parts.append(kind.statistics(x, bank.vectors.detach(), scale, columns, **settings_of_all))
     return parts
 
 

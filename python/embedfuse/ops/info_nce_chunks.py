@@ -22,7 +22,8 @@ TILE = {"cpu": (1024, 1024), "cuda": (4096, 2048)}
 @dataclass(frozen=True)
 class Tile:
     """A tile of scores and what decides which of them count; tensors as in info_nce_op.py, of this tile's
-    rows and columns. `own` counts columns of the whole matrix, `first` is the tile's first."""
+    rows and columns. `own` counts columns of the whole matrix, `first` is the tile's first. x_factor (rows,),
+    y_factor (columns,): what `scores` are still to be multiplied by."""
 
     x: Tensor
     y: Tensor
@@ -37,14 +38,17 @@ class Tile:
     y_keys: Tensor | None
     guide_limit: Tensor | None
     sigmoid: bool
+    x_factor: Tensor | None = None
+    y_factor: Tensor | None = None
 
 
 class Scratch:
     """Memory for products of at most `rows` x `columns`, used again for each."""
 
-    def __init__(self, multiply: Callable, like: Tensor, rows: int, columns: int):
+    def __init__(self, multiply: Callable, like: Tensor, rows: int, columns: int, dtype=None):
         # Tensor cores give fp32 sums; torch's GEMM on the CPU has no output wider than its input.
-        dtype = torch.float32 if like.is_cuda and multiply is not nothing else like.dtype
+        wide = like.is_cuda and multiply is not nothing
+        dtype = dtype or (torch.float32 if wide else like.dtype)
         self.multiply = multiply
         self.memory = torch.empty(rows * columns, dtype=dtype, device=like.device)
 
@@ -67,7 +71,7 @@ def nothing(x: Tensor, y: Tensor, out: Tensor) -> None:
     """In place of torch_multiply, for kernels that compute the scores themselves."""
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, with fp32 `out`."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
@@ -89,13 +93,17 @@ def multiplied(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 or triton_interprets() else x
 
 
-def _tiles(multiply: Callable, x: Tensor, y: Tensor, inputs: tuple) -> Iterator[tuple]:
-    """(Tile, its rows, its columns, the columns of y as they are multiplied)."""
+def tiles(
+    multiply: Callable, x: Tensor, y: Tensor, inputs: tuple, dtype: torch.dtype | None = None
+) -> Iterator[tuple]:
+    """Yields (Tile, its rows, its columns, the columns of y as they are multiplied).
+
+    dtype: of scores that are left to the caller to compute."""
     *inputs, sigmoid = (i.contiguous() if isinstance(i, Tensor) else i for i in inputs)
     scale, bias, own, limit, x_keys, y_keys, guide_x, guide_y, guide_limit = inputs
     tile_rows, tile_columns = TILE[x.device.type]
     size = min(tile_rows, len(x)), min(tile_columns, len(y))
-    scratch = Scratch(multiply, x, *size)
+    scratch = Scratch(multiply if dtype is None else nothing, x, *size, dtype)
     guide = None
     if guide_x is not None:
         guide_x = multiplied(guide_x)
@@ -138,12 +146,12 @@ def forward(multiply: Callable, update: Callable, x: Tensor, y: Tensor, *args):
     count = maximum.new_zeros(len(x), dtype=torch.int64)
     factor = torch.ones_like(maximum) if mean else None
     rows_mean = maximum.new_zeros(len(x) if mean else 0, x.shape[1])
-    for tile, rows, _, block in _tiles(multiply, x, y, inputs):
+    for tile, rows, _, block in tiles(multiply, x, y, inputs):
         state = (s[rows] for s in (maximum, sums, total, count))
         update(tile, *state, _rows(factor, rows))
         if mean:
             rows_mean[rows] *= factor[rows, None]
-            _add_product(rows_mean[rows], tile.scores.to(x.dtype), block)
+            add_product(rows_mean[rows], tile.scores.to(x.dtype), block)
     if sigmoid:
         return sums, total, count, rows_mean
     if mean:
@@ -171,17 +179,17 @@ def backward(multiply: Callable, gradient: Callable, x: Tensor, y: Tensor, *args
     grad_x = statistic.new_zeros(len(x) if for_x else 0, x.shape[1])
     # One GEMM gives a column's whole gradient where all rows lie in one tile.
     whole = len(x) <= TILE[x.device.type][0] and unit is None and x.dtype == y.dtype
-    for tile, rows, columns, block in _tiles(multiply, x, y, inputs):
+    for tile, rows, columns, block in tiles(multiply, x, y, inputs):
         gradient(tile, statistic[rows], *grads[:, rows])
         low = tile.scores.to(x.dtype)
         if for_x:
-            _add_product(grad_x[rows], low, block)
+            add_product(grad_x[rows], low, block)
         if for_y and whole:
             torch.mm(low.T, x, out=grad_y[columns])
         elif for_y:
             if rows.start == 0:
                 part = grad_x.new_zeros(len(block), x.shape[1])
-            _add_product(part, low.T, x[rows])
+            add_product(part, low.T, x[rows])
             if rows.stop == len(x):
                 grad_y[columns] = part if unit is None else part * unit
     return grad_x if unit is None else grad_x * unit, grad_y

@@ -1,5 +1,6 @@
 """What the contrastive losses take: embeddings with their ids, the rule for false negatives, checks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,12 +57,19 @@ def _limit(positive: Tensor, margin: float | None, relative: float | None) -> Te
 class Choice:
     """Which candidates count, by the positive of each row."""
 
-    def __init__(self, q: Rows, pool: Rows, labels: Tensor, false_negatives: FalseNegatives):
+    def __init__(
+        self,
+        q: Rows,
+        pool: Rows,
+        labels: Tensor,
+        false_negatives: FalseNegatives,
+        positive_scores: Callable = own_scores,
+    ):
         self.labels = labels
         self.ids = None if pool.ids is None else pool.ids[labels]
         self.limit = self.guide = self.guide_limit = None
         if (false_negatives.margin, false_negatives.relative) != (None, None):
-            self.limit = false_negatives.limit(own_scores(q.vectors, pool.vectors, labels))
+            self.limit = false_negatives.limit(positive_scores(q.vectors, pool.vectors, labels))
         if q.guide is not None and pool.guide is not None:
             self.guide = q.guide
             positive = own_scores(q.guide, pool.guide, labels)

@@ -121,32 +121,36 @@ def _cpp_tile(tile: info_nce_chunks.Tile) -> tuple:
         *map(_pointer, (tile.own, tile.limit, tile.x_keys, tile.y_keys)),
         *map(_pointer, (tile.guide, tile.guide_limit)),
         0 if tile.guide is None else native.DTYPES[tile.guide.dtype],
+        *map(_pointer, (tile.x_factor, tile.y_factor)),
         float(tile.scale),
         0.0 if tile.bias is None else float(tile.bias),
         tile.sigmoid,
     )
 
 
-def _load_cpp(run: str):
+def cpp_update(tile: info_nce_chunks.Tile, *state: Tensor | None) -> None:
+    native.cpu().info_nce_update(_cpp_tile(tile), *map(_pointer, state))
+
+
+def cpp_gradient(tile: info_nce_chunks.Tile, *grads: Tensor, into: Tensor | None = None) -> None:
+    native.cpu().info_nce_gradient(_cpp_tile(tile), *map(_pointer, (*grads, into)))
+
+
+def cpp_multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """out = x y^T."""
     module = native.cpu()
+    if x.dtype != torch.float32 or module.selected_isa() == "baseline":
+        return info_nce_chunks.torch_multiply(x, y, out)
+    # In fp32 1.17x the rate of torch's GEMM for 1024 x 1024 by 1024 x 1024, one thread of an EPYC (Zen 4).
+    x, y = x if x.stride(1) == 1 else x.contiguous(), y.contiguous()
+    sizes = (native.DTYPES[x.dtype], len(x), len(y), x.shape[1], x.stride(0))
+    module.linear(x.data_ptr(), y.data_ptr(), 0, *sizes, out.data_ptr(), False)
 
-    def update(tile, *state):
-        module.info_nce_update(_cpp_tile(tile), *map(_pointer, state))
 
-    def gradient(tile, *grads):
-        module.info_nce_gradient(_cpp_tile(tile), *map(_pointer, grads))
-
-    def multiply(x, y, out):
-        if x.dtype != torch.float32 or module.selected_isa() == "baseline":
-            return info_nce_chunks.torch_multiply(x, y, out)
-        # In fp32 1.17x the rate of torch's GEMM for 1024 x 1024 by 1024 x 1024, one thread of an EPYC (Zen
-        # 4).
-        x, y = x if x.stride(1) == 1 else x.contiguous(), y.contiguous()
-        sizes = (native.DTYPES[x.dtype], len(x), len(y), x.shape[1], x.stride(0))
-        module.linear(x.data_ptr(), y.data_ptr(), 0, *sizes, out.data_ptr(), False)
-
-    kernel = {"forward": update, "backward": gradient}[run]
-    return functools.partial(getattr(info_nce_chunks, run), multiply, kernel)
+def _load_cpp(run: str):
+    native.cpu()
+    kernel = {"forward": cpp_update, "backward": cpp_gradient}[run]
+    return functools.partial(getattr(info_nce_chunks, run), cpp_multiply, kernel)
 
 
 FORWARD.impl("cpp", functools.partial(_load_cpp, "forward"))
@@ -155,7 +159,7 @@ FORWARD.impl("triton", triton_function("info_nce:forward"))
 BACKWARD.impl("triton", triton_function("info_nce:backward"))
 
 
-def _inputs(device, dtype, shape, names, scale=20.0, bias=None, spread=1.0, seed=0):
+def make_inputs(device, dtype, shape, names, scale=20.0, bias=None, spread=1.0, seed=0):
     """Arguments up to `sigmoid`; unit vectors times `spread`, the options named."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns, depth = shape
@@ -169,12 +173,12 @@ def _inputs(device, dtype, shape, names, scale=20.0, bias=None, spread=1.0, seed
     keys = torch.randint(0, max(columns // 3, 1), (rows + columns,), generator=generator)
     options = {
         "own": own,
-        "limit": _gap(x, y),
+        "limit": gap(x, y),
         "x_keys": keys[:rows],
         "y_keys": keys[rows:],
         "guide_x": guide_x,
         "guide_y": guide_y,
-        "guide_limit": _gap(guide_x, guide_y),
+        "guide_limit": gap(guide_x, guide_y),
     }
     scale, bias = (None if v is None else torch.tensor(v) for v in (scale, bias))
     options = [value if name in names else None for name, value in options.items()]
@@ -182,7 +186,7 @@ def _inputs(device, dtype, shape, names, scale=20.0, bias=None, spread=1.0, seed
     return tuple(a if a is None else a.to(device) for a in args)
 
 
-def _gap(x, y):
+def gap(x, y):
     """Per row a score that no score is near: in the widest gap of the upper half."""
     scores = (x.double() @ y.double().T).sort(1).values[:, y.shape[0] // 2 :]
     if scores.shape[1] < 2:
@@ -197,18 +201,18 @@ MASKS = ("own", "limit", "x_keys", "y_keys", "guide_x", "guide_y", "guide_limit"
 def _cases(device, dtype, size):
     """(arguments up to `sigmoid`, sigmoid)"""
     if size == "bench":
-        return [(_inputs(device, dtype, (1024, 8192, 1024), ("own",), 50.0), False)]
+        return [(make_inputs(device, dtype, (1024, 8192, 1024), ("own",), 50.0), False)]
     low = (device, dtype)
     return [
-        (_inputs(*low, (5, 7, 16), ("own",)), False),
-        (_inputs(*low, (33, 130, 40), MASKS), False),
-        (_inputs(*low, (20, 40, 24), MASKS, 8.0, -3.0), True),
-        (_inputs(*low, (3, 2100, 8), ("own", "limit"), 10.0), False),
-        (_inputs(*low, (1030, 17, 8), ("x_keys", "y_keys"), 5.0), False),
-        (_inputs(*low, (9, 50, 37), MASKS[4:], 1.0), False),
-        (_inputs(*low, (1, 1, 1), (), 1.0), False),
-        (_inputs(*low, (4, 1, 5), ("x_keys", "y_keys"), 1.0), False),
-        (_inputs(*low, (2, 66, 130), (), 10.0, -10.0), True),
+        (make_inputs(*low, (5, 7, 16), ("own",)), False),
+        (make_inputs(*low, (33, 130, 40), MASKS), False),
+        (make_inputs(*low, (20, 40, 24), MASKS, 8.0, -3.0), True),
+        (make_inputs(*low, (3, 2100, 8), ("own", "limit"), 10.0), False),
+        (make_inputs(*low, (1030, 17, 8), ("x_keys", "y_keys"), 5.0), False),
+        (make_inputs(*low, (9, 50, 37), MASKS[4:], 1.0), False),
+        (make_inputs(*low, (1, 1, 1), (), 1.0), False),
+        (make_inputs(*low, (4, 1, 5), ("x_keys", "y_keys"), 1.0), False),
+        (make_inputs(*low, (2, 66, 130), (), 10.0, -10.0), True),
     ]
 
 

@@ -65,8 +65,15 @@ class AllGather(_Ranks):
     """
 
     def statistics(
-        self, x: Tensor, y: Tensor, scale: Tensor, columns: Columns = NOTHING, **settings
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        columns: Columns = NOTHING,
+        of_columns: Callable = statistics,
+        **settings,
     ) -> Statistics:
+        """of_columns: what takes the statistics of the gathered columns."""
         self.check(y, columns)
         own = columns.own
         if own is not None:
@@ -74,7 +81,7 @@ class AllGather(_Ranks):
         columns = columns._replace(
             own=own, y_keys=self.gather(columns.y_keys), guide_y=self.gather(columns.guide_y)
         )
-        return statistics(x, _Gathered.apply(y, self), scale, columns, **settings)
+        return of_columns(x, _Gathered.apply(y, self), scale, columns, **settings)
 
 
 class _Gathered(torch.autograd.Function):

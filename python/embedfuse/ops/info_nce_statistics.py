@@ -92,10 +92,24 @@ def statistics_of_each(
 
     Plain torch on (rows, K) logits. Returns own = 0.
     """
-    scores = row_products(x, y)
+    return statistics_of_scores(
+        row_products(x, y), scale, columns, bias=bias, hardness=hardness, sigmoid=sigmoid
+    )
+
+
+def statistics_of_scores(
+    scores: Tensor,
+    scale: Tensor,
+    columns: Columns,
+    *,
+    bias: Tensor | None = None,
+    hardness: float = 0.0,
+    sigmoid: bool = False,
+) -> Statistics:
+    """`statistics_of_each` of scores (..., rows, K), with columns.limit (..., rows)."""
     drop = torch.zeros_like(scores, dtype=torch.bool)
     if columns.limit is not None:
-        drop = drop | (scores > columns.limit[:, None])
+        drop = drop | (scores > columns.limit[..., None])
     if columns.x_keys is not None:
         drop = drop | (columns.x_keys[:, None] == columns.y_keys)
     if columns.guide_x is not None:
@@ -103,12 +117,12 @@ def statistics_of_each(
             row_products(columns.guide_x, columns.guide_y) > columns.guide_limit[:, None]
         )
     logits = scale * scores + hardness * scores.detach() + (0 if bias is None else bias)
-    own, count = torch.zeros_like(scores[:, 0]), (~drop).sum(1)
+    own, count = torch.zeros_like(scores[..., 0]), (~drop).sum(-1)
     if sigmoid:
         parts = torch.nn.functional.softplus(logits).masked_fill(drop, 0), logits.sigmoid()
-        return Statistics(own, parts[0].sum(1), parts[1].masked_fill(drop, 0).sum(1), count)
-    logsumexp = logits.masked_fill(drop, lowest(logits.dtype)).logsumexp(1)
-    return Statistics(own, logsumexp, logits.masked_fill(drop, 0).sum(1), count)
+        return Statistics(own, parts[0].sum(-1), parts[1].masked_fill(drop, 0).sum(-1), count)
+    logsumexp = logits.masked_fill(drop, lowest(logits.dtype)).logsumexp(-1)
+    return Statistics(own, logsumexp, logits.masked_fill(drop, 0).sum(-1), count)
 
 
 def own_scores(x: Tensor, y: Tensor, own: Tensor) -> Tensor:
