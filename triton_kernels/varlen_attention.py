@@ -32,7 +32,8 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
         many, keys, slice_ = 32 if wide or odd else 64, 32, 16
         warps = 4 if few or depth <= 64 else 8
     else:
-        many, keys, slice_ = 64 if wide or odd else 128, 32 if wide or odd else 64, depth
+        many, slice_ = 128 if depth <= 64 and not odd else 64, depth
+        keys = 32 if wide or odd else 64
         keys = 16 if wide and odd else keys
         warps = 4 if few else 8
     blocks = {"B_M": 16 if few else many, "B_N": keys, "B_D": depth, "B_K": slice_}
