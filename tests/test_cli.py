@@ -65,6 +65,8 @@ def test_doctor_says_for_each_op_which_backend_runs_or_why_not(facts):
     assert found["ops"]["pool_normalize"]["cpp"] == "yes"
     assert found["ops"]["pool_normalize"]["triton"] == NO_GPU
     assert found["ops"]["linear"]["triton"] == "this op has no such version"
+    assert list(found["attention on CUDA"]) == ["float32", "float16", "bfloat16"]
+    assert all(set(x.values()) == {NO_GPU} for x in found["attention on CUDA"].values())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("heads", [4, 3])  # head_dim 12 is SDPA's, 16 FlashAttention's
+@pytest.mark.parametrize(
+    "heads", [4, 3]
+)  # head_dim 12 is our kernel's, 16 in 16 bits FlashAttention's
 def test_parity(family, dtype, heads):
     """Error against fp64 at most twice the original's own in this dtype, plus fp32 rounding."""
     model = make_model(family, num_attention_heads=heads).to("cuda", dtype)

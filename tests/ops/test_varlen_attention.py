@@ -194,6 +194,14 @@ def test_the_last_query_row_stands_at_the_last_key(backend):
     assert found[:, 0, 0].tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("more", [1, 33])
+def test_rows_before_their_last_keys_with_three_heads_each(backend, more):
+    """Blocks of 64 rows end amid a token's heads; its own key is the first of a block of keys."""
+    q, k, v, *rest = random_args([70], [70 + more], (3, 8))
+    args = (q, k[:, :1], v[:, :1], *rest[:3], True, None)
+    numerics.assert_close_to_reference(OP, args, backend)
+
+
 def test_groups_of_heads_share_keys(backend):
     """Heads 0 and 1 read key head 0, heads 2 and 3 key head 1."""
     value = torch.tensor([[[1.0], [10.0]], [[3.0], [30.0]]])

@@ -1,4 +1,7 @@
-"""embedfuse doctor: versions, processors, settings, and for each op and backend "yes" or the reason."""
+"""embedfuse doctor: versions, processors, settings, and for each op and backend "yes" or the reason.
+
+Attention in patched models on a GPU has more than one source; the first "yes" is what runs.
+"""
 
 import argparse
 import json
@@ -10,6 +13,7 @@ from pathlib import Path
 import torch
 
 from embedfuse import config, native, registry
+from embedfuse.nn.attention import cuda_answers
 
 PACKAGES = ("embedfuse", "torch", "triton", "transformers", "sentence-transformers", "numpy")
 # As Linux spells them in /proc/cpuinfo.
@@ -34,6 +38,7 @@ def collect() -> dict:
         "build": native.build_notes() or {"note": "this copy of embedfuse was not built"},
         "environment": {name: variable(name) for name in config.VARIABLES},
         "ops": {name: backends(op) for name, op in sorted(registry.OPS.items())},
+        "attention on CUDA": {str(d).removeprefix("torch."): attention(d) for d in native.DTYPES},
     }
 
 
@@ -105,6 +110,14 @@ def answer(op: registry.Op, backend: str, device: str) -> str:
         return str(error)
 
 
+def attention(dtype: torch.dtype) -> dict[str, str]:
+    """For heads of 64 in inference, in order of preference: the first "yes" runs."""
+    try:
+        return {name: reason or "yes" for name, reason in cuda_answers(dtype, 64).items()}
+    except ValueError as error:
+        return {"none": str(error)}
+
+
 def as_text(facts: dict) -> str:
     sections = [table(name, facts[name].items()) for name in ("versions", "cpu", "gpu", "build")]
     settings = []
@@ -114,13 +127,19 @@ def as_text(facts: dict) -> str:
         if "error" in v:
             settings.append(("", "", v["error"]))
     sections.append(table("environment", settings))
-    answers = [
-        (op if backend == config.BACKENDS[0] else "", backend, text)
-        for op, by_backend in facts["ops"].items()
-        for backend, text in by_backend.items()
-    ]
-    sections.append(table("ops, in fp32", answers))
+    sections.append(table("ops, in fp32", nested(facts["ops"])))
+    title = "attention on CUDA, heads of 64 in inference: the first yes runs"
+    sections.append(table(title, nested(facts["attention on CUDA"])))
     return "\n\n".join(sections)
+
+
+def nested(answers: dict[str, dict[str, str]]) -> list[tuple[str, str, str]]:
+    """Rows of a table whose first column is written once."""
+    return [
+        (outer if i == 0 else "", inner, text)
+        for outer, texts in answers.items()
+        for i, (inner, text) in enumerate(texts.items())
+    ]
 
 
 def table(title: str, rows) -> str:

@@ -7,10 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedfuse import native
+from embedfuse.nn.flash import FLASH_ATTENTION_3, TORCH_VARLEN, Flash
 from embedfuse.nn.linear import is_plain
 from embedfuse.ops.varlen_attention import MAX_HEAD_DIM, visible
 from embedfuse.ops.varlen_attention import OP as VARLEN
 from embedfuse.packing import Packed
+from embedfuse.registry import Op, forced_backend
+
+KERNEL, SDPA = "varlen_attention in Triton", "SDPA per run of equally long texts"
 
 
 def attention(
@@ -31,10 +36,13 @@ def attention(
     of each sequence, where they are not its tokens; causal ones are its last. causal, window:
     as in ops.varlen_attention. Returns (rows, heads * head_dim).
     """
+    if not len(query):
+        return query.flatten(1)
     queries = packed if queries is None else queries
-    if query.is_cuda and dropout == 0 and flash_takes(query):
-        return flash(query, key, value, queries, packed, scale, causal, window).flatten(1)
-    if query.is_cpu and dropout == 0 and kernel_takes(query, key, value):
+    chosen = choose(query, key, value, dropout)
+    if isinstance(chosen, Flash):
+        return chosen(query, key, value, queries, packed, scale, causal, window).flatten(1)
+    if chosen is VARLEN:
         bounds = queries.cu_seqlens, packed.cu_seqlens
         return VARLEN(query, key, value, *bounds, scale, causal, window).flatten(1)
     group = query.shape[1] // key.shape[1]
@@ -52,9 +60,7 @@ def attention(
         masked = sight(rows, tokens, causal, window, query.device)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **masked)
         parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else query.flatten(1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def sight(rows: int, tokens: int, causal: bool, window: int | None, device) -> dict:
@@ -67,26 +73,43 @@ def sight(rows: int, tokens: int, causal: bool, window: int | None, device) -> d
     return {"attn_mask": visible(rows, tokens, causal, window, device)}
 
 
-def flash(query, key, value, queries: Packed, packed: Packed, scale, causal, window) -> Tensor:
-    bounds = queries.cu_seqlens, packed.cu_seqlens, queries.max_seqlen, packed.max_seqlen
-    options = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
-    if causal:  # tokens seen before and after a row's own; -1 is all
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    return torch_varlen()(query, key, value, *bounds, scale=scale, **options)
-
-
 def runs(queries: Packed, keys: Packed) -> list[tuple[int, int, int]]:
     """(sequences, query rows, keys) for each run of neighbours that agree in both."""
     pairs = zip(queries.lengths, keys.lengths, strict=True)
     return [(len(list(run)), *pair) for pair, run in groupby(pairs)]
 
 
-def kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Inference on the CPU.
+def choose(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Flash | Op | None:
+    """FlashAttention, the op, or None: SDPA, which alone has dropout.
 
-    No length is left to SDPA: on 2 cores of an EPYC 9004 without AMX the kernel was 1.0 to 1.7 times as
-    fast in fp32 and 1.3 to 2.5 times in bf16, for 16 heads of 64 and equal lengths from 16 to 8,192, and
-    3 to 4 times at length 8 (this function, in turn with itself under `use_backend("reference")`).
+    On a GPU FlashAttention goes before the op, unless a backend was asked for by name; what that has no
+    version for is torch's own.
+    """
+    if dropout:
+        return None
+    forced = forced_backend()
+    if query.is_cuda and (forced is None or not kernel_takes(query, key, value)):
+        flash = choose_flash(query.device, query.dtype, query.shape[-1], forced)
+        if flash is not None:
+            return flash
+    return VARLEN if kernel_takes(query, key, value) else None
+
+
+@functools.cache
+def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int, forced: str | None):
+    capability = torch.cuda.get_device_capability(device)
+    for flash in (TORCH_VARLEN,) if forced else (FLASH_ATTENTION_3, TORCH_VARLEN):
+        if flash.refusal(capability, dtype, head_dim) is None:
+            return flash
+    return None
+
+
+def kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Inference.
+
+    No length is left to SDPA on the CPU: on 2 cores of an EPYC 9004 without AMX the kernel was 1.0 to 1.7
+    times as fast in fp32 and 1.3 to 2.5 times in bf16, for 16 heads of 64 and equal lengths from 16 to 8,192,
+    and 3 to 4 times at length 8 (this function, in turn with itself under `use_backend("reference")`).
     """
     return (
         is_plain(query)
@@ -96,26 +119,22 @@ def kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def flash_takes(query: Tensor) -> bool:
-    """FlashAttention: 16 bits, head_dim a multiple of 8 up to 256, sm_80 on. SDPA takes the rest."""
-    head_dim = query.shape[-1]
-    return (
-        query.dtype in (torch.float16, torch.bfloat16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and query.shape[0] > 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and torch_varlen() is not None
-    )
-
-
-@functools.cache
-def torch_varlen():
-    """torch's varlen FlashAttention; None where torch has none that takes a scale (before 2.11)."""
-    import inspect
-
+def cuda_answers(dtype: torch.dtype, head_dim: int, device=None) -> dict[str, str | None]:
+    """What may run attention in inference on a GPU, in order of preference, and why it cannot."""
+    names = FLASH_ATTENTION_3.name, TORCH_VARLEN.name, KERNEL, SDPA
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
+        native.require_gpu()
+    except native.Unavailable as error:
+        return dict.fromkeys(names, str(error))
+    capability = torch.cuda.get_device_capability(device)
+    reasons = [f.refusal(capability, dtype, head_dim) for f in (FLASH_ATTENTION_3, TORCH_VARLEN)]
+    too_deep = f"takes a head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
+    reasons.append(too_deep if head_dim > MAX_HEAD_DIM else VARLEN.refusal("triton", "cuda", dtype))
+    reasons.append(None)
+    answers = dict(zip(names, reasons, strict=True))
+    if forced := forced_backend():
+        answers[FLASH_ATTENTION_3.name] = asked = f"backend {forced!r} was asked for"
+        if forced == "triton":
+            return {KERNEL: answers.pop(KERNEL)} | answers
+        answers[KERNEL] = asked
+    return answers

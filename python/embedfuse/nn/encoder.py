@@ -40,6 +40,10 @@ class EncoderLayer:
     def projections(self) -> dict[str, FusedLinear]:
         return {"QKV": self.qkv}
 
+    @property
+    def head_dim(self) -> int:
+        return self.qkv.linears[0].out_features // self.heads
+
     def __call__(
         self, x: Tensor, packed: Packed, plain: bool, rows: Tensor | None = None
     ) -> Tensor:

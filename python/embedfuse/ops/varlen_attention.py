@@ -5,7 +5,7 @@ from torch import Tensor
 
 from embedfuse import native
 from embedfuse.ops.cu_seqlens import check_layout, check_values
-from embedfuse.registry import Cost, Op
+from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, "
@@ -153,6 +153,7 @@ def _load_cpp():
 
 
 OP.impl("cpp", _load_cpp)
+OP.impl("triton", triton_function("varlen_attention:varlen_attention"))
 
 
 @OP.samples

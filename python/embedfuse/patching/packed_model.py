@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from embedfuse.nn.attention import cuda_answers
 from embedfuse.packing import Packed, one_each, pack
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
@@ -131,7 +132,7 @@ class PackedModel(Patched):
             else:
                 probe = cls.probe(model)
                 expected = probe.run(model, model.run_original)
-                report.fused += model.fuse()
+                report.fused += model.fuse() + attention_in_force(model, plan)
                 report.deviations = deviations(model, expected, probe.run(model, model._serve))
         except BaseException:
             model.uninstall()
@@ -298,3 +299,11 @@ class PackedModel(Patched):
             for projection in layer.projections.values():
                 projection.part()  # pickle gives each view of a storage the whole of it
         self.fuse()
+
+
+def attention_in_force(model: PackedModel, plan: Plan) -> list[str]:
+    """For the report of a model on a GPU: what computes attention there in inference."""
+    if model.device.type != "cuda" or not plan.layers:
+        return []
+    answers = cuda_answers(model.dtype, plan.layers[0].head_dim, model.device)
+    return [f"attention by {next(name for name, reason in answers.items() if reason is None)}"]

@@ -1,0 +1,124 @@
+"""FlashAttention on packed sequences: FlashAttention-3 where it is installed, or torch's own."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embedfuse.native import Unavailable
+
+
+@dataclass(frozen=True)
+class Flash:
+    """One implementation: where it runs, and its call with our arguments.
+
+    load: its function; raises Unavailable with the reason. capability: (least, most) of the card.
+    run: that function on the arguments of nn.attention, queries given -> (rows, heads, head_dim).
+    """
+
+    name: str
+    load: Callable[[], Callable]
+    capability: tuple[tuple[int, int], tuple[int, int]]
+    run: Callable[..., Tensor]
+
+    def __call__(self, *args) -> Tensor:
+        return self.run(self.load(), *args)
+
+    def refusal(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this cannot run on such tensors; None when it can."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"takes float16, bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if head_dim % 8 or head_dim > 256:
+            return f"takes a head_dim that is a multiple of 8 up to 256, not {head_dim}"
+        least, most = self.capability
+        if not least <= capability <= most:
+            chips = f"sm_{least[0]}{least[1]}" + ("" if least == most else " and later")
+            return f"runs on {chips}, not on sm_{capability[0]}{capability[1]}"
+        try:
+            self.load()
+        except Unavailable as error:
+            return str(error)
+        return None
+
+
+@functools.cache
+def load_flash_attention_3() -> Callable:
+    try:
+        return importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+    except ModuleNotFoundError as error:
+        if error.name != "flash_attn_interface":
+            raise Unavailable(f"flash_attn_interface does not load: {error}") from error
+        raise Unavailable("flash_attn_interface is not installed") from error
+    except (ImportError, OSError, AttributeError) as error:
+        raise Unavailable(f"flash_attn_interface does not load: {error}") from error
+
+
+def run_flash_attention_3(
+    function, query, key, value, queries, packed, scale, causal, window
+) -> Tensor:
+    out = function(
+        query,
+        key,
+        value,
+        queries.cu_seqlens,
+        packed.cu_seqlens,
+        queries.max_seqlen,
+        packed.max_seqlen,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=window_size(causal, window),
+    )
+    return out[0] if isinstance(out, tuple) else out  # until 2025 it returned the logsumexp too
+
+
+@functools.cache
+def load_torch_varlen() -> Callable:
+    try:
+        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError as error:
+        raise Unavailable(f"torch {torch.__version__} has none: {error}") from error
+    if not takes(function, "scale"):  # before 2.11
+        raise Unavailable(f"that of torch {torch.__version__} does not take a scale")
+    return function
+
+
+@functools.cache
+def takes(function: Callable, argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
+
+
+def run_torch_varlen(function, query, key, value, queries, packed, scale, causal, window) -> Tensor:
+    options, group = {}, query.shape[1] // key.shape[1]
+    if group > 1 and takes(function, "enable_gqa"):
+        options["enable_gqa"] = True
+    elif group > 1:
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    return function(
+        query,
+        key,
+        value,
+        queries.cu_seqlens,
+        packed.cu_seqlens,
+        queries.max_seqlen,
+        packed.max_seqlen,
+        scale=scale,
+        window_size=window_size(causal, window),
+        **options,
+    )
+
+
+def window_size(causal: bool, window: int | None) -> tuple[int, int]:
+    """Tokens seen before and after a row's own; -1 is all."""
+    return (-1 if window is None else window - 1, 0) if causal else (-1, -1)
+
+
+FLASH_ATTENTION_3 = Flash(
+    "FlashAttention-3", load_flash_attention_3, ((9, 0), (9, 0)), run_flash_attention_3
+)
+TORCH_VARLEN = Flash(
+    "torch.nn.attention.varlen", load_torch_varlen, ((8, 0), (99, 0)), run_torch_varlen
+)

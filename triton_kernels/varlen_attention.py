@@ -1,0 +1,214 @@
+"""out_i = sum_j softmax_j(q_i . k_j scale) v_j over the keys j of i's own sequence that i sees
+
+A program takes a tile of one sequence's query rows under one key head: B_M pairs of row and head, a group's
+heads next to each other, so that keys and values are read once for all of them. Keys come B_N at a time,
+those that no row of the tile sees not at all; the online softmax keeps its maximum and sum in fp32. A
+sequence's tiles are numbered from (first row) // B_M + (its own number), which leaves room for the partial
+tile of each: so the grid needs no lengths on the host, and programs past a sequence's end leave at once.
+Limits: fp32, and all dtypes before sm_80, are multiplied without tensor cores; a single query row, however
+long its text, is one program per key head.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from embedfuse.registry import triton_interprets
+
+
+def default_config(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
+    """Blocks, warps and stages. rows: of an average sequence, times the heads that share its keys.
+
+    The largest blocks without spills on sm_80, sm_90 and sm_100. Not measured.
+    """
+    depth = max(16, triton.next_power_of_2(head_dim))
+    wide = depth > 128
+    odd = head_dim % 16 != 0  # loaded one element at a time, which takes registers
+    few = rows <= 32 or (wide and odd)
+    if dtype == torch.float32:
+        # Without tensor cores a thread holds all that it multiplies: a slice of the depth at a time.
+        many, keys, slice_ = 32 if wide or odd else 64, 32, 16
+        warps = 4 if few or depth <= 64 else 8
+    else:
+        many, slice_ = 128 if depth <= 64 and not odd else 64, depth
+        keys = 32 if wide or odd else 64
+        keys = 16 if wide and odd else keys
+        warps = 4 if few else 8
+    blocks = {"B_M": 16 if few else many, "B_N": keys, "B_D": depth, "B_K": slice_}
+    stages = 2 if wide or odd else 3
+    # Told nothing of registers, ptxas spills a few to fit one more program.
+    return {**blocks, "num_warps": warps, "num_stages": stages, "maxnreg": 255}
+
+
+@triton.jit
+def load_rows(p_x, m_t, o_d, DEPTH: tl.constexpr, WIDEN: tl.constexpr):
+    """p_x: (rows, 1), where each row starts."""
+    b_x = tl.load(p_x + o_d[None, :], mask=m_t[:, None] & (o_d < DEPTH)[None, :], other=0)
+    if WIDEN:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def find_sequence(p_cu, tile, batch, GROUP: tl.constexpr, B_M: tl.constexpr):
+    """The last sequence whose tiles begin at `tile` or before it, and where they begin."""
+    low, high = 0, batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(p_cu + middle).to(tl.int64) * GROUP // B_M + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    return low, tl.load(p_cu + low).to(tl.int64) * GROUP // B_M + low
+
+
+@triton.jit(do_not_specialize=["batch"])
+def varlen_attention_kernel(
+    p_q,  # (tokens_q, heads, DEPTH)
+    p_k,  # (tokens_k, heads / GROUP, DEPTH)
+    p_v,  # (tokens_k, heads / GROUP, DEPTH)
+    p_o,  # (tokens_q, heads, DEPTH)
+    p_cuq,  # (batch + 1)
+    p_cuk,  # (batch + 1)
+    batch,
+    scale,
+    window,  # or None
+    s_q,
+    s_qh,
+    s_k,
+    s_kh,
+    s_v,
+    s_vh,
+    s_o,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDEN: tl.constexpr,
+    B_M: tl.constexpr,
+    B_N: tl.constexpr,
+    B_D: tl.constexpr,
+    B_K: tl.constexpr,
+):
+    i_b, tile = find_sequence(p_cuq, tl.program_id(0), batch, GROUP, B_M)
+    q_start, k_start = tl.load(p_cuq + i_b).to(tl.int64), tl.load(p_cuk + i_b).to(tl.int64)
+    rows = (tl.load(p_cuq + i_b + 1) - q_start).to(tl.int32)
+    keys = (tl.load(p_cuk + i_b + 1) - k_start).to(tl.int32)
+    first = (tl.program_id(0) - tile) * B_M
+    if first >= rows.to(tl.int64) * GROUP:
+        return
+    o_m = (first % GROUP).to(tl.int32) + tl.arange(0, B_M)
+    first = (first // GROUP).to(tl.int32)
+    o_i = first + o_m // GROUP
+    m_i = o_i < rows
+    i_h = tl.program_id(1).to(tl.int64)
+    o_h = i_h * GROUP + o_m % GROUP
+    o_d = tl.arange(0, B_D)
+    p_q += (q_start + o_i)[:, None] * s_q + o_h[:, None] * s_qh
+    p_k += k_start * s_k + i_h * s_kh
+    p_v += k_start * s_v + i_h * s_vh
+
+    # Where a row stands among the keys: the last row at the last key.
+    o_own = o_i + (keys - rows)
+    start, end = 0, keys
+    if CAUSAL:
+        last = tl.minimum(first + (B_M + GROUP - 2) // GROUP, rows - 1)
+        end = last + keys - rows + 1
+    if window is not None:
+        # From a multiple of B_N, so that the sums of a row do not hang on its tile.
+        start = tl.maximum(first + keys - rows - window + 1, 0) // B_N * B_N
+
+    if B_K == B_D:
+        b_q = load_rows(p_q, m_i, o_d, DEPTH, WIDEN)
+    b_top = tl.full([B_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([B_M], tl.float32)
+    b_acc = tl.zeros([B_M, B_D], tl.float32)
+    for n in range(start, end, B_N):
+        o_n = n + tl.arange(0, B_N)
+        m_n = o_n < keys
+        p_n = p_k + o_n.to(tl.int64)[:, None] * s_k
+        b_s = tl.zeros([B_M, B_N], tl.float32)
+        if B_K == B_D:
+            b_k = load_rows(p_n, m_n, o_d, DEPTH, WIDEN)
+            b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee")
+        else:
+            for d in range(0, B_D, B_K):
+                o_k = d + tl.arange(0, B_K)
+                b_x = load_rows(p_q, m_i, o_k, DEPTH, WIDEN)
+                b_k = load_rows(p_n, m_n, o_k, DEPTH, WIDEN)
+                b_s = tl.dot(b_x, tl.trans(b_k), b_s, input_precision="ieee")
+        m_s = m_n[None, :]
+        if CAUSAL:
+            m_s &= o_n[None, :] <= o_own[:, None]
+        if window is not None:
+            m_s &= o_n[None, :] > o_own[:, None] - window
+        b_s = tl.where(m_s, b_s * scale, float("-inf"))
+        b_now = tl.maximum(b_top, tl.max(b_s, 1))
+        # A row that has seen no score yet: no difference of infinities.
+        b_base = tl.where(b_now == float("-inf"), 0.0, b_now)
+        b_p = tl.exp(b_s - b_base[:, None])
+        b_old = tl.exp(b_top - b_base)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_v = load_rows(p_v + o_n.to(tl.int64)[:, None] * s_v, m_n, o_d, DEPTH, WIDEN)
+        b_acc *= b_old[:, None]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_top = b_now
+
+    m_see = (o_own >= 0) if CAUSAL else (o_own < keys)
+    b_o = tl.where(m_see[:, None] & (keys > 0), b_acc / b_sum[:, None], 0)
+    p_o += (q_start + o_i)[:, None] * s_o + o_h[:, None] * DEPTH + o_d[None, :]
+    tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_i[:, None] & (o_d < DEPTH)[None, :])
+
+
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, window):
+    """Launcher; arguments and results are those of the op (python/embedfuse/ops/varlen_attention.py)."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    tokens, heads, head_dim = query.shape
+    kv_heads, batch = key.shape[1], len(cu_seqlens_q) - 1
+    group = heads // kv_heads
+    out = query.new_empty(query.shape)
+    if not out.numel():
+        return out
+    # Triton multiplies 16 bits badly before sm_80, and in its interpreter (3.9) the bit patterns of bf16.
+    old = query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0)
+    widen = old or (triton_interprets() and query.dtype == torch.bfloat16)
+    dtype = torch.float32 if widen else query.dtype
+    config = default_config(dtype, head_dim, triton.cdiv(tokens * group, batch))
+    with torch.cuda.device_of(query):
+        varlen_attention_kernel[(tokens * group // config["B_M"] + batch, kv_heads)](
+            query,
+            key,
+            value,
+            out,
+            cu_seqlens_q.contiguous(),
+            cu_seqlens_k.contiguous(),
+            batch,
+            float(scale),
+            window,
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            out.stride(0),
+            CAUSAL=causal,
+            GROUP=group,
+            DEPTH=head_dim,
+            WIDEN=widen,
+            **config,
+        )
+    return out
+
+
+def aot_calls() -> Iterator[tuple]:
+    """(launcher, its arguments on the meta device): many and few rows, slices of one QKV product."""
+    bounds = torch.empty(9, dtype=torch.int32, device="meta")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for head_dim in (37, 64, 100, 128, 250, 256):
+            for tokens, group in ((800, 1), (8, 2)):
+                qkv = torch.empty(tokens, 4 * group + 8, head_dim, dtype=dtype, device="meta")
+                parts = qkv.split([4 * group, 4, 4], 1)
+                for causal, window in ((False, None), (True, 300)):
+                    yield varlen_attention, (*parts, bounds, bounds, 0.1, causal, window)
