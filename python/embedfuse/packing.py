@@ -25,6 +25,10 @@ class Packed:
     starts_padded: bool = False
 
     @property
+    def sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
@@ -36,7 +40,7 @@ class Packed:
     def sequence(self) -> Tensor:
         """(tokens,) which sequence each token belongs to."""
         lengths = self.cu_seqlens.diff().long()
-        which = torch.arange(len(self.lengths), device=lengths.device)
+        which = torch.arange(self.sequences, device=lengths.device)
         return which.repeat_interleave(lengths, output_size=self.tokens)
 
     @cached_property
@@ -80,6 +84,12 @@ class Packed:
 def unpadded(lengths: list[int], device: torch.device) -> Packed:
     """Sequences that never were padded; their padded shape is one row."""
     return Packed(tuple(lengths), _cu_seqlens(lengths, device), (1, sum(lengths)), None)
+
+
+def rows_alone(rows: int, device: torch.device) -> Packed:
+    """Sequences of one token each."""
+    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    return Packed((1,) * rows, cu_seqlens, (1, rows), None)
 
 
 def end_to_end(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:

@@ -15,7 +15,7 @@ from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
 from embedfuse.ops.rope import OP as ROPE
 from embedfuse.ops.rope import rotate
 from embedfuse.ops.silu_mul import OP as SILU_MUL
-from embedfuse.packing import Packed, unpadded
+from embedfuse.packing import Packed, rows_alone
 
 
 @dataclass
@@ -87,7 +87,7 @@ class DecoderLayer:
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
         queries, at_query = None if shared is None else shared.queries, (cos, sin)
         if rows is not None:
-            queries, at_query = unpadded([1] * len(rows), x.device), (cos[rows], sin[rows])
+            queries, at_query = rows_alone(len(rows), x.device), (cos[rows], sin[rows])
         to_query, to_key, _ = self.qkv.linears
         query = turn(to_query, self.query_norm, query, *at_query, plain)
         key = turn(to_key, self.key_norm, key, cos, sin, plain)

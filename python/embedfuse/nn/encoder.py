@@ -11,7 +11,7 @@ from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import FusedLinear, is_plain, linear
 from embedfuse.nn.tower import alike, checkpointed, project, steps
 from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
-from embedfuse.packing import Packed, unpadded
+from embedfuse.packing import Packed, rows_alone
 
 
 @dataclass
@@ -48,7 +48,7 @@ class EncoderLayer:
         query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in projections)
         queries = None
         if rows is not None:
-            queries = unpadded([1] * len(rows), x.device)
+            queries = rows_alone(len(rows), x.device)
             x = x[rows]
         dropout = self.attention.dropout.p if self.attention.training else 0.0
         y = attention(query, key, value, packed, scale=self.scale, dropout=dropout, queries=queries)

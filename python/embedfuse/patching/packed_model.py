@@ -7,15 +7,15 @@ import inspect
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from embedfuse.packing import Packed, pack, unpadded
+from embedfuse.packing import Packed, pack, rows_alone
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.plan import Plan, is_hooked
+from embedfuse.patching.replay import Tokens, refusal, replayed, rows_of
 from embedfuse.patching.report import Report
 
 # Arguments that the packed forward serves; any other that is not None goes to the original.
@@ -35,24 +35,6 @@ def on_original(reason: str = "") -> Iterator[None]:
         yield
     finally:
         _wanted_original.reset(token)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the embedding layer reads, each (tokens,); None where the model fills it in."""
-
-    input_ids: Tensor
-    token_type_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    @classmethod
-    def of(cls, call: dict, packed: Packed) -> "Tokens":
-        input_ids = call["input_ids"]
-        others = (call.get("token_type_ids"), call.get("position_ids"))
-        return cls(
-            packed.pack(input_ids),
-            *(None if t is None else packed.pack(t.expand_as(input_ids)) for t in others),
-        )
 
 
 def padded_call(input_ids: Tensor, packed: Packed, padding_idx: int | None) -> dict[str, Tensor]:
@@ -127,6 +109,9 @@ class PackedModel(Patched):
                 expected = probe.run(model, model.run_original)
                 report.fused += model.fuse()
                 report.deviations = deviations(model, expected, probe.run(model, model._serve))
+                if refusal(model._embedfuse.graphs, model.device) is None:
+                    # What came once is captured now.
+                    deviations(model, expected, probe.run(model, model._serve))
         except BaseException:
             model.uninstall()
             raise
@@ -135,6 +120,7 @@ class PackedModel(Patched):
         return report
 
     def uninstall(self) -> None:
+        self._embedfuse.graphs.forget()
         for fused in self._embedfuse.fused:
             fused.part()
         self.swap_out()
@@ -213,11 +199,17 @@ class PackedModel(Patched):
     ) -> tuple[Tensor, Packed]:
         self.check_tokens(tokens, packed)
         if pooling not in self.pruned_poolings or 0 in packed.lengths:
-            return self.run_packed(plan, packed, tokens, None), packed
-        ends = packed.cu_seqlens
-        rows = ends[:-1] if pooling == "cls" else ends[1:] - 1
-        batch = len(packed.lengths)
-        return self.run_packed(plan, packed, tokens, rows), unpadded([1] * batch, ends.device)
+            pooling = None
+        states = replayed(self, plan, packed, tokens, pooling)
+        if states is None:
+            states = self.run_packed(plan, packed, tokens, rows_of(packed, pooling))
+        if pooling is None:
+            return states, packed
+        return states, rows_alone(packed.sequences, packed.cu_seqlens.device)
+
+    def replays(self, packed: Packed, bucket_tokens: int) -> bool:
+        """Whether a CUDA graph may run this batch in a bucket of so many tokens, the better for it."""
+        return False
 
     def misfit(self, packed: Packed) -> str | None:
         """Why the original has to serve a batch of this shape."""
@@ -284,6 +276,7 @@ class PackedModel(Patched):
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
         self._embedfuse.prefixes.forget()
+        self._embedfuse.graphs.forget()
         self.fuse()
         return result
 
