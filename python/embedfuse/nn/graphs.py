@@ -42,6 +42,18 @@ def bucket(tokens: int, sequences: int) -> tuple[int, int] | None:
     return TOKENS[bisect_left(TOKENS, tokens)], SEQUENCES[bisect_left(SEQUENCES, sequences)]
 
 
+def buckets(tokens: int, sequences: int) -> list[tuple[int, int]]:
+    """All buckets up to the one that has room for these, the large ones first: later captures fit into
+    the memory that they left."""
+    most_tokens, most_sequences = bucket(tokens, sequences)
+    return [
+        (t, s)
+        for t in reversed(TOKENS)
+        for s in reversed(SEQUENCES)
+        if t <= most_tokens and s <= most_sequences
+    ]
+
+
 class LengthsUnknown(RuntimeError):
     """The forward asked the host for lengths that only the GPU has."""
 

@@ -171,7 +171,7 @@ class PackedModel(Patched):
             if count and reason:
                 self._embedfuse.report.original(reason)
             return None
-        return self._run(plan, packed, Tokens.of(call, packed), pooling)
+        return self.run(plan, packed, Tokens.of(call, packed), pooling)
 
     def token_states(
         self, input_ids: Tensor, packed: Packed, pooling: str | None = None
@@ -181,7 +181,7 @@ class PackedModel(Patched):
         reason = plan.refusal or plan.bypassed() or self._unserved({"input_ids": input_ids})
         if reason is not None or is_hooked(self):
             return None  # a caller that goes on to `forward` leaves the count to it
-        return self._run(plan, packed, Tokens(input_ids), pooling)
+        return self.run(plan, packed, Tokens(input_ids), pooling)
 
     def sequence_states(
         self, input_ids: Tensor, packed: Packed, pooling: str | None = None
@@ -194,9 +194,10 @@ class PackedModel(Patched):
         states = self(**call, return_dict=True).last_hidden_state
         return states[call["attention_mask"] != 0], packed
 
-    def _run(
+    def run(
         self, plan: Plan, packed: Packed, tokens: Tokens, pooling: str | None
     ) -> tuple[Tensor, Packed]:
+        """States as packed_states returns them."""
         self.check_tokens(tokens, packed)
         if pooling not in self.pruned_poolings or 0 in packed.lengths:
             pooling = None

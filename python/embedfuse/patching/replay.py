@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse import config
-from embedfuse.nn.graphs import GraphCache, Room, Snapshot, bucket
+from embedfuse.nn.graphs import GraphCache, Room, Snapshot, bucket, buckets
 from embedfuse.nn.linear import is_plain
-from embedfuse.packing import Packed
+from embedfuse.packing import Packed, unpadded
 from embedfuse.patching.plan import Plan
 from embedfuse.registry import forced_backend
 
@@ -122,6 +122,28 @@ def replayed(
     why, captured = state.graphs.refusal, len(state.graphs)
     state.report.graphs = f"none: {why}" if why else f"{captured} captured"
     return states
+
+
+def warm(model: nn.Module, tokens: int, sequences: int, pooling: str | None) -> int:
+    """Capture what the model may replay of these buckets; how many graphs there are then."""
+    state, plan = model._embedfuse, model._current_plan()
+    device = model.device
+    if refusal(state.graphs, device) or plan.refusal or plan.bypassed():
+        return 0
+    kinds = 1 + (getattr(model.config, "type_vocab_size", 1) > 1)  # tokenizers give types or do not
+    for most_tokens, most_sequences in buckets(tokens, sequences):
+        n = min(most_tokens, most_sequences)
+        lengths = [most_tokens // n + (i < most_tokens % n) for i in range(n)]
+        packed = unpadded(lengths, device)
+        fits = packed.max_seqlen <= model.longest_sequence() and model.replays(packed, most_tokens)
+        if not fits or bucket(packed.tokens, n) != (most_tokens, most_sequences):
+            continue
+        ids = torch.zeros(most_tokens, dtype=torch.int64, device=device)
+        for given in (Tokens(ids), Tokens(ids, token_type_ids=ids))[:kinds]:
+            for _ in range(2):  # the second time it is captured
+                with torch.inference_mode():
+                    model.run(plan, packed, given, pooling)
+    return len(state.graphs)
 
 
 def refusal(graphs: GraphCache, device: torch.device) -> str | None:
