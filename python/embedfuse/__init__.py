@@ -3,7 +3,7 @@
 import importlib
 
 from embedfuse import ops
-from embedfuse.patching import PatchError, Report, embed, patch, patched, report, unpatch
+from embedfuse.patching import PatchError, Report, embed, patch, patched, report, unpatch, warm_up
 from embedfuse.pipeline.presets import PRESETS, Preset
 from embedfuse.registry import BackendError, use_backend
 
@@ -22,6 +22,7 @@ __all__ = [
     "report",
     "unpatch",
     "use_backend",
+    "warm_up",
 ]
 
 

@@ -19,6 +19,7 @@ VARIABLES = {
     "EMBEDFUSE_CPU_ISA": Variable(
         "instruction set of the C++ kernels", CPU_ISAS, "the best there is"
     ),
+    "EMBEDFUSE_GRAPHS": Variable("0 runs small batches without CUDA graphs", ("0", "1"), "1"),
     "EMBEDFUSE_BUILD_CPP": Variable("at build: 0 leaves the C++ kernels out", ("0", "1"), "1"),
     "EMBEDFUSE_BUILD_CUDA": Variable(
         "at build: 1 fails without nvcc, 0 leaves the CUDA kernels out",

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from embedfuse.nn.heads import load_heads
 from embedfuse.ops import Csr, lexical_scores, maxsim
-from embedfuse.patching import Report, patch, report
+from embedfuse.patching import Report, patch, report, warm_up
 from embedfuse.patching.engine import Options
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.pipeline.checkpoint import read_preset
@@ -108,6 +108,15 @@ class Embedder:
     def report(self) -> Report:
         """What was fused, what was refused, and which calls the original forward served."""
         return report(self.model)
+
+    def warm_up(
+        self, tokens: int = 512, sequences: int = 8, outputs: Sequence[str] = ("dense",)
+    ) -> int:
+        """`embedfuse.warm_up` for `encode` with these outputs."""
+        self._pipeline.check_outputs(outputs)
+        pruned = tuple(outputs) == ("dense",) and self._pipeline.wrapped is None
+        pooling = self.preset.pooling if pruned else None
+        return warm_up(self.model, tokens=tokens, sequences=sequences, pooling=pooling)
 
     def encode(
         self,

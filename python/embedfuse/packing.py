@@ -30,6 +30,10 @@ class Packed:
     ids: Tensor | None = None
 
     @property
+    def sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
@@ -41,7 +45,7 @@ class Packed:
     def sequence(self) -> Tensor:
         """(tokens,) which sequence each token belongs to."""
         lengths = self.cu_seqlens.diff().long()
-        which = torch.arange(len(self.lengths), device=lengths.device)
+        which = torch.arange(self.sequences, device=lengths.device)
         return which.repeat_interleave(lengths, output_size=self.tokens)
 
     @cached_property

@@ -20,14 +20,14 @@ def steps(
     rows: (batch,), one token of each sequence, or None. In inference on the CPU a part holds whole
     sequences of about STEP_TOKENS tokens, otherwise there is one part.
     """
-    if rows is not None and rows.shape != (len(packed.lengths),):
+    if rows is not None and rows.shape != (packed.sequences,):
         raise ValueError(
-            f"rows: shape {tuple(rows.shape)}; accepted is one row per sequence, ({len(packed.lengths)},)"
+            f"rows: shape {tuple(rows.shape)}; accepted is one row per sequence, ({packed.sequences},)"
         )
     in_steps = is_plain(x) and x.is_cpu and packed.tokens > STEP_TOKENS
     first_token = first_sequence = 0
     for part in packed.split(STEP_TOKENS) if in_steps else [packed]:
-        last_token, last_sequence = first_token + part.tokens, first_sequence + len(part.lengths)
+        last_token, last_sequence = first_token + part.tokens, first_sequence + part.sequences
         of_part = None if rows is None else rows[first_sequence:last_sequence] - first_token
         yield slice(first_token, last_token), part, of_part
         first_token, first_sequence = last_token, last_sequence

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from embedfuse.nn.graphs import SEQUENCES, TOKENS, bucket
 from embedfuse.ops import pool_normalize
 from embedfuse.packing import pack
 from embedfuse.patching.engine import Options, Patched
+from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import is_hooked
 from embedfuse.patching.recipes import recipe_of
+from embedfuse.patching.replay import warm
 from embedfuse.patching.report import Report
 
 
@@ -81,6 +84,32 @@ def report(model) -> Report:
     if not isinstance(model, Patched):
         raise ValueError(f"model: this {type(model).__name__} is not patched")
     return model._embedfuse.report
+
+
+def warm_up(model, *, tokens: int = 512, sequences: int = 8, pooling: str | None = None) -> int:
+    """Capture the CUDA graphs that serve small batches before the first of them come.
+
+    Without it a bucket of (tokens, sequences) is captured by its second call, which takes that call
+    some tenths of a second. Do it before other threads use the GPU: waiting for the whole device
+    (torch.cuda.synchronize) fails in a thread while another one captures.
+
+    model: a patched model, or an object that holds one. tokens, sequences: of the largest batches to
+        come, padding not counted; at most 1,024 and 64. pooling: what they will be pooled with, as in
+        `embed`; None for all states. A classifier pools with "cls".
+
+    Returns how many graphs the model has then: 0 where it can have none, and its report tells why.
+    Raises ValueError for a model that is not patched or larger batches.
+    """
+    if not isinstance(model, Patched):
+        raise ValueError(f"model: this {type(model).__name__} is not patched")
+    if bucket(tokens, sequences) is None:
+        raise ValueError(
+            f"tokens={tokens}, sequences={sequences}: accepted are 1 to {TOKENS[-1]} and 1 to "
+            f"{SEQUENCES[-1]}"
+        )
+    while isinstance(model, PatchedHolder):
+        model = model.held(model)
+    return warm(model, tokens, sequences, pooling if pooling in model.pruned_poolings else None)
 
 
 def embed(

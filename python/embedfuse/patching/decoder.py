@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.decoder import DecoderLayer, decode
+from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS, Room
 from embedfuse.nn.linear import FusedLinear, is_plain
 from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe, check_ids
 from embedfuse.patching.engine import REUSES
-from embedfuse.patching.packed_model import PackedModel, Tokens
+from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import Plan, not_stock
+from embedfuse.patching.replay import Tokens
 
 # Rotary positions whose angles depend on the longest text of the batch.
 _ANGLES_BY_LENGTH = ("dynamic", "longrope")
@@ -130,6 +132,8 @@ class PackedDecoder(PackedModel):
         reuse = state.options.reuse_prefixes
         if reuse == "off" or self._both_ways or not is_plain(x) or tokens.position_ids is not None:
             return None
+        if isinstance(packed, Room):  # see replays
+            return None
         if any(layer.dropout and layer.attention.training for layer in plan.layers):
             return None
         cache = stamp = None
@@ -141,13 +145,18 @@ class PackedDecoder(PackedModel):
         step_tokens = STEP_TOKENS if x.is_cpu else packed.tokens
         return shared_steps(tokens.input_ids, packed, step_tokens, cache, stamp)
 
+    def replays(self, packed: Packed, bucket_tokens: int) -> bool:
+        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH:
+            return False
+        # Reading the weights takes as long as WEIGHT_BOUND_TOKENS do: below, a prefix run once saves nothing.
+        alone = packed.sequences == 1 or packed.tokens <= WEIGHT_BOUND_TOKENS
+        return alone or self._both_ways or self._embedfuse.options.reuse_prefixes == "off"
+
     def _stamp(self, plan: Plan) -> tuple | None:
         """What the keys of a given prefix depend on; None where that is more than can be told."""
-        modules = [child for _, _, child, _ in plan.watched]
-        changing = self.rotary_emb.rope_type in _ANGLES_BY_LENGTH
-        if changing or not all(_is_stock(module, self.original) for module in modules):
+        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or plan.foreign():
             return None
-        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        parameters = [p for m in plan.modules for p in m._parameters.values() if p is not None]
         # DataParallel's replicas have none, and one with a gradient is about to change.
         if not parameters or any(
             type(p) is not nn.Parameter or p.is_inference() or p.grad is not None
@@ -181,11 +190,3 @@ class PackedDecoder(PackedModel):
             last_hidden_state=states
         )
         return output if return_dict else output.to_tuple()
-
-
-def _is_stock(module: nn.Module, original: type) -> bool:
-    """Whether what the module does hangs on its parameters alone."""
-    kind = type(module)
-    return kind.__module__ in (original.__module__, "transformers.activations") or (
-        kind.__module__.startswith("torch.nn.modules.")
-    )

@@ -10,8 +10,9 @@ from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm
 from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe, check_ids
-from embedfuse.patching.packed_model import PackedModel, Tokens
+from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import Plan, not_stock
+from embedfuse.patching.replay import Tokens
 
 
 class PackedEncoder(PackedModel):
@@ -61,6 +62,11 @@ class PackedEncoder(PackedModel):
         if self.base_model.pooler is not None and packed.starts_padded:
             return "left padding: the model's pooler reads column 0, where a row has no token"
         return None
+
+    def replays(self, packed: Packed, bucket_tokens: int) -> bool:
+        # BERT counts padding on the left; the tokens of a bucket that are left free need positions too.
+        free = bucket_tokens - packed.tokens
+        return not packed.starts_padded and free <= self.longest_sequence()
 
     @abstractmethod
     def position_ids(self, input_ids: Tensor, packed: Packed) -> Tensor:

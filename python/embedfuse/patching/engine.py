@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from embedfuse.nn.graphs import GraphCache
 from embedfuse.nn.linear import FusedLinear
 from embedfuse.nn.prefixes import PrefixCache
 from embedfuse.patching.plan import Plan
@@ -94,7 +95,7 @@ def _new_patched(original: type) -> Patched:
 
 
 class PatchState:
-    """What a patched model carries. Copies and pickles take report and options, no plan and no cache."""
+    """What a patched model carries. Copies and pickles take report and options, no plan, cache or graph."""
 
     def __init__(self, report: Report, options: Options):
         self.report = report
@@ -102,6 +103,7 @@ class PatchState:
         self.plan: Plan | None = None
         self.fused: list[FusedLinear] = []
         self.prefixes = PrefixCache()
+        self.graphs = GraphCache()
         self.cache: dict = {}  # what an integration builds once per object
         self.patched_before = False  # of a holder: whether the model inside was
         self.lock = threading.Lock()

@@ -7,7 +7,6 @@ import inspect
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from embedfuse.packing import Packed, one_each, pack
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.plan import Plan, is_hooked
+from embedfuse.patching.replay import Tokens, refusal, replayed, rows_of
 from embedfuse.patching.report import Report
 
 # Arguments that the packed forward serves; any other that is not None goes to the original.
@@ -36,24 +36,6 @@ def on_original(reason: str = "") -> Iterator[None]:
         yield
     finally:
         _wanted_original.reset(token)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the embedding layer reads, each (tokens,); None where the model fills it in."""
-
-    input_ids: Tensor
-    token_type_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    @classmethod
-    def of(cls, call: dict, packed: Packed) -> "Tokens":
-        input_ids = call["input_ids"]
-        others = (call.get("token_type_ids"), call.get("position_ids"))
-        return cls(
-            packed.pack(input_ids),
-            *(None if t is None else packed.pack(t.expand_as(input_ids)) for t in others),
-        )
 
 
 def padded_call(input_ids: Tensor, packed: Packed, padding_idx: int | None) -> dict[str, Tensor]:
@@ -134,6 +116,9 @@ class PackedModel(Patched):
                 expected = probe.run(model, model.run_original)
                 report.fused += model.fuse() + attention_in_force(model, plan)
                 report.deviations = deviations(model, expected, probe.run(model, model._serve))
+                if refusal(model._embedfuse.graphs, model.device) is None:
+                    # What came once is captured now.
+                    deviations(model, expected, probe.run(model, model._serve))
         except BaseException:
             model.uninstall()
             raise
@@ -142,6 +127,7 @@ class PackedModel(Patched):
         return report
 
     def uninstall(self) -> None:
+        self._embedfuse.graphs.forget()
         for fused in self._embedfuse.fused:
             fused.part()
         self.swap_out()
@@ -192,7 +178,7 @@ class PackedModel(Patched):
             if count and reason:
                 self._embedfuse.report.original(reason)
             return None
-        return self._run(plan, packed, Tokens.of(call, packed), pooling)
+        return self.run(plan, packed, Tokens.of(call, packed), pooling)
 
     def token_states(
         self, input_ids: Tensor, packed: Packed, pooling: str | None = None
@@ -202,7 +188,7 @@ class PackedModel(Patched):
         reason = plan.refusal or plan.bypassed() or self._unserved({"input_ids": input_ids})
         if reason is not None or is_hooked(self):
             return None  # a caller that goes on to `forward` leaves the count to it
-        return self._run(plan, packed, Tokens(input_ids), pooling)
+        return self.run(plan, packed, Tokens(input_ids), pooling)
 
     def sequence_states(
         self, input_ids: Tensor, packed: Packed, pooling: str | None = None
@@ -215,15 +201,23 @@ class PackedModel(Patched):
         states = self(**call, return_dict=True).last_hidden_state
         return states[call["attention_mask"] != 0], packed
 
-    def _run(
+    def run(
         self, plan: Plan, packed: Packed, tokens: Tokens, pooling: str | None
     ) -> tuple[Tensor, Packed]:
+        """States as packed_states returns them."""
         self.check_tokens(tokens, packed)
         if pooling not in self.pruned_poolings or 0 in packed.lengths:
-            return self.run_packed(plan, packed, tokens, None), packed
-        ends = packed.cu_seqlens
-        rows = ends[:-1] if pooling == "cls" else ends[1:] - 1
-        return self.run_packed(plan, packed, tokens, rows), one_each(len(rows), ends.device)
+            pooling = None
+        states = replayed(self, plan, packed, tokens, pooling)
+        if states is None:
+            states = self.run_packed(plan, packed, tokens, rows_of(packed, pooling))
+        if pooling is None:
+            return states, packed
+        return states, one_each(packed.sequences, packed.cu_seqlens.device)
+
+    def replays(self, packed: Packed, bucket_tokens: int) -> bool:
+        """Whether a CUDA graph may run this batch in a bucket of so many tokens, the better for it."""
+        return False
 
     def misfit(self, packed: Packed) -> str | None:
         """Why the original has to serve a batch of this shape."""
@@ -290,6 +284,7 @@ class PackedModel(Patched):
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
         self._embedfuse.prefixes.forget()
+        self._embedfuse.graphs.forget()
         self.fuse()
         return result
 

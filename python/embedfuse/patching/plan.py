@@ -41,6 +41,7 @@ class Plan:
     layers: list[EncoderLayer] | list[DecoderLayer] = field(default_factory=list)
     refusal: str | None = None
     watched: list[tuple[dict, str, nn.Module, str]] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)  # the model and all inside
 
     def __post_init__(self):
         for prefix, parent in self.model.named_modules():
@@ -48,10 +49,22 @@ class Plan:
                 if child is not None:
                     path = f"{prefix}.{name}" if prefix else name
                     self.watched.append((parent._modules, name, child, path))
+        self.modules += [self.model, *(child for _, _, child, _ in self.watched)]
 
     def is_current(self) -> bool:
         """Whether every inner module is still the object that the plan was made from."""
         return all(parent.get(name) is child for parent, name, child, _ in self.watched)
+
+    def foreign(self) -> str | None:
+        """The first inner module of which nobody knows what its result hangs on beside its parameters."""
+        for _, _, child, path in self.watched:
+            kind = type(child)
+            if kind.__module__ not in (
+                self.model.original.__module__,
+                "transformers.activations",
+            ) and (not kind.__module__.startswith("torch.nn.modules.")):
+                return f"{path} is a {kind.__module__}.{kind.__qualname__}"
+        return None
 
     def bypassed(self) -> str | None:
         """The first thing on a module that the packed path would not run."""

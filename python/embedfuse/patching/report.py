@@ -17,6 +17,7 @@ class Report:
 
     repaired: what gave wrong vectors before, and why; these are not the vectors of the unpatched model.
     deviations: largest |patched row - original row| / largest |original row| of each output on the probe.
+    graphs: how many CUDA graphs serve small batches, or why none does.
     memory_bytes: parameter memory after patching minus before.
     original_calls: calls served by the original forward since patching, by reason.
     """
@@ -26,6 +27,7 @@ class Report:
     refused: dict[str, str] = field(default_factory=dict)
     repaired: dict[str, str] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
+    graphs: str = "none: no batch has come"
     memory_bytes: int = 0
     original_calls: Counter = field(default_factory=Counter)
 
@@ -44,6 +46,7 @@ class Report:
             f"  checked  {name}: largest deviation {value:.1e} of its longest row"
             for name, value in self.deviations.items()
         ]
+        lines.append(f"  graphs   {self.graphs}")
         lines.append(f"  memory   {self.memory_bytes:+,} bytes")
         lines += [
             f"  original forward served {n} calls: {reason}"
