@@ -37,8 +37,10 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
         if wide != 256:
             tile |= {"num_warps": 4, "num_stages": 4, "programs": 3 if wide < 256 else 2}
     else:
-        tile |= {"num_warps": block // 16, "num_stages": 2 if wide == 256 else 3, "programs": 1}
-        if wide > 256 and int8:
+        tile |= {"num_warps": block // 16, "num_stages": 3, "programs": 1}
+        if wide == 256:
+            tile |= {"num_warps": 8, "num_stages": 2}
+        elif wide > 256 and int8:
             tile["B_D"] = 32
     return tile
 

@@ -1,4 +1,4 @@
-"""maxsim's tiles at the sizes that fill a GPU: walking programs, packed queries, slices of the depth, int8."""
+"""maxsim's tiles at sizes that fill a GPU: walking programs, packed queries, slices of the depth, int8."""
 
 import pytest
 import torch
