@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from embedfuse import losses
-from embedfuse.ops import info_nce
+from embedfuse.ops import Prefixes, info_nce
 
 TEMPERATURE = 0.02
 CACHED_ROWS = (
@@ -92,6 +92,20 @@ def symmetric(q: Tensor, pool: Tensor) -> Tensor:
     return loss.to(q.device)(q, pool)
 
 
+def widths(q: Tensor) -> list[int]:
+    return [q.shape[1] >> k for k in range(5)]
+
+
+def width_by_width(q: Tensor, pool: Tensor) -> Tensor:
+    """A loss per width, as sentence-transformers' MatryoshkaLoss calls what it wraps."""
+    return sum(ours(*(normalize(x[:, :width], dim=1) for x in (q, pool))) for width in widths(q))
+
+
+def matryoshka(q: Tensor, pool: Tensor) -> Tensor:
+    prefixes = Prefixes(tuple(reversed(widths(q))))
+    return info_nce(q, pool, temperature=TEMPERATURE, prefixes=prefixes).loss.mean(1).sum()
+
+
 def siglip_kernel(q: Tensor, pool: Tensor) -> Tensor:
     from siglip_kernel import fused_siglip_loss
 
@@ -110,6 +124,7 @@ PEERS = {
     f"sentence-transformers, cached, {CACHED_ROWS} rows at a time": Peer(
         functools.partial(cached, THEIRS), functools.partial(cached, OURS), "sentence_transformers"
     ),
+    "InfoNCE at five widths, one by one": Peer(width_by_width, matryoshka),
     "cut-cross-entropy": Peer(cut_cross_entropy, ours, "cut_cross_entropy"),
     "Inf-CL": Peer(inf_cl, ours, "inf_cl", gpu_only=True),
     "Liger": Peer(liger, ours, "liger_kernel", gpu_only=True),
