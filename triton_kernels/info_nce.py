@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from embedfuse.triton_kernels import info_nce_fused
 from embedfuse.triton_kernels.info_nce_fused import counting_columns, sigmoid_parts
+from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks
 from embedfuse.ops.info_nce_chunks import Tile, torch_multiply
@@ -121,7 +122,22 @@ def gradient_kernel(
     tl.store(p_c + i_r * columns + o_c, b_grad.to(p_c.dtype.element_ty), mask=o_c < columns)
 
 
-def _launch(kernel, tile: Tile, *state):
+def default_config(dtype, block) -> dict:
+    # Sixteen columns per thread at most, so that a row and its masks stay in registers.
+    return {"num_warps": max(1, min(8, block // 512))}
+
+
+def candidates(dtype, block) -> Iterator[dict]:
+    for warps in (1, 2, 4, 8, 16):
+        if 64 * warps <= block <= 1024 * warps:
+            yield {"num_warps": warps}
+
+
+UPDATE = Tunable("info_nce_update", default_config, candidates)
+GRADIENT = Tunable("info_nce_gradient", default_config, candidates)
+
+
+def _launch(kernel, tunable: Tunable, tile: Tile, *state):
     rows, columns = tile.scores.shape
     block = max(16, triton.next_power_of_2(columns))
     masks = (tile.own, tile.limit, tile.x_keys, tile.y_keys, tile.guide_limit)
@@ -138,17 +154,16 @@ def _launch(kernel, tile: Tile, *state):
                 tile.first,
                 SIGMOID=tile.sigmoid,
                 B_C=block,
-                # Sixteen columns per thread at most, so that a row and its masks stay in registers.
-                num_warps=max(1, min(8, block // 512)),
+                **tunable.config(tile.scores, block=block),
             )
 
 
 def update(*args):
-    _launch(update_kernel, *args)
+    _launch(update_kernel, UPDATE, *args)
 
 
 def gradient(*args):
-    _launch(gradient_kernel, *args)
+    _launch(gradient_kernel, GRADIENT, *args)
 
 
 _chunked_forward = functools.partial(info_nce_chunks.forward, torch_multiply, update)
@@ -196,3 +211,22 @@ def aot_calls() -> Iterator[tuple]:
                 yield update, (tile, row, row, row, key, None)
                 yield update, (tile, row, row, row, key, row)
                 yield gradient, (tile, row, row, row, row)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments), GEMMs included: in fp32 full tiles; in bf16 the depths of usual models against
+    16,384 columns."""
+    one, sizes = torch.ones(1, device=device), [(4096, 1024, 256), (4096, 4096, 256)]
+    if dtype != torch.float32:
+        depths = (384, 768, 1024, 2048, 4096)
+        sizes = [(rows, 16384, depth) for rows in (1024, 4096) for depth in depths]
+    for rows, columns, depth in sizes:
+        x, y = (
+            torch.randn(n, depth, device=device).to(dtype) / depth**0.5 for n in (rows, columns)
+        )
+        own, grad = torch.arange(rows, device=device), torch.ones(rows, device=device) / rows
+        statistic = (x.float() @ y.float().T).logsumexp(1)
+        for bias in (None, one):
+            inputs = (x, y, one, bias, own, *[None] * 6, bias is not None)
+            yield "info_nce_forward", (*inputs, False)
+            yield "info_nce_backward", (*inputs, statistic, grad, grad, grad, True, True)
