@@ -119,6 +119,10 @@ def kernels_of(module: ModuleType) -> dict[str, triton.JITFunction]:
     return {key: value for key, value in vars(module).items() if key.endswith("_kernel")}
 
 
+def tunables_of(module: ModuleType) -> list[str]:
+    return [value.name for value in vars(module).values() if isinstance(value, tuned.Tunable)]
+
+
 def kernel_modules() -> list[ModuleType]:
     return [module for module in tuned.import_kernels() if kernels_of(module)]
 
@@ -143,7 +147,7 @@ def recorded_launches(module: ModuleType) -> list[Launch]:
 def launches(module: ModuleType, chip: str) -> list[Launch]:
     """With the default configs, and with each that is tuned for this chip, wherever it might be chosen."""
     found = recorded_launches(module)
-    names = {value.name for value in vars(module).values() if isinstance(value, tuned.Tunable)}
+    names = tunables_of(module)
     for entry in tuned.entries_of(chip):
         if entry["kernel"] in names:
             found += launches_with(module, entry)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from embedfuse.triton_kernels import info_nce_fused
-from embedfuse.triton_kernels.info_nce_fused import counting_columns, sigmoid_parts
+from embedfuse.triton_kernels.info_nce_fused import counting_columns, op_calls, sigmoid_parts
 from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks
@@ -214,19 +214,6 @@ def aot_calls() -> Iterator[tuple]:
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:
-    """(op, its arguments), GEMMs included: in fp32 full tiles; in bf16 the depths of usual models against
-    16,384 columns."""
-    one, sizes = torch.ones(1, device=device), [(4096, 1024, 256), (4096, 4096, 256)]
-    if dtype != torch.float32:
-        depths = (384, 768, 1024, 2048, 4096)
-        sizes = [(rows, 16384, depth) for rows in (1024, 4096) for depth in depths]
-    for rows, columns, depth in sizes:
-        x, y = (
-            torch.randn(n, depth, device=device).to(dtype) / depth**0.5 for n in (rows, columns)
-        )
-        own, grad = torch.arange(rows, device=device), torch.ones(rows, device=device) / rows
-        statistic = (x.float() @ y.float().T).logsumexp(1)
-        for bias in (None, one):
-            inputs = (x, y, one, bias, own, *[None] * 6, bias is not None)
-            yield "info_nce_forward", (*inputs, False)
-            yield "info_nce_backward", (*inputs, statistic, grad, grad, grad, True, True)
+    """(op, its arguments), GEMMs included: in fp32, of a kind that is not fused, full tiles."""
+    if dtype == torch.float32:
+        yield from op_calls(device, dtype, [(4096, 1024, 256), (4096, 4096, 256)])

@@ -313,3 +313,25 @@ def aot_calls() -> Iterator[tuple]:
                 yield forward, (x, y, *inputs, False)
                 tile = Tile(x, y, scores, None, 0, one, bias, *masks, None, bias is not None)
                 yield fused_gradient, (tile, row, row, row, row)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments), GEMMs included: the depths of usual models against 16,384 columns."""
+    if dtype != torch.float32:
+        depths = (384, 768, 1024, 2048, 4096)
+        sizes = itertools.product((1024, 4096), (16384,), depths)
+        yield from op_calls(device, dtype, sizes)
+
+
+def op_calls(device, dtype, sizes) -> Iterator[tuple]:
+    one = torch.ones(1, device=device)
+    for rows, columns, depth in sizes:
+        x, y = (
+            torch.randn(n, depth, device=device).to(dtype) / depth**0.5 for n in (rows, columns)
+        )
+        own, grad = torch.arange(rows, device=device), torch.ones(rows, device=device) / rows
+        statistic = (x.float() @ y.float().T).logsumexp(1)
+        for bias in (None, one):
+            inputs = (x, y, one, bias, own, *[None] * 6, bias is not None)
+            yield "info_nce_forward", (*inputs, False)
+            yield "info_nce_backward", (*inputs, statistic, grad, grad, grad, True, True)

@@ -267,7 +267,7 @@ def tuning_calls(device, dtype) -> Iterator[tuple]:
     against 1,000 documents of 300."""
     for hidden in (384, 768, 1024):
         x = torch.randn(32 * 512, hidden, device=device).to(dtype)
-        yield "lexical_weights", (x, x[0], x[0, :1])
+        yield "token_weights", (x, x[0], x[0, :1])
 
     def csr(rows, length):
         ids = torch.arange(rows * length, device=device) % length * 97
