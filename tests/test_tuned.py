@@ -179,7 +179,7 @@ def test_entries_that_do_not_fit_the_kernels_raise(fused_norm, stored, bad, mess
 
 def test_a_file_of_another_chip_raises(fused_norm, stored):
     path = stored(chip="sm_80")
-    with pytest.raises(ValueError, match="sm_90.json: .*'sm_80'"):
+    with pytest.raises(ValueError, match=r"sm_90\.json: .*'sm_80'"):
         tuned.load(path)
 
 
@@ -212,6 +212,10 @@ DEFAULTS = {
         {"SPLITS": 16, "BLOCK": 64, "num_warps": 4},
     ),
     "lexical_scores": ({"entries": 16}, {"BLOCK": 64, "num_warps": 4}),
+    "maxsim": (
+        {"depth": 128, "int8": True},
+        {"B_Q": 32, "B_T": 64, "B_D": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 255},
+    ),
 }
 
 

@@ -8,11 +8,13 @@ per row of the result and slice of its columns; neither uses atomics, so the bit
 Limits: each query reads its documents anew, from L2 where they fit; a pair of a long query is one program.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.registry import triton_interprets
 
@@ -148,6 +150,36 @@ def segment_sum_kernel(
     tl.store(p_o + row * depth + o_d, tl.sum(b_acc, 0), mask=m_d)
 
 
+def default_config(dtype, depth, int8) -> dict:
+    # More columns at a time spill registers.
+    most = 16 if dtype == torch.float32 else 64 if int8 else 128
+    if int8 and depth % 16:  # bytes are loaded one at a time
+        most = min(most, 32)
+    return {
+        "B_Q": 32,
+        "B_T": 64,
+        "B_D": min(most, max(16, triton.next_power_of_2(max(depth, 1)))),
+        "num_warps": 4,
+        "num_stages": 2,
+        # What 4 warps may have. Told nothing, ptxas spills a few to fit one more program.
+        "maxnreg": 255,
+    }
+
+
+def candidates(dtype, depth, int8) -> Iterator[dict]:
+    """At most 32 products per thread, slices no wider than the default's, copies that fit into 160 KiB."""
+    default = default_config(dtype, depth, int8)
+    sizes = itertools.product((16, 32, 64), (32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4))
+    for b_q, b_t, b_d, warps, stages in sizes:
+        bytes_ = (b_q + b_t) * b_d * dtype.itemsize * stages
+        if b_d <= default["B_D"] and b_q * b_t <= 1024 * warps and bytes_ <= 160 * 1024:
+            tile = {"B_Q": b_q, "B_T": b_t, "B_D": b_d, "num_warps": warps, "num_stages": stages}
+            yield {**default, **tile}
+
+
+TUNABLE = Tunable("maxsim", default_config, candidates)
+
+
 def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, normalize, width):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/maxsim_op.py)."""
     document = documents[0] if len(documents) == 1 else torch.cat(documents)
@@ -155,12 +187,7 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
     count = len(query_spans) * len(document_spans) if pairs is None else len(pairs)
     scores = query.new_empty(count, dtype=torch.float32)
     argmax = query.new_empty((count if width else 0, width), dtype=torch.int32)
-    # More columns at a time spill registers.
     depth = query.shape[1]
-    most = 16 if query.dtype == torch.float32 else 128 if scale is None else 64
-    if scale is not None and depth % 16:  # bytes are loaded one at a time
-        most = min(most, 32)
-    slice_ = min(most, max(16, triton.next_power_of_2(max(depth, 1))))
     if count:
         with torch.cuda.device_of(query):
             maxsim_kernel[(count,)](
@@ -181,13 +208,7 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
                 NORMALIZE=normalize,
                 # Triton's interpreter (3.9) multiplies the bit patterns of bf16.
                 WIDEN=triton_interprets() and query.dtype == torch.bfloat16,
-                B_Q=32,
-                B_T=64,
-                B_D=slice_,
-                num_warps=4,
-                num_stages=2,
-                # What 4 warps may have. Told nothing, ptxas spills a few to fit one more program.
-                maxnreg=255,
+                **TUNABLE.config(query, depth=depth, int8=scale is not None),
             )
     return scores, argmax
 
@@ -234,3 +255,19 @@ def aot_calls() -> Iterator[tuple]:
         yield maxsim, (x, spans, [x], spans, None, None, pairs, False, 32)
         yield maxsim, (x, spans, [x], spans, None, zero, None, True, 0)
         yield maxsim, (x, spans, [x.to(torch.int8)], spans, scale, zero, pairs, True, 32)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments): a query of 32 tokens against 1,000 documents of 300."""
+
+    def side(count, length, depth):
+        starts = torch.arange(0, count * length, length, device=device)
+        x = torch.randn(count * length, depth, device=device) / depth**0.5
+        return x.to(dtype), torch.stack((starts, starts + length), 1)
+
+    for depth in (96, 128, 768, 1024):
+        query, document = side(1, 32, depth), side(1000, 300, depth)
+        yield "maxsim", (*query, [document[0]], document[1], None, None, None, False, 0)
+        scale = torch.ones(len(document[0]), device=device) / 127
+        bytes_ = [(document[0] * 127).round().clamp(-127, 127).to(torch.int8)]
+        yield "maxsim", (*query, bytes_, document[1], scale, None, None, False, 0)

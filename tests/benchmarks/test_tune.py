@@ -146,7 +146,7 @@ def test_one_entry_a_line_that_launchers_load(run):
 
 def test_times_of_another_device_are_not_mixed_in(run, monkeypatch):
     run({8: 30.0, 16: 20.0, 32: 10.0, 64: 40.0})
-    with pytest.raises(SystemExit, match="3.6.0.*3.7.0.*remove it or give --out"):
+    with pytest.raises(SystemExit, match=r"3\.6\.0.*3\.7\.0.*remove it or give --out"):
         tune.opened(run.path, {**HEADER, "triton": "3.7.0"})
 
 

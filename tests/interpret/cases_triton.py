@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from embedfuse.triton_kernels import tuned
 
 import numerics
 import pool_normalize_checks as checks
@@ -11,6 +12,16 @@ from embedfuse.ops.pool_normalize import POOLINGS
 from embedfuse.registry import OPS, use_backend
 
 TRITON_OPS = [op for op in OPS.values() if "triton" in numerics.backends(op, "cpu")]
+
+TUNED_OPS = sorted(
+    {
+        name
+        for module in tuned.import_kernels()
+        if hasattr(module, "tuning_calls")
+        for dtype in (torch.float32, torch.bfloat16)
+        for name, _ in module.tuning_calls("meta", dtype)
+    }
+)
 
 per_op = pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
 per_dtype = pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
@@ -27,6 +38,23 @@ def test_runs_here(op, dtype):
 def test_samples(op, dtype):
     for args in op.make_samples("cpu", dtype, "test"):
         numerics.assert_close_to_reference(op, args, "triton")
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TUNED_OPS)
+def test_samples_with_other_configs(name, dtype, place):
+    asked = []
+
+    def choose(tunable, dtype, shape):
+        asked.append(tunable)
+        space = tunable.space(dtype, shape)
+        return space[round(place * (len(space) - 1))]
+
+    with tuned.choosing(choose):
+        for args in OPS[name].make_samples("cpu", dtype, "test"):
+            numerics.assert_close_to_reference(OPS[name], args, "triton")
+    assert asked
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
