@@ -40,19 +40,16 @@ def test_samples(op, dtype):
         numerics.assert_close_to_reference(op, args, "triton")
 
 
-@pytest.mark.parametrize("place", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", TUNED_OPS)
-def test_samples_with_other_configs(name, dtype, place):
+def test_samples_with_another_config(name):
     asked = []
 
     def choose(tunable, dtype, shape):
         asked.append(tunable)
-        space = tunable.space(dtype, shape)
-        return space[round(place * (len(space) - 1))]
+        return tunable.space(dtype, shape)[-1]
 
     with tuned.choosing(choose):
-        for args in OPS[name].make_samples("cpu", dtype, "test"):
+        for args in OPS[name].make_samples("cpu", torch.float16, "test"):
             numerics.assert_close_to_reference(OPS[name], args, "triton")
     assert asked
 
