@@ -52,11 +52,21 @@ def assert_close_to_reference(op: Op, args: tuple, backend: str, scale: float | 
     Returns the backend's outputs as a tuple, for further checks.
     """
     with use_backend(backend), poisoned_empty():
-        got = _tuple(run(op, args))
-    own = _tuple(run(op, args, op._reference))
-    exact = _tuple(run(op, tuple(map(_widen, args)), op._reference))
-    assert len(got) == len(own)
-    for index, outputs in enumerate(zip(got, own, exact, strict=True)):
+        got = run(op, args)
+    return assert_within_bounds(op, backend, got, references(op, args), scale)
+
+
+def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
+    """Outputs of the reference in the op's own dtype, and in fp64."""
+    exact = run(op, tuple(map(_widen, args)), op._reference)
+    return _tuple(run(op, args, op._reference)), _tuple(exact)
+
+
+def assert_within_bounds(op: Op, backend: str, got, references, scale: float | None = None):
+    """Hold what the op gave on `backend` to its references(op, args); as assert_close_to_reference."""
+    got = _tuple(got)
+    assert len(got) == len(references[0])
+    for index, outputs in enumerate(zip(got, *references, strict=True)):
         _assert_within_bound(f"{op.name}[{backend}] output {index}", *outputs, scale)
     return got
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.tuned import Tunable
 
 
 @triton.jit
@@ -37,6 +38,21 @@ def add_layer_norm_kernel(
     tl.store(p_o + i_r * hidden + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
 
 
+def default_config(dtype, hidden) -> dict:
+    # Eight elements per thread: 16 bytes of a 16-bit row in one load.
+    return {"num_warps": max(1, min(16, triton.next_power_of_2(hidden) // 256))}
+
+
+def candidates(dtype, hidden) -> Iterator[dict]:
+    """Two to sixty-four elements per thread."""
+    for warps in (1, 2, 4, 8, 16):
+        if 64 * warps <= triton.next_power_of_2(hidden) <= 2048 * warps:
+            yield {"num_warps": warps}
+
+
+TUNABLE = Tunable("add_layer_norm", default_config, candidates)
+
+
 def add_layer_norm(x, residual, weight, bias, eps):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/add_layer_norm.py)."""
     x, residual = (t if t.stride(1) == 1 else t.contiguous() for t in (x, residual))
@@ -44,7 +60,6 @@ def add_layer_norm(x, residual, weight, bias, eps):
     bias = None if bias is None else bias.contiguous()
     rows, hidden = x.shape
     out = x.new_empty(rows, hidden)
-    block = triton.next_power_of_2(hidden)
     if rows:
         with torch.cuda.device_of(x):
             add_layer_norm_kernel[(rows,)](
@@ -57,9 +72,8 @@ def add_layer_norm(x, residual, weight, bias, eps):
                 residual.stride(0),
                 hidden,
                 eps,
-                B_D=block,
-                # Eight elements per thread: 16 bytes of a 16-bit row in one load.
-                num_warps=max(1, min(16, block // 256)),
+                B_D=triton.next_power_of_2(hidden),
+                **TUNABLE.config(x, hidden=hidden),
             )
     return out
 
@@ -76,3 +90,12 @@ def aot_calls() -> Iterator[tuple]:
             yield add_layer_norm, (x, x, weight, weight, 1e-5)
     x, weight = empty(100, 768, dtype=torch.float16), empty(768, dtype=torch.float16)
     yield add_layer_norm, (x, x, weight, None, 1e-12)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments): the widths of BERT-like models, 65,536 tokens."""
+    for hidden in (384, 768, 1024, 2048, 4096):
+        x, residual, (weight, bias) = (
+            torch.randn(rows, hidden, device=device).to(dtype) for rows in (65536, 65536, 2)
+        )
+        yield "add_layer_norm", (x, residual, weight, bias, 1e-5)

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from embedfuse.triton_kernels import info_nce_fused
-from embedfuse.triton_kernels.info_nce_fused import counting_columns, sigmoid_parts
+from embedfuse.triton_kernels.info_nce_fused import counting_columns, op_calls, sigmoid_parts
+from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks, info_nce_prefix_chunks
 from embedfuse.ops.info_nce_chunks import Tile, torch_multiply
@@ -184,7 +185,22 @@ def gradient_kernel(
     tl.store(p_c + i_r * columns + o_c, b_grad.to(p_c.dtype.element_ty), mask=o_c < columns)
 
 
-def _launch(kernel, tile: Tile, *state):
+def default_config(dtype, block) -> dict:
+    # Sixteen columns per thread at most, so that a row and its masks stay in registers.
+    return {"num_warps": max(1, min(8, block // 512))}
+
+
+def candidates(dtype, block) -> Iterator[dict]:
+    for warps in (1, 2, 4, 8, 16):
+        if 64 * warps <= block <= 1024 * warps:
+            yield {"num_warps": warps}
+
+
+UPDATE = Tunable("info_nce_update", default_config, candidates)
+GRADIENT = Tunable("info_nce_gradient", default_config, candidates)
+
+
+def _launch(kernel, tunable: Tunable, tile: Tile, *state):
     rows, columns = tile.scores.shape
     block = max(16, triton.next_power_of_2(columns))
     masks = (tile.own, tile.limit, tile.x_keys, tile.y_keys, tile.guide_limit)
@@ -203,17 +219,16 @@ def _launch(kernel, tile: Tile, *state):
                 tile.first,
                 SIGMOID=tile.sigmoid,
                 B_C=block,
-                # Sixteen columns per thread at most, so that a row and its masks stay in registers.
-                num_warps=max(1, min(8, block // 512)),
+                **tunable.config(tile.scores, block=block),
             )
 
 
 def update(*args):
-    _launch(update_kernel, *args)
+    _launch(update_kernel, UPDATE, *args)
 
 
 def gradient(*args, into=None):
-    _launch(gradient_kernel, *args, into)
+    _launch(gradient_kernel, GRADIENT, *args, into)
 
 
 _chunked_forward = functools.partial(info_nce_chunks.forward, torch_multiply, update)
@@ -276,3 +291,9 @@ def aot_calls() -> Iterator[tuple]:
                 for tile in (plain, masked, *(replace(t, **factors) for t in (plain, masked))):
                     yield update, (tile, row, row, row, key, None)
                     yield functools.partial(gradient, into=scores), (tile, row, row, row, row)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments), GEMMs included: in fp32, of a kind that is not fused, full tiles."""
+    if dtype == torch.float32:
+        yield from op_calls(device, dtype, [(4096, 1024, 256), (4096, 4096, 256)])

@@ -8,21 +8,42 @@ afterwards, in their order, so the bits are always the same. Limits: 16-bit inpu
 start at multiples of 16 bytes, no guide.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks
 from embedfuse.ops.info_nce_chunks import Tile
 
 # Programs to be had at least: some waves on a large GPU, of 132 processors. Not measured.
 PROGRAMS = 512
-# The largest tiles without spills on sm_80, sm_90 and sm_100; the running statistics take registers too. Not
-# measured. Shared memory: 72 and 96 KiB.
-STATISTICS = {"B_Q": 128, "B_N": 64, "B_D": 64, "num_warps": 8, "num_stages": 3}
-GRADIENT = {"B_Q": 128, "B_N": 128, "B_D": 64, "num_warps": 8, "num_stages": 3}
+
+
+# Both defaults are the largest tiles without spills on sm_80, sm_90 and sm_100; the running statistics take
+# registers too. Not measured. Shared memory: 72 and 96 KiB.
+def statistics_config(dtype, rows, depth, sigmoid) -> dict:
+    return {"B_Q": 128, "B_N": 64, "B_D": 64, "num_warps": 8, "num_stages": 3}
+
+
+def gradient_config(dtype, rows, depth, sigmoid) -> dict:
+    return {"B_Q": 128, "B_N": 128, "B_D": 64, "num_warps": 8, "num_stages": 3}
+
+
+def candidates(dtype, rows, depth, sigmoid) -> Iterator[dict]:
+    """Sixteen to 128 scores per thread, copies in flight that fit into 160 KiB."""
+    sizes = itertools.product((64, 128), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4))
+    for b_q, b_n, b_d, warps, stages in sizes:
+        bytes_ = (b_q + b_n) * b_d * dtype.itemsize * stages
+        if 512 * warps <= b_q * b_n <= 4096 * warps and 48 * 1024 <= bytes_ <= 160 * 1024:
+            yield {"B_Q": b_q, "B_N": b_n, "B_D": b_d, "num_warps": warps, "num_stages": stages}
+
+
+STATISTICS = Tunable("info_nce_statistics", statistics_config, candidates)
+GRADIENT = Tunable("info_nce_fused_gradient", gradient_config, candidates)
 
 
 @triton.jit
@@ -200,6 +221,12 @@ def fused_gradient_kernel(
     tl.store(p_o, b_grad.to(p_g.dtype.element_ty), mask=(o_q < rows)[:, None] & m_n)
 
 
+def _config(tunable: Tunable, x, sigmoid: bool) -> dict:
+    # Not by columns: shares and tiles even them out.
+    rows, depth = x.shape
+    return tunable.config(x, rows=triton.next_power_of_2(rows), depth=depth, sigmoid=sigmoid)
+
+
 def forward(x, y, *inputs):
     """The op info_nce_forward without `mean` (python/embedfuse/ops/info_nce_op.py)."""
     x, y = info_nce_chunks.multiplied(x), info_nce_chunks.multiplied(y)
@@ -207,10 +234,11 @@ def forward(x, y, *inputs):
         i.contiguous() if hasattr(i, "contiguous") else i for i in inputs
     )
     rows, columns = len(x), len(y)
-    blocks = triton.cdiv(rows, STATISTICS["B_Q"])
-    tiles = triton.cdiv(columns, STATISTICS["B_N"])
+    config = _config(STATISTICS, x, sigmoid)
+    blocks = triton.cdiv(rows, config["B_Q"])
+    tiles = triton.cdiv(columns, config["B_N"])
     shares = min(tiles, triton.cdiv(PROGRAMS, max(blocks, 1)))
-    share = triton.cdiv(tiles, shares) * STATISTICS["B_N"]
+    share = triton.cdiv(tiles, shares) * config["B_N"]
     shares = triton.cdiv(columns, share)
     parts = [x.new_empty(shares, rows, dtype=torch.float32) for _ in range(3)]
     count = x.new_empty(shares, rows, dtype=torch.int32)
@@ -229,7 +257,7 @@ def forward(x, y, *inputs):
                 x.shape[1],
                 share,
                 SIGMOID=sigmoid,
-                **STATISTICS,
+                **config,
             )
     maximum, sums, total = parts
     statistic = sums.sum(0)
@@ -242,7 +270,8 @@ def forward(x, y, *inputs):
 
 def fused_gradient(tile: Tile, *grads):
     x, y, (rows, columns) = tile.x, tile.y, tile.scores.shape
-    grid = triton.cdiv(rows, GRADIENT["B_Q"]), triton.cdiv(columns, GRADIENT["B_N"])
+    config = _config(GRADIENT, x, tile.sigmoid)
+    grid = triton.cdiv(rows, config["B_Q"]), triton.cdiv(columns, config["B_N"])
     with torch.cuda.device_of(x):
         fused_gradient_kernel[grid](
             x,
@@ -259,7 +288,7 @@ def fused_gradient(tile: Tile, *grads):
             x.shape[1],
             tile.first,
             SIGMOID=tile.sigmoid,
-            **GRADIENT,
+            **config,
         )
 
 
@@ -284,3 +313,25 @@ def aot_calls() -> Iterator[tuple]:
                 yield forward, (x, y, *inputs, False)
                 tile = Tile(x, y, scores, None, 0, one, bias, *masks, None, bias is not None)
                 yield fused_gradient, (tile, row, row, row, row)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments), GEMMs included: the depths of usual models against 16,384 columns."""
+    if dtype != torch.float32:
+        depths = (384, 768, 1024, 2048, 4096)
+        sizes = itertools.product((1024, 4096), (16384,), depths)
+        yield from op_calls(device, dtype, sizes)
+
+
+def op_calls(device, dtype, sizes) -> Iterator[tuple]:
+    one = torch.ones(1, device=device)
+    for rows, columns, depth in sizes:
+        x, y = (
+            torch.randn(n, depth, device=device).to(dtype) / depth**0.5 for n in (rows, columns)
+        )
+        own, grad = torch.arange(rows, device=device), torch.ones(rows, device=device) / rows
+        statistic = (x.float() @ y.float().T).logsumexp(1)
+        for bias in (None, one):
+            inputs = (x, y, one, bias, own, *[None] * 6, bias is not None)
+            yield "info_nce_forward", (*inputs, False)
+            yield "info_nce_backward", (*inputs, statistic, grad, grad, grad, True, True)

@@ -8,16 +8,13 @@ square of the length. lexical_scores looks up a query's ids in one document by b
 Limits: lexical_scores launches a program per pair, which short rows do not fill.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
-
-# Programs that share a sequence's tokens: known without reading its length from the GPU.
-SPLITS = 16
-# Tokens per tile; a tile compares each with as many others, in registers.
-BLOCK = 64
+from embedfuse.triton_kernels.tuned import Tunable
 
 
 @triton.jit
@@ -127,17 +124,59 @@ def lexical_scores_kernel(
     tl.store(p_o + pair, tl.sum(b_acc, 0))
 
 
+def weights_config(dtype, hidden) -> dict:
+    block_hidden = min(1024, triton.next_power_of_2(max(hidden, 1)))
+    return {"B_T": max(4, min(64, 4096 // block_hidden)), "B_D": block_hidden, "num_warps": 4}
+
+
+def weights_candidates(dtype, hidden) -> Iterator[dict]:
+    """Tiles of eight to thirty-two elements per thread."""
+    most = triton.next_power_of_2(max(hidden, 1))
+    sizes = itertools.product(
+        (1, 2, 4, 8, 16, 32, 64), (64, 128, 256, 512, 1024, 2048), (1, 2, 4, 8)
+    )
+    for rows, columns, warps in sizes:
+        if columns <= most and 256 * warps <= rows * columns <= 1024 * warps:
+            yield {"B_T": rows, "B_D": columns, "num_warps": warps}
+
+
+def scatter_config(dtype, batch, length) -> dict:
+    """SPLITS: programs that share a sequence's tokens, known without reading its length from the GPU.
+    BLOCK: tokens per tile; a tile compares each with as many others, in registers."""
+    return {"SPLITS": 16, "BLOCK": 64, "num_warps": 4}
+
+
+def scatter_candidates(dtype, batch, length) -> Iterator[dict]:
+    for splits, block, warps in itertools.product((4, 8, 16, 32, 64), (32, 64, 128), (2, 4, 8)):
+        if 256 * warps <= block * block <= 1024 * warps:
+            yield {"SPLITS": splits, "BLOCK": block, "num_warps": warps}
+
+
+def scores_config(dtype, entries) -> dict:
+    return {"BLOCK": 64, "num_warps": 4}
+
+
+def scores_candidates(dtype, entries) -> Iterator[dict]:
+    for block, warps in itertools.product((16, 32, 64, 128, 256), (1, 2, 4)):
+        if block <= 128 * warps:
+            yield {"BLOCK": block, "num_warps": warps}
+
+
+WEIGHTS = Tunable("token_weights", weights_config, weights_candidates)
+SCATTER = Tunable("sparse_scatter", scatter_config, scatter_candidates)
+SCORES = Tunable("lexical_scores", scores_config, scores_candidates)
+
+
 def token_weights(hidden_states, weight, bias):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/lexical_weights.py)."""
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
     tokens, hidden = hidden_states.shape
     out = hidden_states.new_empty(tokens, dtype=torch.float32)
-    block_hidden = min(1024, triton.next_power_of_2(max(hidden, 1)))
-    block_rows = max(4, min(64, 4096 // block_hidden))
+    config = WEIGHTS.config(hidden_states, hidden=hidden)
     if tokens:
         with torch.cuda.device_of(hidden_states):
-            token_weights_kernel[(triton.cdiv(tokens, block_rows),)](
+            token_weights_kernel[(triton.cdiv(tokens, config["B_T"]),)](
                 hidden_states,
                 weight.contiguous(),
                 None if bias is None else bias.float(),
@@ -145,8 +184,7 @@ def token_weights(hidden_states, weight, bias):
                 hidden_states.stride(0),
                 tokens,
                 hidden,
-                B_T=block_rows,
-                B_D=block_hidden,
+                **config,
             )
     return out
 
@@ -159,14 +197,16 @@ def sparse_scatter(token_weights, input_ids, cu_seqlens):
     kept = torch.empty_like(input_ids, dtype=torch.uint8, memory_format=torch.contiguous_format)
     batch = len(cu_seqlens) - 1
     if batch:
+        token_weights = token_weights.float().contiguous()
+        length = triton.next_power_of_2(triton.cdiv(len(input_ids), batch))
+        config = SCATTER.config(token_weights, batch=triton.next_power_of_2(batch), length=length)
         with torch.cuda.device_of(input_ids):
-            sparse_scatter_kernel[(batch, SPLITS)](
-                token_weights.float().contiguous(),
+            sparse_scatter_kernel[(batch, config["SPLITS"])](
+                token_weights,
                 input_ids.contiguous(),
                 cu_seqlens.contiguous(),
                 kept,
-                SPLITS=SPLITS,
-                BLOCK=BLOCK,
+                **config,
             )
     return kept.view(torch.bool)
 
@@ -186,9 +226,11 @@ def lexical_scores(
         (queries,) if aligned else (queries, documents), dtype=torch.float32
     )
     if out.numel():
+        query_weights = query_weights.float().contiguous()
+        entries = triton.next_power_of_2(triton.cdiv(len(query_ids), queries))
         with torch.cuda.device_of(query_weights):
             lexical_scores_kernel[(out.numel(),)](
-                query_weights.float().contiguous(),
+                query_weights,
                 query_ids.contiguous(),
                 query_indptr.contiguous(),
                 document_weights.float().contiguous(),
@@ -197,7 +239,7 @@ def lexical_scores(
                 out,
                 documents,
                 ALIGNED=aligned,
-                BLOCK=BLOCK,
+                **SCORES.config(query_weights, entries=entries),
             )
     return out
 
@@ -218,3 +260,24 @@ def aot_calls() -> Iterator[tuple]:
         csr = (empty(100, dtype=dtype), empty(100), empty(5))
         yield lexical_scores, (*csr, *csr, True)
         yield lexical_scores, (*csr, *csr, False)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments): BGE-M3's texts of 512 and 8,192 tokens, ids that repeat; queries of 16 and 64 ids
+    against 1,000 documents of 300."""
+    for hidden in (384, 768, 1024):
+        x = torch.randn(32 * 512, hidden, device=device).to(dtype)
+        yield "token_weights", (x, x[0], x[0, :1])
+
+    def csr(rows, length):
+        ids = torch.arange(rows * length, device=device) % length * 97
+        starts = torch.arange(0, (rows + 1) * length, length, device=device)
+        return torch.rand(rows * length, device=device), ids, starts
+
+    for batch, length in ((1, 512), (32, 512), (4, 8192)):
+        weights, _, starts = csr(batch, length)
+        ids = torch.arange(len(weights), device=device) * 7919 % (length // 2)
+        yield "sparse_scatter", (weights, ids, starts.int())
+    for entries in (16, 64):
+        yield "lexical_scores", (*csr(64, entries), *csr(1000, 300), False)
+    yield "lexical_scores", (*csr(1000, 300), *csr(1000, 300), True)

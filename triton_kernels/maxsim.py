@@ -9,12 +9,14 @@ No atomics; a query's maxima are added in fp64, so the bits are always the same.
 Limits: a query longer than its slot reads its documents once per slot; listed pairs read each query anew.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from embedfuse.triton_kernels._maxsim_tile import load_slice, row_normalizers, tile_scores
+from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.registry import triton_interprets
 
@@ -43,6 +45,23 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
         elif wide > 256 and int8:
             tile["B_D"] = 32
     return tile
+
+
+def candidates(dtype, depth: int, rows: int, queries: int, int8: bool) -> Iterator[dict[str, int]]:
+    """The default's slots; at most 32 products per thread, tiles that fit into 160 KiB."""
+    slot = default_config(dtype, depth, rows, queries, int8)["SLOT"]
+    wide = max(16, triton.next_power_of_2(depth))
+    blocks, columns = [slot * n for n in (1, 2, 4, 8) if slot * n <= 128], (32, 64, 128)
+    slices = [wide] if wide <= 256 else [32, 64, 128]
+    others = itertools.product(blocks, columns, slices, (4, 8), (2, 3, 4), (1, 2, 3))
+    for b_q, b_t, b_d, warps, stages, programs in others:
+        bytes_ = (b_q + b_t * stages) * b_d * dtype.itemsize
+        if b_q * b_t <= 1024 * warps and bytes_ <= 160 * 1024:
+            tile = {"SLOT": slot, "B_Q": b_q, "B_T": b_t, "B_D": b_d}
+            yield {**tile, "num_warps": warps, "num_stages": stages, "programs": programs}
+
+
+TUNABLE = Tunable("maxsim", default_config, candidates)
 
 
 @triton.jit
@@ -197,11 +216,17 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
     argmax = query.new_empty((results if width else 0, width), dtype=torch.int32)
     if results == 0:
         return scores, argmax
-    rows = triton.cdiv(len(query), queries)
     together = queries if pairs is None else 1
-    config = default_config(query.dtype, depth, rows, together, scale is not None)
-    # Places and squares take registers as well.
-    per_processor = config.pop("programs") if not (width or normalize) else 1
+    shape = {
+        "depth": depth,
+        "rows": min(128, triton.next_power_of_2(triton.cdiv(len(query), queries))),
+        "queries": min(8, triton.next_power_of_2(together)),
+        "int8": scale is not None,
+    }
+    config = dict(TUNABLE.config(query, **shape))
+    per_processor = config.pop("programs")
+    if width or normalize:  # places and squares take registers as well
+        per_processor = 1
     registers = 65536 // (32 * config["num_warps"] * per_processor)
     tiles = triton.cdiv(together, config["B_Q"] // config["SLOT"])
     count = results // together
@@ -267,3 +292,21 @@ def aot_calls() -> Iterator[tuple]:
             for rows, queries in tiles if depth > 64 and dtype != torch.float32 else tiles[:1]:
                 for call in calls(dtype, rows, queries, depth):
                     yield maxsim, call
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments): a query of 32 tokens, and 128 of them, against 1,000 and 128 documents of 300."""
+
+    def side(count, length, depth):
+        starts = torch.arange(0, count * length, length, device=device)
+        x = torch.randn(count * length, depth, device=device) / depth**0.5
+        return x.to(dtype), torch.stack((starts, starts + length), 1)
+
+    for depth in (96, 128, 768, 1024):
+        query, document = side(1, 32, depth), side(1000, 300, depth)
+        many, fewer = side(128, 32, depth), side(128, 300, depth)
+        yield "maxsim", (*many, [fewer[0]], fewer[1], None, None, None, False, 0)
+        yield "maxsim", (*query, [document[0]], document[1], None, None, None, False, 0)
+        scale = torch.ones(len(document[0]), device=device) / 127
+        bytes_ = [(document[0] * 127).round().clamp(-127, 127).to(torch.int8)]
+        yield "maxsim", (*query, bytes_, document[1], scale, None, None, False, 0)

@@ -6,11 +6,13 @@ Limits: with fewer sequences than the GPU has SMs, the rest stand idle, however 
 The hidden row is padded to a power of two; above 8192 columns registers may spill.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.tuned import Tunable
 
 EPS = tl.constexpr(1e-12)
 
@@ -93,22 +95,36 @@ def pool_normalize_kernel(
     tl.store(p_o + i_b * hidden + o_d, b_p.to(p_o.dtype.element_ty), mask=o_d < hidden)
 
 
-def _blocks(hidden: int, row_stride: int, pooling: str) -> dict:
-    """Tile, warps and copies in flight."""
-    block_hidden = triton.next_power_of_2(max(hidden, 1))
+def default_config(dtype, hidden, pooling, aligned) -> dict:
+    """Rows of a tile, warps and copies in flight."""
+    block_hidden, one = triton.next_power_of_2(max(hidden, 1)), pooling in ("cls", "last")
     # 16 rows at most: unaligned rows keep a 64-bit address for each element.
-    block_rows = 1 if pooling in ("cls", "last") else max(1, min(16, 8192 // block_hidden))
-    # Triton itself looks for multiples of 16. Other rows are copied element by element, so not ahead.
-    aligned = hidden % 16 == 0 and row_stride % 16 == 0
+    block_rows = 1 if one else max(1, min(16, 8192 // block_hidden))
     return {
-        "B_M": 1024,
         "B_T": block_rows,
-        "B_D": block_hidden,
-        "STAGES": 4 if aligned else 1,
+        # Rows that are not aligned are copied element by element, so not ahead.
+        "STAGES": 4 if aligned and not one else 1,
         "num_warps": max(4, min(16, block_rows * block_hidden // 512)),
         # What 16 warps may have at most. Told nothing, ptxas spills a few to fit one more program.
         "maxnreg": 128,
     }
+
+
+def candidates(dtype, hidden, pooling, aligned) -> Iterator[dict]:
+    """Tiles of one to thirty-two elements per thread, copies ahead that fit into 160 KiB."""
+    block_hidden, one = triton.next_power_of_2(max(hidden, 1)), pooling in ("cls", "last")
+    for rows, stages, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 3, 4, 6), (4, 8, 16)):
+        tile = rows * block_hidden
+        if (
+            32 * warps <= tile <= 1024 * warps
+            and (rows == 1 or not one)
+            and (stages == 1 or (aligned and not one))
+            and stages * tile * dtype.itemsize <= 160 * 1024
+        ):
+            yield {"B_T": rows, "STAGES": stages, "num_warps": warps, "maxnreg": 128}
+
+
+TUNABLE = Tunable("pool_normalize", default_config, candidates)
 
 
 def pool_normalize(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
@@ -122,6 +138,8 @@ def pool_normalize(hidden_states, cu_seqlens, attention_mask, pooling, normalize
     packed = cu_seqlens is not None
     batch = len(cu_seqlens) - 1 if packed else hidden_states.shape[0]
     length, hidden = hidden_states.shape[-2:]
+    # Triton itself looks for multiples of 16.
+    aligned = hidden % 16 == 0 and hidden_states.stride(-2) % 16 == 0
     out = hidden_states.new_empty(batch, hidden, dtype=out_dtype)
     norm = hidden_states.new_empty(batch, dtype=torch.float32)
     if batch:
@@ -139,7 +157,9 @@ def pool_normalize(hidden_states, cu_seqlens, attention_mask, pooling, normalize
                 hidden,
                 POOLING=pooling,
                 NORMALIZE=normalize,
-                **_blocks(hidden, hidden_states.stride(-2), pooling),
+                B_M=1024,
+                B_D=triton.next_power_of_2(max(hidden, 1)),
+                **TUNABLE.config(hidden_states, hidden=hidden, pooling=pooling, aligned=aligned),
             )
     return out, norm
 
@@ -166,3 +186,14 @@ def aot_calls() -> Iterator[tuple]:
             yield pool_normalize, (x, None, mask, pooling, True, torch.float16)
         yield pool_normalize, (x, None, None, pooling, False, torch.float32)
         yield pool_normalize, (packed, cu_seqlens, None, pooling, True, torch.bfloat16)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments): 64 texts of 512 tokens, packed for means, padded for the last token."""
+    batch, length = 64, 512
+    cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    mask = torch.ones(batch, length, dtype=torch.int64, device=device)
+    for hidden in (384, 768, 1024, 2560, 4096):
+        x = torch.randn(batch, length, hidden, device=device).to(dtype)
+        yield "pool_normalize", (x.view(-1, hidden), cu_seqlens, None, "mean", True, dtype)
+        yield "pool_normalize", (x, None, mask, "last", True, dtype)

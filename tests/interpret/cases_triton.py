@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from embedfuse.triton_kernels import tuned
 
 import numerics
 import pool_normalize_checks as checks
@@ -11,6 +12,16 @@ from embedfuse.ops.pool_normalize import POOLINGS
 from embedfuse.registry import OPS, use_backend
 
 TRITON_OPS = [op for op in OPS.values() if "triton" in numerics.backends(op, "cpu")]
+
+TUNED_OPS = sorted(
+    {
+        name
+        for module in tuned.import_kernels()
+        if hasattr(module, "tuning_calls")
+        for dtype in (torch.float32, torch.bfloat16)
+        for name, _ in module.tuning_calls("meta", dtype)
+    }
+)
 
 per_op = pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
 per_dtype = pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
@@ -27,6 +38,20 @@ def test_runs_here(op, dtype):
 def test_samples(op, dtype):
     for args in op.make_samples("cpu", dtype, "test"):
         numerics.assert_close_to_reference(op, args, "triton")
+
+
+@pytest.mark.parametrize("name", TUNED_OPS)
+def test_samples_with_another_config(name):
+    asked = []
+
+    def choose(tunable, dtype, shape):
+        asked.append(tunable)
+        return tunable.space(dtype, shape)[-1]
+
+    with tuned.choosing(choose):
+        for args in OPS[name].make_samples("cpu", torch.float16, "test"):
+            numerics.assert_close_to_reference(OPS[name], args, "triton")
+    assert asked
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 COMMANDS = {
     "report": "stored results as Markdown tables and plots",
+    "aot": "what each Triton kernel takes of a chip: registers, shared memory, occupancy; no GPU needed",
+    "tune": "time the configs of the Triton kernels on this GPU, and store the best",
 }
 
 
