@@ -214,7 +214,13 @@ DEFAULTS = {
     "lexical_scores": ({"entries": 16}, {"BLOCK": 64, "num_warps": 4}),
     "maxsim": (
         {"depth": 128, "rows": 32, "queries": 1, "int8": True},
-        dict(SLOT=32, B_Q=32, B_T=64, B_D=128, num_warps=4, num_stages=4, programs=3),
+        {"SLOT": 32, "B_Q": 32, "B_T": 64, "B_D": 128}
+        | {"num_warps": 4, "num_stages": 4, "programs": 3},
+    ),
+    "varlen_attention": (
+        {"head_dim": 128, "rows": 64},
+        {"B_M": 64, "B_N": 64, "B_D": 128, "B_K": 128}
+        | {"num_warps": 8, "num_stages": 3, "maxnreg": 255},
     ),
 }
 

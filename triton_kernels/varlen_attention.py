@@ -9,11 +9,13 @@ Limits: fp32, and all dtypes before sm_80, are multiplied without tensor cores; 
 long its text, is one program per key head.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.registry import triton_interprets
 
@@ -40,6 +42,21 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
     stages = 2 if wide or odd else 3
     # Told nothing of registers, ptxas spills a few to fit one more program.
     return {**blocks, "num_warps": warps, "num_stages": stages, "maxnreg": 255}
+
+
+def candidates(dtype: torch.dtype, head_dim: int, rows: int) -> Iterator[dict]:
+    """At most 64 sums per thread, keys and values that fit into 160 KiB."""
+    default = default_config(dtype, head_dim, rows)
+    depth = default["B_D"]
+    sizes = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4))
+    for many, keys, warps, stages in sizes:
+        bytes_ = (many + 2 * keys * stages) * depth * dtype.itemsize
+        if many * depth <= 2048 * warps and bytes_ <= 160 * 1024:
+            blocks = {"B_M": many, "B_N": keys, "num_warps": warps, "num_stages": stages}
+            yield {**default, **blocks}
+
+
+TUNABLE = Tunable("varlen_attention", default_config, candidates)
 
 
 @triton.jit
@@ -173,8 +190,11 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causa
     # Triton multiplies 16 bits badly before sm_80, and in its interpreter (3.9) the bit patterns of bf16.
     old = query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0)
     widen = old or (triton_interprets() and query.dtype == torch.bfloat16)
-    dtype = torch.float32 if widen else query.dtype
-    config = default_config(dtype, head_dim, triton.cdiv(tokens * group, batch))
+    rows = min(64, triton.next_power_of_2(triton.cdiv(tokens * group, batch)))
+    if widen:
+        config = default_config(torch.float32, head_dim, rows)
+    else:
+        config = TUNABLE.config(query, head_dim=head_dim, rows=rows)
     with torch.cuda.device_of(query):
         varlen_attention_kernel[(tokens * group // config["B_M"] + batch, kv_heads)](
             query,
@@ -206,9 +226,20 @@ def aot_calls() -> Iterator[tuple]:
     """(launcher, its arguments on the meta device): many and few rows, slices of one QKV product."""
     bounds = torch.empty(9, dtype=torch.int32, device="meta")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for head_dim in (37, 64, 100, 128, 250, 256):
+        for head_dim in (37, 64, 128, 256):
             for tokens, group in ((800, 1), (8, 2)):
                 qkv = torch.empty(tokens, 4 * group + 8, head_dim, dtype=dtype, device="meta")
                 parts = qkv.split([4 * group, 4, 4], 1)
                 for causal, window in ((False, None), (True, 300)):
                     yield varlen_attention, (*parts, bounds, bounds, 0.1, causal, window)
+
+
+def tuning_calls(device, dtype) -> Iterator[tuple]:
+    """(op, its arguments): whole texts, and one row of each, for BERT, BGE-M3 and E5-mistral."""
+    bounds = torch.arange(0, 17 * 512, 512, dtype=torch.int32, device=device)
+    one_each = torch.arange(17, dtype=torch.int32, device=device)
+    for heads, kv_heads, head_dim, causal in ((16, 16, 64, False), (32, 8, 128, True)):
+        qkv = torch.randn(16 * 512, heads + 2 * kv_heads, head_dim, device=device).to(dtype)
+        query, *keys = qkv.split([heads, kv_heads, kv_heads], 1)
+        for rows, starts in ((query, bounds), (query[511::512], one_each)):
+            yield "varlen_attention", (rows, *keys, starts, bounds, head_dim**-0.5, causal, None)
