@@ -50,6 +50,7 @@ def test_tiles_are_offered_where_the_processor_has_them(isas):
 
 PROGRAM = """
 #include <cstdint>
+#include <unistd.h>
 #include <cstdio>
 #include "embedfuse/dtype.h"
 using namespace embedfuse;
@@ -63,7 +64,7 @@ int main(int count, char**) {{
 
 @pytest.fixture
 def run_tiles(tmp_path):
-    """A program with the given body on emulated tiles: exit status and output."""
+    """A program with the given body on emulated tiles: exit status, output, what it said of errors."""
 
     def run(body):
         source, program = tmp_path / "tiles.cpp", tmp_path / "tiles"
@@ -72,7 +73,7 @@ def run_tiles(tmp_path):
         flags = ["-std=c++17", "-DEMBEDFUSE_EMULATE_AMX", f"-I{HERE}", f"-I{include}"]
         subprocess.run(["c++", *flags, source, "-o", program], check=True)
         done = subprocess.run([program], capture_output=True, text=True)
-        return done.returncode, done.stdout
+        return done.returncode, done.stdout, done.stderr
 
     return run
 
@@ -87,14 +88,14 @@ def run_tiles(tmp_path):
     ],
 )
 def test_misuse_ends_the_emulation(run_tiles, body):
-    status, output = run_tiles(body)
+    status, _, error = run_tiles(body)
     assert status < 0
-    assert output.startswith("emulated AMX: ")
+    assert error.startswith("emulated AMX: ")
 
 
 def test_emulated_products_by_hand(run_tiles):
     # C[1][2] = 5 + 2 * 3 + 7 * -1 of bf16, and 200 * -3 + 1 * 100 of bytes; the other products are 0.
-    status, output = run_tiles("""
+    status, output, _ = run_tiles("""
   Tiles tiles;
   alignas(64) uint8_t a[16][64] = {}, b[16][64] = {};
   alignas(64) float c[16][16] = {};
