@@ -9,7 +9,10 @@ inline thread_local EmulatedTile emulated_tiles[8];
 inline thread_local bool tiles_configured = false;
 
 inline void refuse(const char* what) {
-  __builtin_printf("emulated AMX: %s\n", what);
+  const char* const parts[] = {"emulated AMX: ", what, "\n"};
+  for (const char* part : parts) {
+    if (::write(2, part, __builtin_strlen(part)) < 0) break;
+  }
   __builtin_abort();
 }
 
