@@ -269,10 +269,10 @@ def test_copies_have_none(pair, copier):
 def test_shallow_copies_run(pair):
     """As DataParallel makes them: the state is shared, the modules are not."""
     model, original = pair
-    for _ in range(2):
-        expected = pooled(model, (9, 3))
     twin = copy.copy(model)
     twin._modules = {name: copy.deepcopy(child) for name, child in model._modules.items()}
+    for _ in range(2):
+        expected = pooled(model, (9, 3))
     with torch.no_grad():
         for m in (twin, original):
             _linear(m).weight.mul_(1.3)
@@ -280,6 +280,7 @@ def test_shallow_copies_run(pair):
         assert_close(pooled(twin, (9, 3)), pooled(original, (9, 3)), **TIGHT)
     assert torch.equal(pooled(model, (9, 3)), expected)
     assert captures() == 1
+    assert RecordedGraphs.made[0].replays == 2  # the twin's calls emptied nothing
 
 
 def test_training_and_gradients_and_autocast_run(pair):
