@@ -1,19 +1,23 @@
 """The report's pictures: the roofline, and the two curves of whole models. Needs matplotlib."""
 
+import itertools
 from pathlib import Path
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 GREY = "0.35"
-MARKERS = {"float32": "o", "bfloat16": "^"}
+MARKERS = {"float32": "o", "bfloat16": "^"}  # the dtypes of benchmarks/peaks.py
 
 
 def draw(rows: list[dict], stem: Path) -> None:
     """stem-roofline.png and stem-curves.png, of what the rows hold."""
-    computing = [row for row in rows if "peak_gb_per_s" in row and row["tflop_per_s"] > 0]
-    if computing := [row for row in computing if row.get("backend") != "reference"]:
+    computing = [
+        row for row in rows if row.get("tflop_per_s", 0) > 0 and row.get("backend") != "reference"
+    ]
+    if computing:
         save(roofline(computing), f"{stem}-roofline.png")
     if curves := [row for row in rows if "curve" in row]:
         save(both_curves(curves), f"{stem}-curves.png")
@@ -31,35 +35,27 @@ def roofline(rows: list[dict]) -> Figure:
     points = [intensity(row) for row in rows]
     bandwidth = rows[0]["peak_gb_per_s"] * 1e9
     peaks = {row.get("dtype", "bfloat16"): row["peak_tflop_per_s"] for row in rows}
-    left, right = min(points) / 2, max(*points, max(peaks.values()) * 1e12 / bandwidth) * 4
+    # Behind the last point there is room for the ceilings' names.
+    left, right = min(points) / 2, max(*points, max(peaks.values()) * 1e12 / bandwidth) * 60
     for dtype, peak in peaks.items():
         ridge = peak * 1e12 / bandwidth
-        axes.plot(
-            (left, ridge, right), (left * bandwidth / 1e12, peak, peak), color=GREY, linewidth=1
-        )
-        note = f"{dtype} GEMM {peak:.3g} TFLOP/s"
-        axes.annotate(
-            note, (right, peak), (-4, 4), textcoords="offset points", ha="right", color=GREY
-        )
-    axes.annotate(
-        f"memory {bandwidth / 1e9:.3g} GB/s",
-        (left, left * bandwidth / 1e12),
-        (10, 22),
-        textcoords="offset points",
-        color=GREY,
-    )
+        roof = (left * bandwidth / 1e12, peak, peak)
+        axes.plot((left, ridge, right), roof, color=GREY, linewidth=1)
+        label(axes, f"{dtype} GEMM {peak:.3g} TFLOP/s", right, peak, (-4, 4))
+    ridge = min(peaks.values()) * 1e12 / bandwidth
+    middle = left**0.2 * ridge**0.8
+    label(axes, f"memory {bandwidth / 1e9:.3g} GB/s", middle, middle * bandwidth / 1e12, (-10, 4))
     names = sorted({name_of(row) for row in rows})
+    shades = matplotlib.colormaps["tab20"].colors
+    colors = dict(zip(names, itertools.cycle(shades[::2] + shades[1::2]), strict=False))
     for row, x in zip(rows, points, strict=True):
-        dtype = row.get("dtype", "bfloat16")
-        color = f"C{names.index(name_of(row)) % 10}"
-        marker = (
-            MARKERS.get(dtype, "s") if names.index(name_of(row)) < 10 else "Dv"[dtype != "float32"]
-        )
+        marker = MARKERS[row.get("dtype", "bfloat16")]
+        color = colors[name_of(row)]
         axes.plot(x, row["tflop_per_s"], marker, color=color, markersize=7, alpha=0.85)
-    for i, name in enumerate(names):
-        axes.plot([], [], "o" if i < 10 else "D", color=f"C{i % 10}", label=name)
-    axes.plot([], [], "o", color=GREY, fillstyle="none", label="float32: round, diamond")
-    axes.plot([], [], "^", color=GREY, fillstyle="none", label="bfloat16: triangle")
+    for name, color in colors.items():
+        axes.plot([], [], "s", color=color, label=name)
+    for dtype in peaks:
+        axes.plot([], [], MARKERS[dtype], color=GREY, fillstyle="none", label=dtype)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
@@ -68,6 +64,11 @@ def roofline(rows: list[dict]) -> Figure:
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
     return figure
+
+
+def label(axes, text: str, x: float, y: float, offset: tuple[int, int]) -> None:
+    """Left of the point and above it."""
+    axes.annotate(text, (x, y), offset, textcoords="offset points", ha="right", color=GREY)
 
 
 def intensity(row: dict) -> float:

@@ -89,7 +89,7 @@ def targets_table(rows: list[dict], machine: dict) -> str:
     """The first measurement of each row; on another device than the targets' they do not apply."""
     found: dict[str, dict] = {}
     for row in rows:
-        found = row["rows"] | found
+        found |= {name: value for name, value in row["rows"].items() if name not in found}
     wanted = targets.of(machine["device"])
     lines = [table_row(TARGET_HEADER), table_row(["---"] * 2 + ["---:"] * 4 + ["---"])]
     for name, measured in found.items():
@@ -131,7 +131,7 @@ def kernels_table(rows: list[dict], machine: dict) -> str:
 def curves_table(rows: list[dict], machine: dict) -> str:
     show: dict[str, tuple[str, Callable]] = {
         "length": ("texts of {} tokens, tokens/s", "{:,.0f}".format),
-        "batch": ("{} queries at once, latency", duration),
+        "batch": ("latency, queries at once: {}", duration),
     }
     lines = [table_row(CURVE_HEADER), table_row(["---"] * 4 + ["---:"] * 3)]
     for row in rows:
