@@ -3,7 +3,7 @@
 CPU: all-MiniLM-L6-v2 with its real weights, texts in and arrays out, beside sentence-transformers.
 GPU: BGE-M3 with random weights, token ids there and vectors there, beside transformers.
 
-    make bench ARGS="-k curves" OUT=benchmarks/results/<machine>    # a minute on two cores
+    make bench ARGS="-k curves"    # a minute on two cores
 """
 
 import functools

@@ -97,15 +97,17 @@ def test_all_pairs(passes, benchmark, peaks, flush):
     q, d = (x.requires_grad_(backward) for x in (texts(128, 32, 128), texts(128, 300, 128)))
     weights = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).cuda()
 
-    def run(function: Callable) -> Callable:
+    def run(function: Callable, dtype: torch.dtype = torch.bfloat16) -> Callable:
         def call():
-            scores = function(q, d)
+            scores = function(q.to(dtype), d.to(dtype))
             return torch.autograd.grad((scores * weights).sum(), (q, d)) if backward else [scores]
 
         return call
 
     ours, theirs = run(ops.maxsim), run(products)
-    for a, b in zip(ours(), theirs(), strict=True):
+    # Rounded to bf16, products are often equal, and another token than in fp32 gets the gradient.
+    exact = run(products, torch.float32)
+    for a, b in zip(ours(), exact(), strict=True):
         assert cosine_similarity(a.double().flatten(), b.double().flatten(), 0) > 0.999
     # Backward: a sum over the tokens that gave a maximum, which reads each side once more.
     flops = 2 * 128 * 32 * 128 * 300 * 128

@@ -68,8 +68,8 @@ def compare(benchmark, theirs: Callable, ours: Callable, inputs: list, rounds: i
 
 
 def record(info: dict, seconds: list[float], row: str, texts: int, tokens: int, note="") -> None:
-    """seconds: the peer's, ours. row: its name among the targets; others get a rate in tokens."""
-    unit = TARGETS[row].unit if row in TARGETS else "tokens/s"
+    """seconds: the peer's, ours. row: its name among the targets; others get tokens/s."""
+    unit = "ms" if texts == 1 else TARGETS[row].unit if row in TARGETS else "tokens/s"
     value = {
         "docs/s": texts / seconds[1],
         "tokens/s": tokens / seconds[1],
@@ -100,7 +100,7 @@ def forward(served: Served, peer: str, workload: str, benchmark, peaks) -> None:
     rounds = QUERY_ROUNDS if workload == ONE else ROUNDS
     times = compare(benchmark, theirs, served.embed, batches, rounds, peer=peer)
     row = f"{served.name}, {workload}" + " on the GPU" * (workload == ONE)
-    walls = f"wall clock {times[1].wall * 1e3:.3g} ms, peer {times[0].wall * 1e3:.3g} ms"
+    walls = f"wall clock {times[1].wall * 1e3:,.1f} ms, peer {times[0].wall * 1e3:,.1f} ms"
     rate = 2 * matrix_elements(served) * sum(lengths) / times[1].gpu
     share = f"; {rate / peaks.flops[torch.bfloat16]:.0%} of the GEMM rate" * (workload != ONE)
     seconds = [t.gpu for t in times]

@@ -36,7 +36,7 @@ INSTRUCTED = Workload(64, (15, 15))  # behind INSTRUCTION tokens that all share
 
 # The two curves of the report.
 LENGTHS = {"cpu": (16, 64, 256, 512), "cuda": (16, 64, 256, 512, 2048)}  # tokens of a text
-BULK_TOKENS = {"cpu": 4096, "cuda": 262_144}  # of all texts together
+BULK_TOKENS = {"cpu": 2048, "cuda": 262_144}  # of all texts together
 BATCHES = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (1, 2, 4, 8, 16, 32, 64, 128)}  # queries
 QUERY_TOKENS = 16
 
