@@ -29,7 +29,7 @@ from embedfuse.cli import doctor
 
 PYTEST = [sys.executable, "-m", "pytest", "-p", "benchmarks.ledger", "-p", "no:cacheprovider", "-v"]
 SPEED = {
-    "models": ["benchmarks/test_gpu_models.py", "benchmarks/test_curves.py"],
+    "models": ["benchmarks/test_curves.py", "benchmarks/test_gpu_models.py"],
     "kernels": [
         *("benchmarks/test_gpu_kernels.py", "benchmarks/test_ops.py"),
         "benchmarks/test_info_nce.py",
