@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 SHELL := bash
-BENCH = $(PYTHON) -m pytest benchmarks -q --benchmark-only --benchmark-json=$(OUT)/bench.json $(ARGS)
 SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f -not -name '*.pyc')
 
 .PHONY: demo test bench gpu lint clean
@@ -15,21 +14,17 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -q $(ARGS)
 
-bench: PYTHON := $(BIN)/python
 bench: $(VENV)/installed
 	mkdir -p $(OUT)
-	$(BENCH)
-	$(PYTHON) -m embedfuse bench report $(OUT)/bench.json
+	rm -f $(OUT)/bench.json
+	$(BIN)/python -m pytest benchmarks -q -p benchmarks.ledger --benchmark-only --results=$(OUT)/bench.json $(ARGS)
+	$(BIN)/embedfuse bench report $(OUT)/bench.json
 
 # On a machine with a GPU: builds into the Python that is there, fetches nothing.
+# PART: tests, sanitizer, models, kernels or tune, each in eight minutes; default the first four in this order.
 gpu:
-	mkdir -p $(OUT)
 	EMBEDFUSE_BUILD_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	$(PYTHON) -m embedfuse doctor --json > $(OUT)/doctor.json
-	set -o pipefail; failed=0; \
-	  $(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee $(OUT)/tests.txt || failed=1; \
-	  $(BENCH) 2>&1 | tee $(OUT)/bench.txt || failed=1; \
-	  $(PYTHON) -m embedfuse bench report $(OUT)/bench.json || failed=1; exit $$failed
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(PART)
 
 lint: $(VENV)/packages
 	$(BIN)/ruff check .

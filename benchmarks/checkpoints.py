@@ -63,9 +63,15 @@ def make_bge_m3(folder: Path, sizes: dict = FULL, seed: int = 0) -> Path:
     """XLM-RoBERTa with the dense, sparse and multi-vector heads of BGE-M3; returns the folder."""
     from transformers import XLMRobertaModel
 
-    model = _random(XLMRobertaModel, sizes, seed)
+    torch.manual_seed(seed)
+    XLMRobertaModel(bge_m3_config(sizes)).save_pretrained(folder)
+    return write_bge_m3_files(folder, sizes)
+
+
+def write_bge_m3_files(folder: Path, sizes: dict = FULL) -> Path:
+    """Tokenizer, heads and settings: all but the model."""
     hidden = sizes["hidden_size"]
-    _write(folder, model, sizes)
+    _write_tokenizer(folder, sizes)
     colbert, sparse = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
     nn.init.constant_(
         sparse.bias, 0.5
@@ -84,24 +90,25 @@ def make_reranker(folder: Path, sizes: dict = FULL, seed: int = 0) -> Path:
     """XLMRobertaForSequenceClassification with one label, as bge-reranker-v2-m3; returns the folder."""
     from transformers import XLMRobertaForSequenceClassification
 
-    _write(folder, _random(XLMRobertaForSequenceClassification, sizes, seed, num_labels=1), sizes)
+    torch.manual_seed(seed)
+    model = XLMRobertaForSequenceClassification(bge_m3_config(sizes, num_labels=1))
+    model.save_pretrained(folder)
+    _write_tokenizer(folder, sizes)
     return folder
 
 
 def make_e5_mistral(folder: Path, layers: int = 4, sizes: dict = E5_MISTRAL, seed: int = 0) -> Path:
     """E5-mistral-7b-instruct with so many of its 32 layers, in bf16; returns the folder."""
-    from transformers import AutoModel, MistralConfig
+    from transformers import AutoModel
 
     torch.manual_seed(seed)
-    config = MistralConfig(
-        **sizes,
-        num_hidden_layers=layers,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        initializer_range=sizes["hidden_size"] ** -0.5,  # as in _random
-    )
+    config = e5_mistral_config(layers, sizes)
     AutoModel.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return write_e5_mistral_files(folder, sizes)
+
+
+def write_e5_mistral_files(folder: Path, sizes: dict = E5_MISTRAL) -> Path:
+    """Tokenizer and settings: all but the model."""
     _llama_tokenizer(sizes["vocab_size"]).save_pretrained(folder)
     _write_json(folder / "modules.json", _MODULES)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": 4096})
@@ -111,25 +118,34 @@ def make_e5_mistral(folder: Path, layers: int = 4, sizes: dict = E5_MISTRAL, see
     return folder
 
 
-def _random(cls, sizes: dict, seed: int, **config):
+# Wide enough that attention tells tokens apart: narrower, all texts get nearly one vector, and
+# wider, 24 layers blow rounding up.
+def _initializer_range(sizes: dict) -> float:
+    return sizes["hidden_size"] ** -0.5
+
+
+def bge_m3_config(sizes: dict = FULL, **settings):
     from transformers import XLMRobertaConfig
 
-    torch.manual_seed(seed)
-    config = XLMRobertaConfig(
+    width = _initializer_range(sizes)
+    sizes = sizes | {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "initializer_range": width}
+    return XLMRobertaConfig(**sizes, **settings)
+
+
+def e5_mistral_config(layers: int = 32, sizes: dict = E5_MISTRAL):
+    from transformers import MistralConfig
+
+    return MistralConfig(
         **sizes,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        # Wide enough that attention tells tokens apart: narrower, all texts get nearly one vector, and
-        # wider, 24 layers blow rounding up.
-        initializer_range=sizes["hidden_size"] ** -0.5,
-        **config,
+        num_hidden_layers=layers,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=_initializer_range(sizes),
     )
-    return cls(config).eval()
 
 
-def _write(folder: Path, model, sizes: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+def _write_tokenizer(folder: Path, sizes: dict) -> None:
     tokenizer = _train_tokenizer(min(sizes["vocab_size"], 16000))
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))

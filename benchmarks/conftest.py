@@ -1,13 +1,9 @@
-import os
-import platform
-
 import pytest
 import torch
 
 from benchmarks import peaks as peaks_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LOAD = os.getloadavg()[0]  # of others: nothing of ours has run yet
 
 
 def pytest_addoption(parser):
@@ -37,12 +33,3 @@ def flush(device):
         buffer.sum() if device == "cpu" else buffer.zero_()
 
     return run
-
-
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["torch"] = torch.__version__
-    machine_info["load"] = LOAD
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["device"] = (
-        torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"].get("brand_raw")
-    ) or platform.machine()

@@ -1,6 +1,7 @@
-"""A benchmark run as a Markdown table and a plot.
+"""Benchmark runs as Markdown tables and plots.
 
-    embedfuse bench report out/bench.json    # prints the table; writes out/bench.md and out/bench.png
+    embedfuse bench report out/bench.json    # prints the tables; writes out/bench.md and plots beside it
+    embedfuse bench report out/models.json out/kernels.json --out docs    # several runs of one machine
 
 % of peak: the time that the bytes take at the measured bandwidth, or the operations at the measured GEMM
 rate, whichever is longer, over the measured time. x reference: plain torch's time over this version's.
@@ -8,8 +9,16 @@ rate, whichever is longer, over the measured time. x reference: plain torch's ti
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import targets
+
+TARGET_HEADER = ("row", "unit", "floor", "target", "measured", "of target", "published")
+KERNEL_HEADER = (
+    "kernel", "median", "GB/s", "TFLOP/s", "% of peak", "memory", "peer", "its time", "speed-up",
+)  # fmt: skip
+CURVE_HEADER = ("model", "dtype", "", "peer", "its value", "embedfuse", "speed-up")
 MODEL_HEADER = (
     "model", "workload", "dtype", "original tokens/s", "patched tokens/s", "original", "patched",
     "speed-up", "lowest cosine",
@@ -28,37 +37,42 @@ HEADER = (
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("file", type=Path, help="JSON that `make bench` or `make gpu` wrote")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE.json",
+        help="what `make bench` or `make gpu` wrote",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of tables and plots; default: the first file's"
+    )
 
 
 def run(args) -> int:
-    source = args.file
-    stored = json.loads(source.read_text())
-    rows = [entry["extra_info"] for entry in stored["benchmarks"] if "op" in entry["extra_info"]]
-    models = [e["extra_info"] for e in stored["benchmarks"] if "model" in e["extra_info"]]
-    peers = [entry["extra_info"] for entry in stored["benchmarks"] if "peer" in entry["extra_info"]]
-    losses = [
-        entry["extra_info"] for entry in stored["benchmarks"] if "loss" in entry["extra_info"]
+    stored = [json.loads(path.read_text()) for path in args.files]
+    entries = [entry for part in stored for entry in part["benchmarks"]]
+    rows = [entry["extra_info"] for entry in entries if entry.get("extra_info")]
+    machine = stored[0]["machine_info"]
+    tables = [
+        table(found, machine)
+        for key, table in TABLES.items()
+        if (found := [row for row in rows if key in row])
     ]
-    if not rows and not models and not peers and not losses:
-        print(f"{source}: holds no result of this folder's benchmarks", file=sys.stderr)
+    first = args.files[0]
+    if not tables:
+        print(f"{first}: holds no result of this folder's benchmarks", file=sys.stderr)
         return 1
-    parts = [machine_line(stored["machine_info"])]
-    if models:
-        parts.append(models_table(models))
-    if peers:
-        parts.append(peers_table(peers))
-    if losses:
-        parts.append(losses_table(losses))
-    if rows:
-        parts.append(ops_table(rows))
-    text = "\n".join(parts)
-    source.with_suffix(".md").write_text(text)
+    text = "\n".join([machine_line(machine), *tables, *missing(entries)])
+    folder = args.out or first.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = first.stem if len(args.files) == 1 else "report"
+    (folder / f"{stem}.md").write_text(text)
     print(text, end="")
-    if not rows:
-        return 0
     try:
-        plot(rows, source.with_suffix(".png"))
+        from benchmarks import plots
+
+        plots.draw(rows, folder / stem)
     except ImportError as error:
         print(f"no plot: {error}; `pip install matplotlib` adds it", file=sys.stderr)
     return 0
@@ -71,7 +85,81 @@ def machine_line(machine: dict) -> str:
     )
 
 
-def ops_table(rows: list[dict]) -> str:
+def targets_table(rows: list[dict], machine: dict) -> str:
+    """The first measurement of each row; on another device than the targets' they do not apply."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        found |= {name: value for name, value in row["rows"].items() if name not in found}
+    wanted = targets.of(machine["device"])
+    lines = [table_row(TARGET_HEADER), table_row(["---"] * 2 + ["---:"] * 4 + ["---"])]
+    for name, measured in found.items():
+        target = wanted.get(name)
+        value = (
+            f"{measured['value']:,.3g}" if measured["value"] < 1e3 else f"{measured['value']:,.0f}"
+        )
+        entries = ["", "", value, "", ""]
+        if target is not None:
+            floor = "" if target.floor is None else f"{target.floor:,g}"
+            reached = f"{target.reached(measured['value']):.2f}x"
+            entries = [floor, f"{target.target:,g}", value, reached, target.published]
+        lines.append(table_row((name, measured["unit"], *entries)))
+    if left := [name for name in wanted if name not in found]:
+        lines += ["", f"Targets without a measurement here: {'; '.join(left)}."]
+    return "\n".join(lines) + "\n"
+
+
+def kernels_table(rows: list[dict], machine: dict) -> str:
+    """Memory is what the call took beyond its inputs."""
+    lines = [table_row(KERNEL_HEADER), table_row(["---"] + ["---:"] * 5 + ["---"] + ["---:"] * 2)]
+    for row in rows:
+        peer = row["peer_seconds"]
+        entries = (
+            row["kernel"],
+            duration(row["seconds"]),
+            f"{row['gb_per_s']:.3g}",
+            f"{row['tflop_per_s']:.3g}",
+            f"{row['percent_of_peak']:.1f}",
+            f"{row['bytes'] / 1e6:,.0f} MB",
+            row["kernel_peer"],
+            "" if peer is None else duration(peer),
+            "" if peer is None else f"{peer / row['seconds']:.2f}x",
+        )
+        lines.append(table_row(entries))
+    return "\n".join(lines) + "\n"
+
+
+def curves_table(rows: list[dict], machine: dict) -> str:
+    show: dict[str, tuple[str, Callable]] = {
+        "length": ("texts of {} tokens, tokens/s", "{:,.0f}".format),
+        "batch": ("latency, queries at once: {}", duration),
+    }
+    lines = [table_row(CURVE_HEADER), table_row(["---"] * 4 + ["---:"] * 3)]
+    for row in rows:
+        what, number = show[row["curve"]]
+        values = number(row["peer_value"]), number(row["value"]), f"{row['speedup']:.2f}x"
+        named = row["curve_model"], row["dtype"], what.format(row["x"]), row["curve_peer"]
+        lines.append(table_row((*named, *values)))
+    return "\n".join(lines) + "\n"
+
+
+def missing(entries: list[dict]) -> list[str]:
+    """What has no result, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for entry in entries:
+        if (outcome := entry.get("outcome", "passed")) != "passed":
+            why = {"begun": "did not end", "skipped": ""}.get(outcome, outcome)
+            reason = ": ".join(filter(None, (why, entry.get("reason", "").split("\n")[0])))
+            reasons.setdefault(reason, []).append(entry["name"].split("::")[-1])
+    if not reasons:
+        return []
+    told = [
+        f"- {reason}: {', '.join(names) if len(names) < 4 else f'{len(names)} benchmarks'}"
+        for reason, names in reasons.items()
+    ]
+    return ["\n".join(["Without a result:", "", *told]) + "\n"]
+
+
+def ops_table(rows: list[dict], machine: dict) -> str:
     peaks = {row["dtype"]: row["peak_tflop_per_s"] for row in rows}
     rates = ", ".join(f"{dtype} GEMM {rate:.3g} TFLOP/s" for dtype, rate in peaks.items())
     lines = [
@@ -85,7 +173,7 @@ def ops_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def models_table(rows: list[dict]) -> str:
+def models_table(rows: list[dict], machine: dict) -> str:
     """Time per call; speed-up is the median of the rounds' ratios."""
     lines = [table_row(MODEL_HEADER), table_row(["---"] * 3 + ["---:"] * 6)]
     for row in rows:
@@ -102,7 +190,7 @@ def models_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def peers_table(rows: list[dict]) -> str:
+def peers_table(rows: list[dict], machine: dict) -> str:
     """Medians of calls in turn."""
     sizes = sorted({row["sizes"] for row in rows if "sizes" in row})
     lines = [f"Random weights, true architecture: {'; '.join(sizes)}.", ""] if sizes else []
@@ -121,7 +209,7 @@ def peers_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def losses_table(rows: list[dict]) -> str:
+def losses_table(rows: list[dict], machine: dict) -> str:
     """Medians of calls in turn; memory beyond inputs and gradients, at its peak."""
     lines = [table_row(LOSS_HEADER), table_row(["---"] * 3 + ["---:"] * 8)]
     for row in rows:
@@ -168,21 +256,13 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.2 + 0.28 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    backends = sorted({row["backend"] for row in rows})
-    for position, row in enumerate(rows):
-        axes.barh(position, row["percent_of_peak"], color=f"C{backends.index(row['backend'])}")
-        axes.text(row["percent_of_peak"], position, f" {duration(row['seconds'])}", va="center")
-    labels = [" · ".join(row[key] for key in ("op", "sample", "dtype", "backend")) for row in rows]
-    labels = [label if len(label) < 90 else f"{label[:60]} … {label[-25:]}" for label in labels]
-    axes.set_yticks(range(len(rows)), labels, fontsize="small")
-    axes.invert_yaxis()
-    axes.axvline(100, color="black", linewidth=1)
-    axes.set_xlabel("% of the measured peak")
-    axes.margins(x=0.15, y=0.01)
-    FigureCanvasAgg(figure).print_png(path)
+# By the key that tells a row of each from others.
+TABLES = {
+    "rows": targets_table,
+    "model": models_table,
+    "peer": peers_table,
+    "curve": curves_table,
+    "loss": losses_table,
+    "kernel": kernels_table,
+    "op": ops_table,
+}

@@ -18,10 +18,11 @@ import torch
 import embedfuse
 from benchmarks.checkpoints import make_bge_m3
 from benchmarks.conftest import DEVICE
+from benchmarks.workloads import BULK_TEXTS, LONGEST
 from embedfuse.cli.corpus import stdlib_docstrings
 
 ALL = ("dense", "sparse", "multi")
-LENGTH = 512
+LENGTH, TEXTS = LONGEST, BULK_TEXTS["cpu"]["BGE-M3"]
 QUERY = "open a file and read it"
 LOWEST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
 
@@ -62,7 +63,7 @@ def embedder(folder: str, dtype: str) -> embedfuse.Embedder:
 
 
 def calls_of(workload: str) -> list[list[str]]:
-    texts = stdlib_docstrings(544)
+    texts = stdlib_docstrings(32 + TEXTS)
     return {
         "requests of 32 texts": [texts[:32], texts[32:64], texts[64:96]],
         "512 texts in bulk": [texts[32:]],

@@ -20,10 +20,11 @@ import torch
 import embedfuse
 from benchmarks.checkpoints import make_e5_mistral
 from benchmarks.conftest import DEVICE
+from benchmarks.workloads import BULK_TEXTS, LONGEST
 from embedfuse.cli.corpus import stdlib_docstrings
 from embedfuse.pipeline.tokenize import TextTokenizer
 
-LENGTH = 512
+LENGTH, TEXTS = LONGEST, BULK_TEXTS["cpu"]["E5-mistral-7B"]
 INSTRUCTION = (
     "Instruct: Given a question of a programmer, retrieve all the passages of the standard library's "
     "documentation that answer it\nQuery: "
@@ -64,7 +65,7 @@ def bf16(folder: str):
 @functools.cache
 def docstrings() -> list[str]:
     """64 that say something: 59 tokens on average, up to LENGTH."""
-    return [text for text in stdlib_docstrings() if len(text) >= 60][128:192]
+    return [text for text in stdlib_docstrings() if len(text) >= 60][128 : 128 + TEXTS]
 
 
 def encoder(model, **settings) -> Callable:

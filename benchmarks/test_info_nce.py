@@ -8,10 +8,8 @@ A peer that is not installed is named by the skip.
 """
 
 import functools
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +17,7 @@ import torch
 
 from benchmarks.conftest import DEVICE
 from benchmarks.losses import PEERS, both_passes, embeddings, ours
+from benchmarks.turns import in_turn
 
 ROUNDS = 3
 SHAPE = (1024, 65536, 1024)
@@ -28,6 +27,8 @@ MEMORY_OF_A_MILLION = 3e9
 DTYPES = ["float32", "bfloat16"]
 # Of the gradients' largest element. Peers round scores and weights to bf16 at places of their own.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+
+pytestmark = pytest.mark.covers("info_nce_forward", "info_nce_backward")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,10 +65,9 @@ def test_beside_its_gemms(dtype, benchmark):
 @pytest.mark.skipif(DEVICE != "cpu", reason="measures this process's memory")
 def test_a_million_documents(benchmark):
     q, pool = embeddings(*MILLION, torch.float32)
-    seconds = statistics.median(
-        timed(functools.partial(both_passes, ours, q, pool)) for _ in range(2)
-    )
-    del q, pool
+    mine = functools.partial(both_passes, ours, q, pool)
+    seconds = in_turn([mine], 2, warmup=0)[0].wall
+    del q, pool, mine
     extra, whole = memory("torch, logits stored", "ours", "float32", MILLION)
     assert whole <= MEMORY_OF_A_MILLION
     benchmark.extra_info["process_bytes"] = whole
@@ -86,20 +86,7 @@ def agree(peer, q, pool, tolerance: float) -> None:
 
 def turns(theirs: Callable, mine: Callable) -> list[float]:
     """Medians of both."""
-    seconds = {theirs: [], mine: []}
-    for _ in range(ROUNDS):
-        for run in (theirs, mine):
-            seconds[run].append(timed(run))
-    return [statistics.median(s) for s in seconds.values()]
-
-
-def timed(run: Callable) -> float:
-    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
+    return [times.wall for times in in_turn([theirs, mine], ROUNDS, warmup=0)]
 
 
 @functools.cache

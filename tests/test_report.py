@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from benchmarks import targets
+from benchmarks.targets import Target
 from embedfuse.cli import main
 
 SHARED = {"op": "mix", "sample": "x 2x3, mean", "dtype": "float32"}
@@ -109,10 +111,10 @@ def test_models_come_first(call, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert lines[4:6] == [row, ""]
     assert lines[6].startswith("Measured peaks")
-    (tmp_path / "run.png").unlink(missing_ok=True)
+    (tmp_path / "run-roofline.png").unlink(missing_ok=True)
     assert call({**RUN, "benchmarks": [MODEL]}) == 0
     assert capsys.readouterr().out.splitlines()[4:] == [row]
-    assert not (tmp_path / "run.png").exists()
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_peers(call, capsys):
@@ -126,10 +128,137 @@ def test_peers(call, capsys):
     assert len({line.count("|") for line in lines[4:]}) == 1
 
 
-def test_plot(call, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert call(RUN) == 0
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+H100 = {**RUN["machine_info"], "device": "NVIDIA H100 80GB HBM3"}
+
+
+def measured(**rows: tuple[float, str]) -> dict:
+    return {
+        "extra_info": {"rows": {k: {"value": v, "unit": unit} for k, (v, unit) in rows.items()}}
+    }
+
+
+def test_targets(call, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "benchmarks.targets.TARGETS",
+        {
+            "a rate": Target("docs/s", 3000, 2000, "someone 500"),
+            "a time": Target("ms", None, 5.0),
+            "elsewhere": Target("x", 2.0, 1.0),
+        },
+    )
+    rows = [measured(**{"a rate": (2500.0, "docs/s")}), measured(**{"a rate": (1.0, "docs/s")})]
+    rows.append(measured(**{"a time": (20.0, "ms"), "without target": (70_000.0, "tokens/s")}))
+    assert call({"machine_info": H100, "benchmarks": rows}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4:] == [
+        "| a rate | docs/s | 3,000 | 2,000 | 2,500 | 1.25x | someone 500 |",
+        "| a time | ms |  | 5 | 20 | 0.25x |  |",
+        "| without target | tokens/s |  |  | 70,000 |  |  |",
+        "",
+        "Targets without a measurement here: elsewhere.",
+    ]
+    # Absolute numbers hold on the GPU that they were set for.
+    assert call({**RUN, "benchmarks": rows}) == 0
+    assert "| a rate | docs/s |  |  | 2,500 |  |  |" in capsys.readouterr().out
+
+
+def test_targets_of_the_table():
+    assert Target("tokens/s", None, 52_000).reached(26_000) == 0.5
+    assert Target("µs", None, 36).reached(72) == 0.5
+    assert Target("x", 2.7, 2.3).reached(4.6) == 2
+    for name, target in targets.TARGETS.items():
+        assert target.unit in (*targets.RATES, "ms", "µs"), name
+        if target.floor is not None:  # nobody asks for more than there is
+            assert target.reached(target.floor) >= 1, name
+
+
+def test_kernels(call, capsys):
+    kernel = {
+        **PEAKS,
+        "kernel": "MaxSim 1x32",
+        "seconds": 0.0005,
+        "gb_per_s": 10.0,
+        "tflop_per_s": 0.15,
+        "percent_of_peak": 50.0,
+        "bytes": 3_000_000,
+        "kernel_peer": "torch einsum",
+        "peer_seconds": 0.002,
+    }
+    assert call({**RUN, "benchmarks": [{"extra_info": kernel}]}) == 0
+    row = "| MaxSim 1x32 | 500 µs | 10 | 0.15 | 50.0 | 3 MB | torch einsum | 2 ms | 4.00x |"
+    assert capsys.readouterr().out.splitlines()[-1] == row
+
+
+def curve(kind: str, x: int, peer: float, ours: float, speedup: float) -> dict:
+    named = {"curve": kind, "x": x, "dtype": "float32", "curve_model": "m", "curve_peer": "p"}
+    return {"extra_info": named | {"peer_value": peer, "value": ours, "speedup": speedup}}
+
+
+CURVES = [
+    curve("length", 16, 1000.0, 2500.0, 2.5),
+    curve("length", 64, 2000.0, 3000.0, 1.5),
+    curve("batch", 1, 0.01, 0.004, 2.5),
+    curve("batch", 8, 0.08, 0.02, 4.0),
+]
+
+
+def test_curves(call, capsys):
+    assert call({**RUN, "benchmarks": CURVES}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4] == "| m | float32 | texts of 16 tokens, tokens/s | p | 1,000 | 2,500 | 2.50x |"
+    assert lines[-1] == "| m | float32 | latency, queries at once: 8 | p | 80 ms | 20 ms | 4.00x |"
+
+
+def test_what_has_no_result_is_named(call, capsys):
+    entries = [
+        {"name": "a.py::test_x[1]", "outcome": "passed", "extra_info": PEER},
+        {"name": "a.py::test_x[2]", "outcome": "failed", "reason": "RuntimeError: boom\nmore"},
+        {"name": "a.py::test_x[3]", "outcome": "begun"},
+        {"name": "a.py::test_x[4]", "outcome": "not run"},
+        *(
+            {"name": f"a.py::test_y[{i}]", "outcome": "skipped", "reason": "no peer"}
+            for i in range(5)
+        ),
+    ]
+    assert call({**RUN, "benchmarks": entries}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4:] == [
+        "- failed: RuntimeError: boom: test_x[2]",
+        "- did not end: test_x[3]",
+        "- not run: test_x[4]",
+        "- no peer: 5 benchmarks",
+    ]
+
+
+def test_several_runs_in_one_report(tmp_path, capsys):
+    paths = [tmp_path / "models.json", tmp_path / "kernels.json"]
+    for path, rows in zip(paths, ([MODEL], RUN["benchmarks"]), strict=True):
+        path.write_text(json.dumps({**RUN, "benchmarks": rows}))
+    assert main(["bench", "report", *map(str, paths), "--out", str(tmp_path / "new")]) == 0
+    text = (tmp_path / "new/report.md").read_text()
+    assert text == capsys.readouterr().out
+    assert "| some-model |" in text
+    assert "| 617 µs |" in text
+
+
+def test_plots(call, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    assert call({**RUN, "benchmarks": [*RUN["benchmarks"], *CURVES]}) == 0
+    for name in ("run-roofline.png", "run-curves.png"):
+        pixels = image.imread(tmp_path / name)[:, :, :3]
+        colours = (pixels.max(2) - pixels.min(2)) > 0.2
+        assert 200 < colours.sum() < 0.2 * colours.size, name  # markers and lines, on white
+
+
+def test_roofline_stands_where_it_was_measured():
+    plots = pytest.importorskip("benchmarks.plots")
+    axes = plots.roofline([RUN["benchmarks"][1]["extra_info"]]).axes[0]
+    roof, point = axes.lines[:2]
+    assert list(point.get_xdata()) == [pytest.approx(1.6)]  # 0.08 TFLOP/s at 50 GB/s
+    assert list(point.get_ydata()) == [0.08]
+    left, ridge, _ = roof.get_xdata()
+    assert ridge == pytest.approx(15)  # 0.3 TFLOP/s over 20 GB/s
+    assert list(roof.get_ydata()) == pytest.approx([left * 0.02, 0.3, 0.3])
 
 
 def test_without_matplotlib_the_table_comes_and_the_plot_is_refused(
@@ -142,7 +271,7 @@ def test_without_matplotlib_the_table_comes_and_the_plot_is_refused(
     output = capsys.readouterr()
     assert "| 617 µs |" in output.out
     assert "pip install matplotlib" in output.err
-    assert not (tmp_path / "run.png").exists()
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_run_without_results_is_refused(call, capsys):

@@ -7,7 +7,7 @@ import embedfuse
 from embedfuse.cli.corpus import stdlib_docstrings
 from tests.pipeline.reference import Reference, assert_close, tensors
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.covers("xlm_roberta")]
 
 OUTPUTS = ("dense", "sparse", "multi")
 TEXTS = ["", "x", "日本語のテキスト", "word " * 300, *stdlib_docstrings(40)]

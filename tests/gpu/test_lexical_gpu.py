@@ -9,7 +9,7 @@ from embedfuse import ops
 from embedfuse.ops.sparse_scatter import OP
 from embedfuse.registry import use_backend
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.covers("sparse_scatter")]
 
 
 @pytest.fixture(params=numerics.backends(OP, "cuda"))

@@ -29,6 +29,7 @@ def test_parity(family, dtype, heads):
     assert not report.original_calls
 
 
+@pytest.mark.covers("xlm_roberta")
 @pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 def test_embed(backend):
     model = make_model("xlm_roberta", pooler=False).cuda()
@@ -41,6 +42,7 @@ def test_embed(backend):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.covers("bert")
 def test_moving_a_patched_model():
     model = make_model("bert")
     batch = make_batch(model)
@@ -53,6 +55,7 @@ def test_moving_a_patched_model():
     torch.testing.assert_close(states(model, batch), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.covers("bert")
 def test_gradients():
     model = make_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = model.cuda().double()
