@@ -131,6 +131,15 @@ def unequal(rank, across):
         return str(error)
 
 
+def uneven_gradients(rank, across):
+    """What a rank is told where the documents of rank 1 want no gradient."""
+    q, d = (torch.randn(ROWS, WIDTH).requires_grad_() for _ in range(2))
+    try:
+        losses.InfoNCE(across=across)(q, d.detach() if rank == 1 else d)
+    except ValueError as error:
+        return str(error)
+
+
 def work(rank, size):
     found = {}
     for form, make in FORMS.items():
@@ -144,6 +153,7 @@ def work(rank, size):
             "trained": train([rank], size, across),
             "frozen": frozen_documents([rank], size, across),
             "unequal": unequal(rank, across),
+            "uneven gradients": uneven_gradients(rank, across),
         }
     half = distributed.new_group([0, 1])
     if rank < 2:

@@ -99,6 +99,15 @@ def test_unequal_batches_raise_on_every_rank(by_rank):
         )
 
 
+def test_a_gradient_on_some_ranks_alone_raises_on_every_rank(by_rank):
+    # Backward they would wait for each other.
+    for number, rank in enumerate(by_rank):
+        other, its, own = (0, 1, 0) if number == 1 else (1, 0, 1)
+        assert rank["uneven gradients"].startswith(
+            f"pool: gradient {its} on rank {other}, {own} on rank {number}; accepted is one number"
+        )
+
+
 def test_group(found):
     one = whole.evaluate("InfoNCE", [0, 1], 2)
     got = joined([rank["group"] for rank in found[:2]])

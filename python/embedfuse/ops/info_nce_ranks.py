@@ -46,15 +46,17 @@ class _Ranks:
             "dtype": DTYPES.index(y.dtype),
             "ids": int(columns.y_keys is not None),
             "guide width": 0 if guide is None else guide.shape[1],
+            "guide dtype": 0 if guide is None else DTYPES.index(guide.dtype),
+            "gradient": int(y.requires_grad and torch.is_grad_enabled()),
         }
         every = self.gather(torch.tensor([list(mine.values())], device=y.device)).tolist()
         for rank, other in enumerate(every):
             for (name, value), its in zip(mine.items(), other, strict=True):
                 if its != value:
-                    its, value = (DTYPES[v] if name == "dtype" else v for v in (its, value))
+                    its, value = (DTYPES[v] if name.endswith("dtype") else v for v in (its, value))
                     raise ValueError(
                         f"pool: {name} {its} on rank {rank}, {value} on rank {self.rank}; accepted is one "
-                        "number of rows, width, dtype and kind of ops.Rows on all ranks"
+                        "number of rows, width, dtype, kind of ops.Rows and need of a gradient on all ranks"
                     )
 
 
