@@ -29,7 +29,7 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
     if dtype == torch.float32:
         tile = {"B_Q": 32, "B_T": 32, "B_D": 16, "num_warps": 4, "num_stages": 2, "programs": 2}
         return {"SLOT": min(slot, 32), **tile}
-    most = 64 if int8 and wide == 256 else 128
+    most = 64 if wide == 256 else 128
     slot, block = min(most, slot), min(most, slot * triton.next_power_of_2(queries))
     tile = {"SLOT": slot, "B_Q": block, "B_T": 64, "B_D": wide if wide <= 256 else 64}
     if block <= 32:
