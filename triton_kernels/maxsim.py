@@ -31,7 +31,8 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
     if dtype == torch.float32:
         tile = {"B_Q": 32, "B_T": 32, "B_D": 16, "num_warps": 4, "num_stages": 2, "programs": 2}
         return {"SLOT": min(slot, 32), **tile}
-    block = min(128, slot * triton.next_power_of_2(queries))
+    most = 64 if wide == 256 else 128
+    slot, block = min(most, slot), min(most, slot * triton.next_power_of_2(queries))
     tile = {"SLOT": slot, "B_Q": block, "B_T": 64, "B_D": wide if wide <= 256 else 64}
     if block <= 32:
         # The documents' bytes decide: many on their way.
@@ -42,8 +43,8 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
         tile |= {"num_warps": block // 16, "num_stages": 3, "programs": 1}
         if wide == 256:
             tile |= {"num_warps": 8, "num_stages": 2}
-        elif wide > 256 and int8:
-            tile["B_D"] = 32
+        elif wide > 256:
+            tile |= {"num_warps": 8, "B_D": 32}
     return tile
 
 

@@ -57,7 +57,7 @@ def test_depths(depth, int8):
 def test_every_number_of_programs_gives_the_same_bits(monkeypatch, programs):
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(len(DOCUMENTS)))
     for changes in ({}, {"pairs": pairs.flip(0)}):
-        args = arguments([20, 4, 30], 40, torch.float32, width=30, **changes)
+        args = arguments([20, 4, 30], 40, torch.float16, width=30, **changes)
         with use_backend("triton"), numerics.poisoned_empty():
             wanted = OP(*args)
             monkeypatch.setattr(maxsim, "programs_of", lambda *_: programs)
