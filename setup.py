@@ -188,7 +188,7 @@ setup(
         ),
         "embedfuse.triton_kernels",
     ],
-    package_data={"embedfuse": ["_build.json"], "embedfuse.triton_kernels": ["configs/*"]},
+    package_data={"embedfuse": ["_build.json"], "embedfuse.triton_kernels": ["configs/*.json"]},
     ext_modules=[
         Extension("embedfuse._cpu", sources("cpu/*.cpp", "bindings/cpu_module.cpp")),
         Extension("embedfuse._cuda", sources("cuda/*.cu", "bindings/cuda_module.cpp")),
