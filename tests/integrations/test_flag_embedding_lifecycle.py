@@ -5,6 +5,7 @@ import gc
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,8 +108,7 @@ def wrong_head(monkeypatch):
 
     def wrong(self, *args):
         vectors = forward(self, *args)
-        vectors.multi[0] = vectors.multi[0] + 0.1
-        return vectors
+        return replace(vectors, multi=vectors.multi + 0.1)
 
     monkeypatch.setattr(EmbeddingPipeline, "_forward", wrong)
 
