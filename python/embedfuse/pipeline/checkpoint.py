@@ -49,7 +49,7 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
 
     Raises ValueError for a decoder of which none says the pooling (its first token has seen nothing
     but itself, so that no default would do), for an unknown name of a preset, for modules or poolings
-    that embedfuse does not have.
+    that embedfuse does not have; OSError where there is no checkpoint.
     """
     if given is not None and not isinstance(given, Preset) and given not in PRESETS:
         raise ValueError(f"preset={given!r}: accepted are a Preset and {', '.join(PRESETS)}")
@@ -60,6 +60,8 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
         name, own_hub = adapter_base(name, adapter, own_hub)
         names.append(name)
         config = read_json(name, "config.json", own_hub) or config
+    if not config:
+        raise OSError(f"model: {model} has no config.json, or is not within reach")
     if made_from := config.get("_name_or_path"):
         names.append(made_from)
     model_type = config.get("model_type")
