@@ -60,8 +60,6 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
         name, own_hub = adapter_base(name, adapter, own_hub)
         names.append(name)
         config = read_json(name, "config.json", own_hub) or config
-    if not config:
-        raise OSError(f"model: {model} has no config.json, or is not within reach")
     if made_from := config.get("_name_or_path"):
         names.append(made_from)
     model_type = config.get("model_type")
@@ -72,6 +70,8 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
     if model_type in _ENCODERS:
         preset = preset.filled(_ENCODER_DEFAULT)
     if preset.pooling is None:
+        if not config:
+            raise OSError(f"model: {model} has no config.json, or is not within reach")
         raise ValueError(
             f"model: nothing says how {model} ({model_type}) is pooled; accepted as preset are "
             f"{', '.join(PRESETS)}, and a Preset with pooling"
