@@ -43,8 +43,8 @@ def objects(path, texts, field="text"):
     return path.name
 
 
-def run(*args) -> int:
-    return main(["embed", *map(str, args), "--device", "cpu"])
+def run(model, *args) -> int:
+    return main(["embed", str(model), "--device", "cpu", *map(str, args)])
 
 
 def test_real_weights(work, capsys, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_bad_line_is_named_and_no_file_is_left(
     assert sorted(os.listdir()) == ["a.txt", name]
 
 
-def test_an_interrupted_run_leaves_what_was_there(work, folder, monkeypatch):
+def test_an_interrupted_run_leaves_what_was_there(work, folder, capsys, monkeypatch):
     (work / "v.npy").write_bytes(b"old")
     file = lines(work / "a.txt", ["a", "b", "c"])
     header, seen = embed.npy_header, []
@@ -160,8 +160,8 @@ def test_an_interrupted_run_leaves_what_was_there(work, folder, monkeypatch):
         return header(rows, columns)
 
     monkeypatch.setattr(embed, "npy_header", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, file, "--out", "v.npy", "--force")
+    assert run(folder, file, "--out", "v.npy", "--force") == 130
+    assert capsys.readouterr().err.endswith("embedfuse embed: interrupted, v.npy is not written\n")
     assert (work / "v.npy").read_bytes() == b"old"
     assert sorted(os.listdir()) == ["a.txt", "v.npy"]
     assert seen == [[f".v.npy.{os.getpid()}.part", "a.txt", "v.npy"]]
@@ -186,13 +186,25 @@ def test_a_file_is_replaced_only_by_force(work, folder, embedder, capsys):
         (["a.txt", "--out", "no/v.npy"], "--out no/v.npy: there is no folder no"),
         (["b.txt", "--out", "v.npy"], "b.txt: cannot be read"),
         ([".", "--out", "v.npy"], ".: cannot be read"),
+        (["a.txt", "--out", "d.npy", "--force"], "--out d.npy: a folder"),
+        (
+            ["a.txt", "--out", "v.npy", "--device", "gpu"],
+            "--device gpu: accepted are names of torch",
+        ),
+        (["a.txt", "--out", "v.npy", "--device", "cuda:1"], "--device cuda:1: torch sees no GPU"),
+        (["a.txt", "--out", "v.npy"], "model: no-such-model has no config.json"),
     ],
 )
-def test_bad_arguments_are_told_before_the_model_is_loaded(work, capsys, options, message):
+def test_bad_arguments_are_told_before_the_model_is_loaded(
+    work, capsys, monkeypatch, options, message
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     lines(work / "a.txt", ["a"])
+    for folder in ("d.npy", "no-such-model"):
+        (work / folder).mkdir()
     assert run("no-such-model", *options) == 2
     assert message in capsys.readouterr().err
-    assert os.listdir() == ["a.txt"]
+    assert sorted(os.listdir()) == ["a.txt", "d.npy", "no-such-model"]
 
 
 def test_what_the_model_refuses_is_told(work, folder, capsys):

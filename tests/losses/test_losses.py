@@ -222,6 +222,16 @@ def test_matryoshka(backend):
         torch.testing.assert_close(a, b)
 
 
+def test_matryoshka_stays_fp32_under_autocast():
+    q, d = (torch.randn(6, 16, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    loss = losses.MatryoshkaLoss(losses.InfoNCE(0.05), [16, 4], [1.0, 0.3])
+    expected = loss(q, d)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(q, d)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_reductions_and_dot_products(backend):
     q, d, _ = sides()
     rows = losses.InfoNCE(1.0, normalize=False, reduction="none")(q, d)

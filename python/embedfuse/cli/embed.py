@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 
 from embedfuse import Embedder
 from embedfuse.pipeline.embeddings import OUTPUTS, Embeddings
@@ -63,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, TypeError, ValueError) as error:
         print(f"embedfuse embed: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\nembedfuse embed: interrupted, {args.out} is not written", file=sys.stderr)
+        return 130  # as a shell says it
     return 0
 
 
@@ -110,6 +114,8 @@ def check(args: argparse.Namespace, outputs: tuple[str, ...]) -> None:
         raise ValueError(f"--out {args.out}: accepted are names that end in .npy or .jsonl")
     if args.out.suffix == ".npy" and outputs != ("dense",):
         raise ValueError(f"--out {args.out}: .npy holds dense vectors alone; accepted is .jsonl")
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out {args.out}: a folder; accepted is a file")
     if args.out.exists() and not args.force:
         raise FileExistsError(f"--out {args.out}: there is such a file; --force replaces it")
     if not args.out.parent.is_dir():
@@ -117,6 +123,17 @@ def check(args: argparse.Namespace, outputs: tuple[str, ...]) -> None:
     for file in args.files:
         if file != "-" and (os.path.isdir(file) or not os.access(file, os.R_OK)):
             raise OSError(f"{file}: cannot be read")
+    if args.device:
+        check_device(args.device)
+
+
+def check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: accepted are names of torch, cpu or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no GPU")
 
 
 class Lines:

@@ -54,7 +54,8 @@ class MatryoshkaLoss(ContrastiveLoss):
         if type(self.loss) is InfoNCE and not isinstance(self.across, Ring):
             widths = tuple(sorted(self.dims))
             losses = self.loss.per_row(q, d, hard, bank, Prefixes(widths, self.normalize))
-            return losses.new_tensor([weight_of[width] for width in widths]) @ losses
+            # Not a product of matrices: autocast would round it to 16 bits.
+            return sum(weight_of[width] * its for width, its in zip(widths, losses, strict=True))
         return sum(
             weight * self.loss.per_row(*(self._prefix(side, dim) for side in (q, d, hard, bank)))
             for dim, weight in weight_of.items()

@@ -49,7 +49,7 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
 
     Raises ValueError for a decoder of which none says the pooling (its first token has seen nothing
     but itself, so that no default would do), for an unknown name of a preset, for modules or poolings
-    that embedfuse does not have.
+    that embedfuse does not have; OSError where there is no checkpoint.
     """
     if given is not None and not isinstance(given, Preset) and given not in PRESETS:
         raise ValueError(f"preset={given!r}: accepted are a Preset and {', '.join(PRESETS)}")
@@ -70,6 +70,8 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
     if model_type in _ENCODERS:
         preset = preset.filled(_ENCODER_DEFAULT)
     if preset.pooling is None:
+        if not config:
+            raise OSError(f"model: {model} has no config.json, or is not within reach")
         raise ValueError(
             f"model: nothing says how {model} ({model_type}) is pooled; accepted as preset are "
             f"{', '.join(PRESETS)}, and a Preset with pooling"
