@@ -18,6 +18,7 @@ from tests.patching.replay.conftest import (
     captures,
     graphs,
     linear_of,
+    pair_of,
     pooled,
     with_graphs,
 )
@@ -151,3 +152,25 @@ def test_patch_checks_its_graphs(monkeypatch):
     with pytest.raises(embedfuse.PatchError, match="deviates"):
         embedfuse.patch(model)
     assert not hasattr(model, "_embedfuse")
+
+
+def test_moving_frees_as_it_goes():
+    """A graph that held the old weights meanwhile would need room for all of them twice."""
+    model, _ = pair_of("bert")
+    for _ in range(2):
+        pooled(model, (9, 3))
+    held = []
+    model._apply(lambda t: (held.append(graphs(model)._snapshot is not None), t.clone())[1])
+    assert not any(held)
+
+
+def test_precision_of_fp32_is_seen():
+    model, _ = pair_of("bert")
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            for _ in range(2):
+                pooled(model, (9, 3))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert captures() == 2

@@ -108,7 +108,7 @@ def test_backends_have_graphs_of_their_own(pair):
 
 
 def test_attention_that_wants_lengths_runs(pair, caplog):
-    """As on a GPU in fp32: SDPA takes runs of equal lengths."""
+    """As on a GPU in fp64: SDPA takes runs of equal lengths."""
     model, original = pair
     with embedfuse.use_backend("reference"), caplog.at_level(logging.WARNING):
         for _ in range(3):
