@@ -55,12 +55,12 @@ def test_many_shapes(family, pooling):
 
 
 def test_fp32():
-    """Its attention is our Triton kernel."""
+    """Our kernel reads lengths on the GPU; SDPA, which fp64 runs on, asks the host for them."""
     model = make("bert", torch.float32)
     for _ in range(3):
-        found = pooled(model, (5, 9))
-        torch.testing.assert_close(found, eager(model, (5, 9)), rtol=0, atol=2**-18)
-    assert captured(model) >= 1, embedfuse.report(model).graphs
+        torch.testing.assert_close(pooled(model, (5, 9)), eager(model, (5, 9)), rtol=0, atol=1e-5)
+    assert captured(model)
+    assert "lengths" in embedfuse.report(make("bert", torch.float64)).graphs
 
 
 @pytest.mark.parametrize("family", ["xlm_roberta", "mistral"])

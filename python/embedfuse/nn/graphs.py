@@ -120,28 +120,32 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all, because what one capture frees in the pool serves captures on the same stream alone.
+        # torch deals streams out again and again; few take those of high priority, and what a thread
+        # launched into a stream under capture would be lost.
+        self._side = torch.cuda.Stream(device, priority=-1)
         self._done = torch.cuda.Event()
 
     def capture(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """replay, and the output that it writes. Other threads may use the GPU meanwhile, except for
         waiting for the whole device (torch.cuda.synchronize)."""
-        graph = torch.cuda.CUDAGraph()
+        graph, side = torch.cuda.CUDAGraph(), self._side
         with _capturing, torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            # torch.cuda.graph leaves its stream current where a capture fails to end; this one does not.
-            with torch.cuda.stream(side):
-                forward()  # compiles and loads kernels, and raises before a capture has begun
-                # A graph keeps the address of cuBLAS' workspace, which torch shares by stream. Cleared
-                # before, it is allocated in the graph's own pool; cleared after, nobody else gets it.
-                torch._C._cuda_clearCublasWorkspaces()
-                how = {"pool": self._pool, "stream": side, "capture_error_mode": "thread_local"}
-                try:
+            current = torch.cuda.current_stream()
+            side.wait_stream(current)
+            try:
+                # torch.cuda.graph leaves its stream current where a capture fails to end; this one does not.
+                with torch.cuda.stream(side):
+                    forward()  # compiles and loads kernels, and raises before a capture has begun
+                    # A graph keeps the address of cuBLAS' workspace, which torch shares by stream. Cleared
+                    # before, it is allocated in the graph's own pool; cleared after, nobody else gets it.
+                    torch._C._cuda_clearCublasWorkspaces()
+                    how = {"pool": self._pool, "stream": side, "capture_error_mode": "thread_local"}
                     with torch.cuda.graph(graph, **how):
                         output = forward()
-                finally:
-                    torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.current_stream().wait_stream(side)
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
+                current.wait_stream(side)  # a forward that raised may still read the buffers
         return graph.replay, output
 
     @contextlib.contextmanager

@@ -282,9 +282,9 @@ class PackedModel(Patched):
 
     # Moving, casting and copying part the joined weights; join them again right there.
     def _apply(self, fn, recurse=True):
-        result = super()._apply(fn, recurse)
         self._embedfuse.prefixes.forget()
-        self._embedfuse.graphs.forget()
+        self._embedfuse.graphs.forget()  # before, because they hold the weights that go
+        result = super()._apply(fn, recurse)
         self.fuse()
         return result
 

@@ -63,7 +63,8 @@ class SmallBatch:
     @property
     def key(self) -> tuple:
         dtypes = tuple((name, t.dtype) for name, t in self.tokens.given.items())
-        settings = forced_backend(), torch.are_deterministic_algorithms_enabled()
+        tf32 = torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+        settings = forced_backend(), torch.are_deterministic_algorithms_enabled(), tf32
         return self.size, self.pooling, dtypes, settings
 
     def buffers(self) -> tuple[Tensor, ...]:
