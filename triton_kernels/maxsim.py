@@ -5,7 +5,7 @@ document a block of rows at a time on the tensor cores. Each product meets the o
 a block before, so the maximum of a row is found once per document. A program takes one tile past every
 n-th document; where its queries fit their slots and a row is one slice of the depth, the tile is read once.
 int8 documents become the query's dtype, which holds them exactly, and their scales multiply the products.
-No atomics; a query's maxima are added in fp64, so the bits are always the same.
+A query's maxima are added in fp64, without atomics: the bits are always the same.
 Limits: a query longer than its slot reads its documents once per slot; listed pairs read each query anew.
 """
 
