@@ -50,6 +50,11 @@ class Ledger:
         written.write_text(text + "\n", "utf-8")
         os.replace(written, self.path)
 
+    def pytest_collectreport(self, report):
+        if report.failed:
+            entry = {"outcome": FAILED, "covers": [], "reason": reason(report)}
+            self.entries[report.nodeid] = {"name": report.nodeid, **entry}
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
         done = [item for item in items if self.outcome(item) != NOT_RUN]

@@ -57,6 +57,7 @@ def cuda_seconds(call: Callable, repeats: int = 20, before: Callable = lambda: N
     """Time on the GPU of each call, by events; `before` is queued ahead of each and not counted."""
     call()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda._sleep(2 * 10**7)  # some 10 ms, in which launches get ahead of the GPU
     for start, end in events:
         before()
         start.record()

@@ -146,8 +146,26 @@ def test_parts_by_name(parts, tmp_path, capsys):
 def test_tune_is_the_command_of_that_name(monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(gpu, "run", lambda command, *_: called.append(command) or 0)
-    assert gpu.run_tune("tune", tmp_path, 0.0)
-    assert called[0][1:] == ["-m", "embedfuse", "bench", "tune"]
+    assert gpu.run_tune("tune", tmp_path, time.monotonic() + 100.2)
+    assert called[0][1:5] == ["-m", "embedfuse", "bench", "tune"]
+    # What it finds comes back, and its time is shared out among all calls.
+    assert called[0][5:] == ["--budget", "100", "--out", str(tmp_path / "configs")]
+
+
+def test_a_file_that_cannot_be_collected_stops_no_other(suite):
+    (suite / "test_broken.py").write_text("import gnome_that_is_not_installed")
+    end = time.monotonic() + 100
+    entries = gpu.run_pytest(["."], suite, "tests", end)
+    found = {entry["name"]: entry["outcome"] for entry in entries}
+    assert found["test_broken.py"] == "failed"
+    assert found["test_suite.py::test_last"] == "passed"
+    assert ledger.verdicts(entries)["test_broken"] == "failed"
+
+
+def test_nothing_is_right_where_nothing_ran(monkeypatch, tmp_path):
+    entries = [{"name": "a.py::test_1", "covers": ["rope_"], "outcome": "not run"}]
+    monkeypatch.setattr(gpu, "run_pytest", lambda *_: entries)
+    assert not gpu.run_tests("tests", tmp_path, 0.0)
 
 
 def test_tests_write_what_is_right(monkeypatch, tmp_path):

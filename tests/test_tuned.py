@@ -213,7 +213,7 @@ DEFAULTS = {
     ),
     "lexical_scores": ({"entries": 16}, {"BLOCK": 64, "num_warps": 4}),
     "maxsim": (
-        {"depth": 128, "rows": 32, "queries": 1, "int8": True},
+        {"depth": 128, "rows": 32, "queries": 1, "int8": True, "more": False},
         {"SLOT": 32, "B_Q": 32, "B_T": 64, "B_D": 128}
         | {"num_warps": 4, "num_stages": 4, "programs": 3},
     ),

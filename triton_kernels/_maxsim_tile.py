@@ -181,3 +181,25 @@ def tile_scores(
             p_a + o_o * width + o_r, tl.where(m_q, b_place, -1), mask=(o_o >= 0) & (o_r < width)
         )
     return tl.where(m_q, b_best, 0).to(tl.float64)
+
+
+@triton.jit
+def text_of(p_spans, i, texts):
+    """First row and number of rows of texts by number; none of a number past the last."""
+    first = tl.load(p_spans + 2 * i, mask=i < texts, other=0)
+    return first, (tl.load(p_spans + 2 * i + 1, mask=i < texts, other=0) - first).to(tl.int32)
+
+
+@triton.jit
+def rows_to_visit(q_rows, p_a, width):
+    longest = tl.max(q_rows, 0)
+    if p_a is not None:
+        longest = tl.maximum(longest, width)
+    return longest
+
+
+@triton.jit
+def store_scores(p_o, o_o, b_score, B_Q: tl.constexpr, SLOT: tl.constexpr):
+    b_sum = tl.sum(tl.reshape(b_score, [B_Q // SLOT, SLOT]), 1)
+    o_o = tl.max(tl.reshape(o_o, [B_Q // SLOT, SLOT]), 1)
+    tl.store(p_o + o_o, b_sum.to(tl.float32), mask=o_o >= 0)

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from embedfuse.triton_kernels import info_nce_fused
-from embedfuse.triton_kernels.info_nce_fused import counting_columns, op_calls, sigmoid_parts
+from embedfuse.triton_kernels._info_nce_scores import counting_columns, sigmoid_parts
+from embedfuse.triton_kernels.info_nce_fused import op_calls
 from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks, info_nce_prefix_chunks

@@ -1,7 +1,7 @@
 """info_nce with the scores in registers:
 
-statistics: per row maximum m, sum of e^(z - m), sum of z, count | sigmoid: -, sums of softplus(z) and
-sigmoid(z) gradient:   G = w g_statistic + g_total for a tile of scores, which torch's GEMMs then multiply
+statistics: per row maximum m, sum of e^(z - m), sum of z, count | sigmoid: -, sums of softplus(z), sigmoid(z)
+gradient:   G = w g_statistic + g_total for a tile of scores, which torch's GEMMs then multiply
 
 A program of `statistics` takes a block of rows past a share of the columns; the shares are put together
 afterwards, in their order, so the bits are always the same. Limits: 16-bit inputs in rows that
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels._info_nce_scores import counting_columns, sigmoid_parts
 from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks
@@ -23,8 +24,7 @@ from embedfuse.ops.info_nce_chunks import Tile
 PROGRAMS = 512
 
 
-# Both defaults are the largest tiles without spills on sm_80, sm_90 and sm_100; the running statistics take
-# registers too. Not measured. Shared memory: 72 and 96 KiB.
+# Both defaults are the largest tiles without spills on sm_80, sm_90 and sm_100. Not measured.
 def statistics_config(dtype, rows, depth, sigmoid) -> dict:
     return {"B_Q": 128, "B_N": 64, "B_D": 64, "num_warps": 8, "num_stages": 3}
 
@@ -44,42 +44,6 @@ def candidates(dtype, rows, depth, sigmoid) -> Iterator[dict]:
 
 STATISTICS = Tunable("info_nce_statistics", statistics_config, candidates)
 GRADIENT = Tunable("info_nce_fused_gradient", gradient_config, candidates)
-
-
-@triton.jit
-def counting_columns(b_c, p_g, o_g, m_c, i_r, o_c, first, p_own, p_lim, p_xk, p_yk, p_glim):
-    """Which columns of a row count: the one place that knows."""
-    b_keep = m_c
-    if p_own is not None:
-        b_keep &= first + o_c != tl.load(p_own + i_r)
-    # "not above" and not "at most": a NaN score stays, and shows.
-    if p_lim is not None:
-        b_keep &= (b_c > tl.load(p_lim + i_r)) == 0
-    if p_xk is not None:
-        b_keep &= tl.load(p_yk + o_c, mask=m_c, other=0) != tl.load(p_xk + i_r)
-    if p_g is not None:
-        b_g = tl.load(p_g + o_g, mask=m_c, other=0).to(tl.float32)
-        b_keep &= (b_g > tl.load(p_glim + i_r)) == 0
-    return b_keep
-
-
-@triton.jit
-def log1p(b_u):
-    """log(1 + u) for 0 <= u <= 1, small u exactly: 2 artanh(u / (2 + u))."""
-    b_t = b_u / (2 + b_u)
-    b_s = b_t * b_t
-    b_p = 2.0 / 15
-    for k in tl.static_range(13, 0, -2):
-        b_p = b_p * b_s + 2.0 / k
-    return b_p * b_t
-
-
-@triton.jit
-def sigmoid_parts(b_z):
-    """sigmoid(z) and softplus(z)."""
-    b_e = tl.exp(-tl.abs(b_z))
-    b_weight = tl.where(b_z < 0, b_e, 1.0) / (1 + b_e)
-    return b_weight, tl.where(b_z < 0, 0.0, b_z) + log1p(b_e)
 
 
 @triton.jit

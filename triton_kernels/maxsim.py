@@ -5,7 +5,7 @@ document a block of rows at a time on the tensor cores. Each product meets the o
 a block before, so the maximum of a row is found once per document. A program takes one tile past every
 n-th document; where its queries fit their slots and a row is one slice of the depth, the tile is read once.
 int8 documents become the query's dtype, which holds them exactly, and their scales multiply the products.
-No atomics; a query's maxima are added in fp64, so the bits are always the same.
+A query's maxima are added in fp64, without atomics: the bits are always the same.
 Limits: a query longer than its slot reads its documents once per slot; listed pairs read each query anew.
 """
 
@@ -15,14 +15,22 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from embedfuse.triton_kernels._maxsim_tile import load_slice, row_normalizers, tile_scores
+from embedfuse.triton_kernels._maxsim_tile import (
+    load_slice,
+    row_normalizers,
+    rows_to_visit,
+    store_scores,
+    text_of,
+    tile_scores,
+)
 from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.registry import triton_interprets
 
 
-def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> dict[str, int]:
+def default_config(dtype, depth: int, rows: int, queries: int, int8: bool, more: bool) -> dict:
     """Block sizes and launch options. rows: of a query, on average. queries: that meet the same documents.
+    more: places or squares are kept, which takes registers.
 
     Not measured: the largest without spills on sm_80, sm_90 and sm_100.
     """
@@ -43,14 +51,23 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool) -> di
         tile |= {"num_warps": block // 16, "num_stages": 3, "programs": 1}
         if wide == 256:
             tile |= {"num_warps": 8, "num_stages": 2}
+<<<<<<< HEAD
         elif wide > 256:
             tile |= {"num_warps": 8, "B_D": 32}
+=======
+        elif wide > 256 and int8:
+            tile["B_D"] = 32
+        if more and wide >= 256:
+            tile["B_T"] = 32
+>>>>>>> 2daa23fec485e8cc386cf9a8f8106c8ae0e16ce0
     return tile
 
 
-def candidates(dtype, depth: int, rows: int, queries: int, int8: bool) -> Iterator[dict[str, int]]:
+def candidates(
+    dtype, depth: int, rows: int, queries: int, int8: bool, more: bool
+) -> Iterator[dict]:
     """The default's slots; at most 32 products per thread, tiles that fit into 160 KiB."""
-    slot = default_config(dtype, depth, rows, queries, int8)["SLOT"]
+    slot = default_config(dtype, depth, rows, queries, int8, more)["SLOT"]
     wide = max(16, triton.next_power_of_2(depth))
     blocks, columns = [slot * n for n in (1, 2, 4, 8) if slot * n <= 128], (32, 64, 128)
     slices = [wide] if wide <= 256 else [32, 64, 128]
@@ -63,28 +80,6 @@ def candidates(dtype, depth: int, rows: int, queries: int, int8: bool) -> Iterat
 
 
 TUNABLE = Tunable("maxsim", default_config, candidates)
-
-
-@triton.jit
-def text_of(p_spans, i, texts):
-    """First row and number of rows of texts by number; none of a number past the last."""
-    first = tl.load(p_spans + 2 * i, mask=i < texts, other=0)
-    return first, (tl.load(p_spans + 2 * i + 1, mask=i < texts, other=0) - first).to(tl.int32)
-
-
-@triton.jit
-def rows_to_visit(q_rows, p_a, width):
-    longest = tl.max(q_rows, 0)
-    if p_a is not None:
-        longest = tl.maximum(longest, width)
-    return longest
-
-
-@triton.jit
-def store_scores(p_o, o_o, b_score, B_Q: tl.constexpr, SLOT: tl.constexpr):
-    b_sum = tl.sum(tl.reshape(b_score, [B_Q // SLOT, SLOT]), 1)
-    o_o = tl.max(tl.reshape(o_o, [B_Q // SLOT, SLOT]), 1)
-    tl.store(p_o + o_o, b_sum.to(tl.float32), mask=o_o >= 0)
 
 
 @triton.jit(do_not_specialize=["queries", "count", "step", "width"])
@@ -223,10 +218,11 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
         "rows": min(128, triton.next_power_of_2(triton.cdiv(len(query), queries))),
         "queries": min(8, triton.next_power_of_2(together)),
         "int8": scale is not None,
+        "more": bool(width or normalize),
     }
     config = dict(TUNABLE.config(query, **shape))
     per_processor = config.pop("programs")
-    if width or normalize:  # places and squares take registers as well
+    if shape["more"]:
         per_processor = 1
     registers = 65536 // (32 * config["num_warps"] * per_processor)
     tiles = triton.cdiv(together, config["B_Q"] // config["SLOT"])
@@ -262,7 +258,7 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
 
 
 def aot_calls() -> Iterator[tuple]:
-    """(launcher, its arguments on the meta device): every slice, and every branch."""
+    """(launcher, its arguments on the meta device): every slice, every branch, and what takes most."""
 
     def empty(*shape, dtype=torch.int64):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -275,11 +271,11 @@ def aot_calls() -> Iterator[tuple]:
         plain = q, empty(queries, 2), [d], documents, None
         int8 = *plain[:2], [d.to(torch.int8)], documents, d_scale
         yield *plain, None, None, False, 0
-        yield *int8, None, None, False, 0
-        yield *plain, None, None, False, 32
-        yield *plain, zero, None, True, 0
+        if depth > 64:
+            yield *int8, None, None, False, 0
+            yield *plain, None, None, False, 32
         yield *int8, zero, None, True, 32
-        if queries == 1:
+        if depth == 37:
             yield *int8, zero, pairs, True, 32
 
     # Tiles of one short query, of two kinds of several, and of a long one.
@@ -287,10 +283,10 @@ def aot_calls() -> Iterator[tuple]:
     for dtype, depths in (
         (torch.float32, (37, 128)),
         (torch.float16, (64,)),
-        (torch.bfloat16, (16, 37, 128, 256, 1024)),
+        (torch.bfloat16, (37, 128, 256, 1024)),
     ):
         for depth in depths:
-            for rows, queries in tiles if depth > 64 and dtype != torch.float32 else tiles[:1]:
+            for rows, queries in tiles if depth > 128 else tiles[::2] if depth > 64 else tiles[:1]:
                 for call in calls(dtype, rows, queries, depth):
                     yield maxsim, call
 

@@ -223,15 +223,16 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causa
 
 
 def aot_calls() -> Iterator[tuple]:
-    """(launcher, its arguments on the meta device): many and few rows, slices of one QKV product."""
+    """(launcher, its arguments on the meta device): many rows and all masks, few rows and none, slices of one
+    QKV product."""
     bounds = torch.empty(9, dtype=torch.int32, device="meta")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for head_dim in (37, 64, 128, 256):
-            for tokens, group in ((800, 1), (8, 2)):
-                qkv = torch.empty(tokens, 4 * group + 8, head_dim, dtype=dtype, device="meta")
-                parts = qkv.split([4 * group, 4, 4], 1)
-                for causal, window in ((False, None), (True, 300)):
-                    yield varlen_attention, (*parts, bounds, bounds, 0.1, causal, window)
+    depths = {torch.float32: (37, 64, 128, 256), torch.float16: (64,)}
+    depths[torch.bfloat16] = depths[torch.float32]
+    for dtype, head_dim in ((key, depth) for key in depths for depth in depths[key]):
+        for tokens, group, causal, window in ((800, 1, True, 300), (8, 2, False, None)):
+            qkv = torch.empty(tokens, 4 * group + 8, head_dim, dtype=dtype, device="meta")
+            parts = qkv.split([4 * group, 4, 4], 1)
+            yield varlen_attention, (*parts, bounds, bounds, 0.1, causal, window)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

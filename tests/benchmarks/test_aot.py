@@ -4,10 +4,11 @@ import json
 import types
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from embedfuse.triton_kernels import add_layer_norm, tuned
+from embedfuse.triton_kernels import add_layer_norm, maxsim, tuned
 
 from benchmarks import aot, machine_code
 from embedfuse.cli import main
@@ -43,6 +44,14 @@ def test_a_tuned_config_is_compiled_wherever_it_may_be_chosen(tuned_for_sm_90):
         ("fp16", 1024),
     ]
     assert len(after) == len(before) + 7
+
+
+def test_what_a_launcher_keeps_to_itself_hides_no_tuned_config():
+    shape = {"depth": 128, "rows": 32, "queries": 1, "int8": False, "more": False}
+    config = maxsim.default_config(torch.bfloat16, **shape) | {"programs": 2}
+    entry = {"kernel": "maxsim", "dtype": "bfloat16", "shape": shape, "config": config}
+    launches = machine_code.launches_with(maxsim, entry)
+    assert (32, 128) in [launch.args[0].shape for launch in launches]
 
 
 def test_calls_of_one_row_show_the_most_that_any_takes(monkeypatch):

@@ -99,5 +99,5 @@ def test_query_rows_are_read_once_where_they_fit():
         (17, 3): (32, 128),
         (1000, 9): (128, 128),
     }.items():
-        config = maxsim.default_config(torch.bfloat16, 128, rows, queries, False)
+        config = maxsim.default_config(torch.bfloat16, 128, rows, queries, False, False)
         assert (config["SLOT"], config["B_Q"]) == wanted

@@ -49,6 +49,11 @@ def test_quantised_by_hand():
         assert (empty.values.shape, empty.scale.shape) == (shape, shape[:-1])
 
 
+def test_arrays_are_quantised():
+    x = tensor(5, 8)
+    assert torch.equal(quantize_int8(x.numpy()).values, quantize_int8(x).values)
+
+
 def test_scores_by_hand(backend):
     q = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     d = Int8(torch.tensor([[[3, 0], [-1, 4]]], dtype=torch.int8), torch.tensor([[2.0, 0.5]]))

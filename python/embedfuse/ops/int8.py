@@ -41,7 +41,7 @@ class Int8:
 def quantize_int8(x: Tensor, per: str = "token") -> Int8:
     """scale = max|x| / 127 over each token or document, values = x / scale rounded to nearest, ties to even.
 
-    x: (..., tokens, dim), floating. per: "token", a scale for each token, off by at most scale / 2 in each
+    x: (..., tokens, dim), floating, a tensor or an array. per: "token", a scale for each token, off by at most scale / 2 in each
         value; "document", one for each (tokens, dim), which is less exact where tokens differ in length.
 
     Zeros stay zeros: where all are, scale is 1. Where one is infinite or NaN, scale is NaN. No gradient.
@@ -49,6 +49,7 @@ def quantize_int8(x: Tensor, per: str = "token") -> Int8:
     """
     if per not in PERS:
         raise ValueError(f"per={per!r}: accepted are {', '.join(PERS)}")
+    x = torch.as_tensor(x)
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(
             f"x: {x.dtype} of shape {tuple(x.shape)}; accepted is floating (..., tokens, dim)"

@@ -194,7 +194,7 @@ def _check_side(name: str, side: Tensor | Int8, q: Tensor, shape: str, dims: int
         )
     if scale is None and (x.dtype != q.dtype or x.dtype not in (*native.DTYPES, torch.float64)):
         raise ValueError(
-            f"{name}: {x.dtype}; accepted are float16, bfloat16, float32 and float64, "
+            f"{name}: {x.dtype} beside {q.dtype}; accepted are float16, bfloat16, float32 and float64, "
             "the same for q and d, or Int8 for d"
         )
     _check_device(name, x, q)
