@@ -51,15 +51,10 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool, more:
         tile |= {"num_warps": block // 16, "num_stages": 3, "programs": 1}
         if wide == 256:
             tile |= {"num_warps": 8, "num_stages": 2}
-<<<<<<< HEAD
         elif wide > 256:
             tile |= {"num_warps": 8, "B_D": 32}
-=======
-        elif wide > 256 and int8:
-            tile["B_D"] = 32
         if more and wide >= 256:
             tile["B_T"] = 32
->>>>>>> 2daa23fec485e8cc386cf9a8f8106c8ae0e16ce0
     return tile
 
 

@@ -41,8 +41,9 @@ class Int8:
 def quantize_int8(x: Tensor, per: str = "token") -> Int8:
     """scale = max|x| / 127 over each token or document, values = x / scale rounded to nearest, ties to even.
 
-    x: (..., tokens, dim), floating, a tensor or an array. per: "token", a scale for each token, off by at most scale / 2 in each
-        value; "document", one for each (tokens, dim), which is less exact where tokens differ in length.
+    x: (..., tokens, dim), floating, a tensor or an array.
+    per: "token", a scale for each token, off by at most scale / 2 in each value; "document", one
+        for each (tokens, dim), which is less exact where tokens differ in length.
 
     Zeros stay zeros: where all are, scale is 1. Where one is infinite or NaN, scale is NaN. No gradient.
     Raises ValueError for another dtype, shape or `per`.
