@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, softplus
 
 from embedfuse import losses
 from embedfuse.ops import Prefixes, info_nce
@@ -63,11 +63,11 @@ def cached(module: str, q: Tensor, pool: Tensor) -> Tensor:
     return loss.calculate_loss(columns, with_backward=True)
 
 
-def cut_cross_entropy(q: Tensor, pool: Tensor) -> Tensor:
+def cut_cross_entropy(q: Tensor, pool: Tensor, **options) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if q.is_cuda else "torch_compile"
-    return linear_cross_entropy(q / TEMPERATURE, pool, diagonal(q), impl=impl)
+    return linear_cross_entropy(q / TEMPERATURE, pool, diagonal(q), impl=impl, **options)
 
 
 def inf_cl(q: Tensor, pool: Tensor) -> Tensor:
@@ -116,6 +116,11 @@ def siglip_kernel(q: Tensor, pool: Tensor) -> Tensor:
 
 def siglip(q: Tensor, pool: Tensor) -> Tensor:
     return losses.SigLIPLoss(TEMPERATURE, -10.0, normalize=False).to(q.device)(q, pool)
+
+
+def siglip_stored(q: Tensor, pool: Tensor) -> Tensor:
+    logits = (q @ pool.T).float() / TEMPERATURE - 10
+    return (softplus(logits).sum() - logits.diagonal().sum()) / len(q)
 
 
 THEIRS = "sentence_transformers.sentence_transformer.losses"

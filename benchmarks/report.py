@@ -16,7 +16,8 @@ from benchmarks import targets
 
 TARGET_HEADER = ("row", "unit", "floor", "target", "measured", "of target", "published")
 KERNEL_HEADER = (
-    "kernel", "median", "GB/s", "TFLOP/s", "% of peak", "memory", "peer", "its time", "speed-up",
+    "kernel", "median", "GB/s", "TFLOP/s", "% of peak", "memory", "peer", "its time", "its memory",
+    "speed-up",
 )  # fmt: skip
 CURVE_HEADER = ("model", "dtype", "", "peer", "its value", "embedfuse", "speed-up")
 MODEL_HEADER = (
@@ -52,7 +53,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     stored = [json.loads(path.read_text()) for path in args.files]
     entries = [entry for part in stored for entry in part["benchmarks"]]
-    rows = [entry["extra_info"] for entry in entries if entry.get("extra_info")]
+    rows = joined([entry["extra_info"] for entry in entries if entry.get("extra_info")])
     machine = stored[0]["machine_info"]
     tables = [
         table(found, machine)
@@ -108,24 +109,48 @@ def targets_table(rows: list[dict], machine: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kernels_table(rows: list[dict], machine: dict) -> str:
-    """Memory is what the call took beyond its inputs."""
-    lines = [table_row(KERNEL_HEADER), table_row(["---"] + ["---:"] * 5 + ["---"] + ["---:"] * 2)]
+def joined(rows: list[dict]) -> list[dict]:
+    """Of the runs of one kernel beside different peers the first, with the peers of all."""
+    found, kernels = [], {}
     for row in rows:
-        peer = row["peer_seconds"]
-        entries = (
+        name = row.get("kernel")
+        if name in kernels:
+            kernels[name]["peers"] |= row["peers"]
+            continue
+        if name is not None:
+            kernels[name] = row = {**row, "peers": dict(row["peers"])}
+        found.append(row)
+    return found
+
+
+def kernels_table(rows: list[dict], machine: dict) -> str:
+    """A line for each peer. Memory is what the call took beyond its inputs."""
+    lines = [table_row(KERNEL_HEADER), table_row(["---"] + ["---:"] * 5 + ["---"] + ["---:"] * 3)]
+    for row in rows:
+        own = (
             row["kernel"],
             duration(row["seconds"]),
             f"{row['gb_per_s']:.3g}",
             f"{row['tflop_per_s']:.3g}",
             f"{row['percent_of_peak']:.1f}",
             f"{row['bytes'] / 1e6:,.0f} MB",
-            row["kernel_peer"],
-            "" if peer is None else duration(peer),
-            "" if peer is None else f"{peer / row['seconds']:.2f}x",
         )
-        lines.append(table_row(entries))
+        for theirs in [peer_cells(*item) for item in row["peers"].items()] or [("",) * 4]:
+            lines.append(table_row((*own, *theirs)))
+            own = ("",) * len(own)
     return "\n".join(lines) + "\n"
+
+
+def peer_cells(name: str, peer: dict) -> tuple[str, ...]:
+    if reason := peer.get("reason"):
+        return name, reason.replace("|", "\\|"), "", ""
+    size = f"{peer['bytes'] / 1e6:,.0f} MB"
+    return (
+        f"{name} {peer['version']}".rstrip(),
+        duration(peer["seconds"]),
+        size,
+        f"{peer['speedup']:.2f}x",
+    )
 
 
 def curves_table(rows: list[dict], machine: dict) -> str:

@@ -1,60 +1,58 @@
 """The kernels' rows of benchmarks/targets.py on a GPU, beside plain torch and the peers that are installed.
 
 Each row is checked against torch before it is timed: by events, with what it reads flushed from the caches,
-ours and a peer in turn. GB/s and TFLOP/s count what the call must move and compute at least, percent of the
-ceilings measured in the same run. The memory is what the call took beyond its inputs.
+ours and its peers in turn. GB/s and TFLOP/s count what the call must move and compute at least, percent of
+the ceilings measured in the same run. The memory is what the call took beyond its inputs.
 """
 
-import statistics
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
+from benchmarks import gpu_peers, losses
 from benchmarks.conftest import DEVICE
-from benchmarks.losses import both_passes, embeddings, stored
-from benchmarks.peaks import cuda_seconds
+from benchmarks.gpu_peers import Peer, agree, close
+from benchmarks.losses import TEMPERATURE, embeddings, stored
 from benchmarks.targets import TARGETS
 from embedfuse import ops
 from embedfuse.registry import Cost
 
-ROUNDS = 20
-TEMPERATURE = 0.02
-
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+# Others come last, so that their time is that which our rows leave: see conftest.py.
+BESIDE = pytest.mark.parametrize("beside", ["beside_torch", "beside_others"])
 
 
-def measure(benchmark, row: str, ours: Callable, cost: Cost, peaks, flush, theirs=None, **info):
-    """Times in turn in five groups of calls. theirs: a name and a call, or nothing."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    ours()
-    extra = torch.cuda.max_memory_allocated() - before
-    once = cuda_seconds(ours, 3)[0]
-    repeats = max(1, min(ROUNDS, int(0.5 / once))) if once < 1 else 1
-    calls = [ours, *([theirs[1]] if theirs else [])]
-    times = [[] for _ in calls]
-    for _ in range(5):
-        for call, found in zip(calls, times, strict=True):
-            found += cuda_seconds(call, repeats, before=flush)
-    seconds = [statistics.median(found) for found in times]
-    scale = {"µs": 1e6, "ms": 1e3}[TARGETS[row].unit]
-    benchmark.extra_info.update(
-        kernel=row,
-        seconds=seconds[0],
-        rows={row: {"value": seconds[0] * scale, "unit": TARGETS[row].unit}},
-        gb_per_s=cost.bytes / seconds[0] / 1e9,
-        tflop_per_s=cost.flops / seconds[0] / 1e12,
-        percent_of_peak=100 * peaks.floor(cost, torch.bfloat16) / seconds[0],
-        peak_gb_per_s=peaks.bandwidth / 1e9,
-        peak_tflop_per_s=peaks.flops[torch.bfloat16] / 1e12,
-        bytes=extra,
-        peer_seconds=seconds[1] if theirs else None,
-        kernel_peer=theirs[0] if theirs else "none is installed",
-        **info,
-    )
-    benchmark.pedantic(lambda: None)
+@pytest.fixture
+def measure(benchmark, peaks, flush) -> Callable:
+    """A call that times a row's own call and its peers'. start: makes a call of a peer's function. check:
+    raises for values that are not the row's."""
+
+    def run(row: str, ours: Callable, cost: Cost, peers: dict, start, check, **info) -> None:
+        torch.cuda.empty_cache()
+        calls, entries = gpu_peers.ready(peers, start, check)
+        found = gpu_peers.in_turn({"embedfuse": ours, **calls}, flush)
+        own = found.pop("embedfuse")
+        for name, figures in found.items():
+            entries[name] |= figures | {"speedup": figures["seconds"] / own["seconds"]}
+        scale = {"µs": 1e6, "ms": 1e3}[TARGETS[row].unit]
+        benchmark.extra_info.update(
+            kernel=row,
+            **own,
+            rows={row: {"value": own["seconds"] * scale, "unit": TARGETS[row].unit}},
+            gb_per_s=cost.bytes / own["seconds"] / 1e9,
+            tflop_per_s=cost.flops / own["seconds"] / 1e12,
+            percent_of_peak=100 * peaks.floor(cost, torch.bfloat16) / own["seconds"],
+            peak_gb_per_s=peaks.bandwidth / 1e9,
+            peak_tflop_per_s=peaks.flops[torch.bfloat16] / 1e12,
+            peers=entries,
+            **info,
+        )
+        benchmark.pedantic(lambda: None)
+
+    return run
 
 
 def texts(*shape: int) -> torch.Tensor:
@@ -68,54 +66,94 @@ def products(q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     return torch.einsum("aid,bjd->abij", q, d).amax(3).float().sum(2)
 
 
-def check(found: torch.Tensor, wanted: torch.Tensor, share: float = 0.01):
-    """bf16's rounding of the products: a share of the largest score."""
-    assert (found.double() - wanted.double()).abs().max() <= share * wanted.abs().max()
+EINSUM = {"torch einsum, bf16": Peer(lambda q, d: functools.partial(products, q, d))}
 
 
+@BESIDE
 @pytest.mark.covers("maxsim")
 @pytest.mark.parametrize(
     ("documents", "dim", "dtype"),
     [(1000, 128, "bf16"), (10_000, 128, "bf16"), (10_000, 128, "int8"), (1000, 1024, "bf16")],
 )
-def test_maxsim(documents, dim, dtype, benchmark, peaks, flush):
+def test_maxsim(documents, dim, dtype, beside, measure):
     q, d = texts(1, 32, dim), texts(documents, 300, dim)
     own = ops.quantize_int8(d) if dtype == "int8" else d
-    row = f"MaxSim 1x32, {documents:,}x300, d={dim}, {dtype}"
-    check(ops.maxsim(q, own), products(q, d))
+    ours = functools.partial(ops.maxsim, q, own)
+    wanted = products(q, d)
+
+    def check(found: torch.Tensor) -> None:
+        close(found, wanted, 0.01, "scores")  # bf16's rounding of the products
+
+    check(ours())
+    others = gpu_peers.MAXSIM_INT8 if dtype == "int8" else gpu_peers.MAXSIM
+    peers = EINSUM if beside == "beside_torch" else others
     read = d.numel() * (1 if dtype == "int8" else 2) + q.nbytes + 4 * documents
     read += 4 * d.shape[0] * d.shape[1] * (dtype == "int8")  # a scale for each token
     cost = Cost(bytes=read, flops=2 * 32 * 300 * documents * dim)
-    theirs = "torch einsum, bf16", lambda: products(q, d)
-    measure(benchmark, row, lambda: ops.maxsim(q, own), cost, peaks, flush, theirs)
+    row = f"MaxSim 1x32, {documents:,}x300, d={dim}, {dtype}"
+    measure(row, ours, cost, peers, lambda function: function(q, d), check)
 
 
+@BESIDE
 @pytest.mark.covers("maxsim", "segment_sum")
 @pytest.mark.parametrize("passes", ["forward", "forward + backward"])
-def test_all_pairs(passes, benchmark, peaks, flush):
+def test_all_pairs(passes, beside, measure):
     backward = passes != "forward"
     q, d = (x.requires_grad_(backward) for x in (texts(128, 32, 128), texts(128, 300, 128)))
     weights = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).cuda()
 
-    def run(function: Callable, dtype: torch.dtype = torch.bfloat16) -> Callable:
-        def call():
-            scores = function(q.to(dtype), d.to(dtype))
-            return torch.autograd.grad((scores * weights).sum(), (q, d)) if backward else [scores]
+    def start(function: Callable) -> Callable:
+        scores = function(q, d)
+
+        def call() -> tuple[torch.Tensor, ...]:
+            if not backward:
+                return (scores(),)
+            return torch.autograd.grad((scores() * weights).sum(), (q, d))
 
         return call
 
-    ours, theirs = run(ops.maxsim), run(products)
     # Rounded to bf16, products are often equal, and another token than in fp32 gets the gradient.
-    exact = run(products, torch.float32)
-    for a, b in zip(ours(), exact(), strict=True):
-        assert cosine_similarity(a.double().flatten(), b.double().flatten(), 0) > 0.999
+    exact = start(lambda q, d: lambda: products(q.float(), d.float()))()
+
+    def check(found: tuple[torch.Tensor, ...]) -> None:
+        for what, a, b in zip(("q" if backward else "scores", "d"), found, exact, strict=False):
+            agree(a, b, 0.999, what)
+
+    ours = start(lambda q, d: functools.partial(ops.maxsim, q, d))
+    check(ours())
+    peers = EINSUM if beside == "beside_torch" else gpu_peers.MAXSIM
     # Backward: a sum over the tokens that gave a maximum, which reads each side once more.
     flops = 2 * 128 * 32 * 128 * 300 * 128
     cost = Cost(bytes=(3 if backward else 1) * (q.nbytes + d.nbytes), flops=flops)
     row = f"MaxSim 128x32, 128x300, d=128, bf16, {passes}"
-    measure(benchmark, row, ours, cost, peaks, flush, ("torch einsum", theirs))
+    measure(row, ours, cost, peers, start, check)
 
 
+def gradients(loss: Callable, *sides: torch.Tensor) -> list[torch.Tensor]:
+    """Loss, and its gradient to each side."""
+    value = loss(*sides)
+    return [value.detach(), *torch.autograd.grad(value, sides)]
+
+
+def check_loss(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    """The pool's positives, whose gradients are the largest, and its other documents each for themselves."""
+    value, q, pool = zip(found, wanted, strict=True)
+    close(*value, 0.05, "loss")
+    agree(*q, 0.99, "gradient of the queries")
+    rows = len(q[0])
+    agree(*(x[:rows] for x in pool), 0.99, "gradient of the positives")
+    if len(pool[0]) > rows:
+        agree(*(x[rows:] for x in pool), 0.99, "gradient of the other documents")
+
+
+def check_part(loss: Callable, reference: Callable, q: torch.Tensor, pool: torch.Tensor) -> None:
+    """On a part that torch can store."""
+    part = [x.detach()[:2048].clone().requires_grad_() for x in (q, pool)]
+    for found, wanted in zip(gradients(loss, *part), gradients(reference, *part), strict=True):
+        close(found, wanted, 0.05, "loss or gradient")
+
+
+@BESIDE
 @pytest.mark.covers("info_nce_forward", "info_nce_backward")
 @pytest.mark.parametrize(
     ("rows", "pool", "dim", "kind"),
@@ -126,47 +164,56 @@ def test_all_pairs(passes, benchmark, peaks, flush):
         (8192, 2**20, 1024, ", frozen"),
     ],
 )
-def test_info_nce(rows, pool, dim, kind, benchmark, peaks, flush):
+def test_info_nce(rows, pool, dim, kind, beside, measure):
+    """Frozen: the documents beyond the positives get no gradient. Peers know no such documents, so they
+    take all of them, joined, and their gradients are dropped."""
     q, documents = embeddings(rows, pool, dim, torch.bfloat16, "cuda")
-    positives = documents[:rows].detach().clone().requires_grad_()
-    bank = documents[rows:].detach()
+    check_part(losses.ours, stored, q, documents)
+    sides, loss, joined = (q, documents), losses.ours, lambda x: x
+    if kind:
+        bank = documents[rows:].detach()
+        sides = q, documents[:rows].detach().clone().requires_grad_()
 
-    def loss(q, documents, **options):
-        call = {"temperature": TEMPERATURE, **options}
-        return ops.info_nce(q, documents, **call).loss.mean()
+        def loss(q, d):
+            return ops.info_nce(q, d, bank=bank, temperature=TEMPERATURE).loss.mean()
 
-    check_info_nce(q, documents, loss)
-    if kind:  # the documents beyond the positives get no gradient
-        sides, calls = (q, positives), lambda q, p: loss(q, p, bank=bank)
-    else:
-        sides, calls = (q, documents), loss
-    with_gradient = sides[1].shape[0]
-    flops = 2 * rows * dim * (2 * pool + with_gradient)
-    read = 2 * (q.nbytes + documents.nbytes)
+        def joined(d):
+            return torch.cat((d, bank))
+
+    def start(function: Callable) -> Callable:
+        return functools.partial(gradients, lambda q, d: function(q, joined(d)), *sides)
+
+    ours = functools.partial(gradients, loss, *sides)
+    others = gpu_peers.INFO_NCE_SQUARE if rows == pool else gpu_peers.INFO_NCE
+    peers = {"torch, logits stored": Peer(stored)} if beside == "beside_torch" else others
+    flops = 2 * rows * dim * (2 * pool + sides[1].shape[0])
+    cost = Cost(bytes=2 * (q.nbytes + documents.nbytes), flops=flops)
     row = f"InfoNCE {rows:,} x {pool:,}, d={dim}, bf16{kind}"
-    logits = rows * pool * 2
-    theirs = None
-    torch.cuda.empty_cache()
-    # Three at once in fp32, and some room: logits, logarithms and gradients.
-    if not kind and 7 * logits < torch.cuda.mem_get_info()[0]:
-        theirs = "torch, logits stored", lambda: both_passes(stored, q, documents)
-    info = {"logits_bytes": logits}
-    cost = Cost(bytes=read, flops=flops)
-    run = lambda: both_passes(calls, *sides)  # noqa: E731
-    measure(benchmark, row, run, cost, peaks, flush, theirs, **info)
+    check = functools.partial(check_loss, wanted=ours())
+    measure(row, ours, cost, peers, start, check, logits_bytes=2 * rows * pool)
 
 
-def check_info_nce(q, documents, loss) -> None:
-    """On a part that torch can store."""
-    part = [x.detach()[:2048].clone().requires_grad_() for x in (q, documents)]
-    found = [(both_passes(f, *part), *(x.grad for x in part)) for f in (loss, stored)]
-    for got, wanted in zip(*found, strict=True):
-        check(got, wanted, 0.05)
+@BESIDE
+@pytest.mark.covers("info_nce_forward", "info_nce_backward")
+def test_siglip(beside, measure):
+    sides = embeddings(65_536, 65_536, 768, torch.bfloat16, "cuda")
+    check_part(losses.siglip, losses.siglip_stored, *sides)
+
+    def start(function: Callable) -> Callable:
+        return functools.partial(gradients, function, *sides)
+
+    ours = start(losses.siglip)
+    torch_peer = {"torch, logits stored": Peer(losses.siglip_stored)}
+    peers = torch_peer if beside == "beside_torch" else gpu_peers.SIGLIP
+    cost = Cost(bytes=4 * sides[0].nbytes, flops=6 * 65_536**2 * 768)
+    row = "SigLIP 65,536 x 65,536, d=768, bf16"
+    check = functools.partial(check_loss, wanted=ours())
+    measure(row, ours, cost, peers, start, check, logits_bytes=2 * 65_536**2)
 
 
 @pytest.mark.covers("sparse_scatter")
 @pytest.mark.parametrize("kind", ["dense", "CSR"])
-def test_sparse_scatter(kind, benchmark, peaks, flush):
+def test_sparse_scatter(kind, measure):
     generator = torch.Generator("cuda").manual_seed(0)
     on_gpu = {"generator": generator, "device": "cuda"}
     weights = torch.randn(32, 512, **on_gpu).relu().flatten().bfloat16()
@@ -184,16 +231,18 @@ def test_sparse_scatter(kind, benchmark, peaks, flush):
 
     found = ours()
     found = found if kind == "dense" else found.dense(250_002)
-    assert torch.equal(found, theirs())
+    check = functools.partial(close, wanted=found, share=0, what="weights")
+    check(theirs())
     # Dense: 16 MB of mostly zeros are written.
     written = 2 * 32 * 250_002 if kind == "dense" else 10 * weights.numel()
     cost = Cost(bytes=10 * weights.numel() + written, flops=0)
     row = f"sparse scatter 32x512, V=250,002, {kind}"
-    measure(benchmark, row, ours, cost, peaks, flush, ("torch scatter_reduce, dense", theirs))
+    peers = {"torch scatter_reduce, dense": Peer(theirs)}
+    measure(row, ours, cost, peers, lambda function: function, check)
 
 
 @pytest.mark.covers("pool_normalize")
-def test_pool_normalize(benchmark, peaks, flush):
+def test_pool_normalize(measure):
     x = torch.randn(64, 512, 4096, device="cuda", dtype=torch.bfloat16)
     mask = torch.ones(64, 512, device="cuda", dtype=torch.int64)
 
@@ -203,7 +252,9 @@ def test_pool_normalize(benchmark, peaks, flush):
     def theirs():
         return normalize(x[torch.arange(64, device="cuda"), mask.sum(1) - 1].float(), dim=1)
 
-    check(ours(), theirs())
+    check = functools.partial(close, wanted=ours(), share=0.01, what="vectors")
+    check(theirs())
     cost = Cost(bytes=mask.nbytes + 2 * 64 * 4096 * 2, flops=3 * 64 * 4096)
     row = "pool + normalize 64x512x4096, last, bf16"
-    measure(benchmark, row, ours, cost, peaks, flush, ("torch, three kernels", theirs))
+    peers = {"torch, three kernels": Peer(theirs)}
+    measure(row, ours, cost, peers, lambda function: function, check)

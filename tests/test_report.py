@@ -172,21 +172,42 @@ def test_targets_of_the_table():
             assert target.reached(target.floor) >= 1, name
 
 
+KERNEL = {
+    **PEAKS,
+    "kernel": "MaxSim 1x32",
+    "seconds": 0.0005,
+    "gb_per_s": 10.0,
+    "tflop_per_s": 0.15,
+    "percent_of_peak": 50.0,
+    "bytes": 3_000_000,
+    "peers": {
+        "torch einsum": {"version": "", "seconds": 0.002, "bytes": 70_000_000, "speedup": 4.0}
+    },
+}
+
+
+def kernel(**changes) -> dict:
+    return {"extra_info": KERNEL | changes}
+
+
 def test_kernels(call, capsys):
-    kernel = {
-        **PEAKS,
-        "kernel": "MaxSim 1x32",
-        "seconds": 0.0005,
-        "gb_per_s": 10.0,
-        "tflop_per_s": 0.15,
-        "percent_of_peak": 50.0,
-        "bytes": 3_000_000,
-        "kernel_peer": "torch einsum",
-        "peer_seconds": 0.002,
+    """Peers of one kernel stand together, though they were measured by different tests."""
+    others = {
+        "fast": {"version": "0.4.5", "seconds": 0.0006, "bytes": 4e6, "speedup": 1.5},
+        "far": {"reason": "not installed: far"},
+        "wrong": {"reason": "AssertionError: other values: |error|"},
     }
-    assert call({**RUN, "benchmarks": [{"extra_info": kernel}]}) == 0
-    row = "| MaxSim 1x32 | 500 µs | 10 | 0.15 | 50.0 | 3 MB | torch einsum | 2 ms | 4.00x |"
-    assert capsys.readouterr().out.splitlines()[-1] == row
+    again = kernel(seconds=0.0004, percent_of_peak=62.5, peers=others)
+    rows = [kernel(), kernel(kernel="sparse", peers={}), again]
+    assert call({**RUN, "benchmarks": rows}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4:] == [
+        "| MaxSim 1x32 | 500 µs | 10 | 0.15 | 50.0 | 3 MB | torch einsum | 2 ms | 70 MB | 4.00x |",
+        "|  |  |  |  |  |  | fast 0.4.5 | 600 µs | 4 MB | 1.50x |",
+        "|  |  |  |  |  |  | far | not installed: far |  |  |",
+        "|  |  |  |  |  |  | wrong | AssertionError: other values: \\|error\\| |  |  |",
+        "| sparse | 500 µs | 10 | 0.15 | 50.0 | 3 MB |  |  |  |  |",
+    ]
 
 
 def curve(kind: str, x: int, peer: float, ours: float, speedup: float) -> dict:
