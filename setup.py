@@ -142,7 +142,8 @@ class NinjaBuild(build_ext):
         folders = [CSRC / "include", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
         folders += includes
         includes = " ".join("-I" + shlex.quote(str(f)) for f in folders).replace("$", "$$")
-        work = Path(self.build_temp).resolve() / ext.name
+        # Not build_temp: pip's editable install makes a new one each time, and ninja would start anew.
+        work = ROOT / "build" / sys.implementation.cache_tag / ext.name
         work.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
