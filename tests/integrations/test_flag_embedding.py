@@ -1,22 +1,22 @@
 """A patched BGEM3FlagModel gives what FlagEmbedding gives: keys, types, shapes and values."""
 
-from collections import defaultdict
-
 import numpy as np
 import pytest
 import torch
 
 import embedfuse
 from tests.integrations.flag import TEXTS, counted, original_forbidden
+from tests.integrations.flag_m3 import (
+    ALL,
+    KEYS,
+    assert_same,
+    assert_same_array,
+    assert_same_rows,
+    assert_same_weights,
+    load,
+)
 
 fe = pytest.importorskip("FlagEmbedding")
-
-ALL = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
-KEYS = ["dense_vecs", "lexical_weights", "colbert_vecs"]
-
-
-def load(folder: str, **kwargs):
-    return fe.BGEM3FlagModel(folder, use_fp16=False, devices="cpu", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -34,43 +34,6 @@ def model(m3_folder):
 @pytest.fixture(scope="module")
 def pair(original, model):
     return original, model
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    assert list(found) == list(expected) == KEYS
-    for name in KEYS:
-        assert (found[name] is None) == (expected[name] is None), name
-        assert type(found[name]) is type(expected[name]), name
-    if expected["dense_vecs"] is not None:
-        assert_same_rows(found["dense_vecs"], expected["dense_vecs"])
-    if expected["lexical_weights"] is not None:
-        rows = zip(found["lexical_weights"], expected["lexical_weights"], strict=True)
-        for row, wanted in rows:
-            assert_same_weights(row, wanted)
-    if expected["colbert_vecs"] is not None:
-        for array, wanted in zip(found["colbert_vecs"], expected["colbert_vecs"], strict=True):
-            assert_same_array(array, wanted)
-
-
-def assert_same_array(found: np.ndarray, expected: np.ndarray) -> None:
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-
-
-def assert_same_rows(found: np.ndarray, expected: np.ndarray) -> None:
-    assert_same_array(found, expected)
-    product = (found.astype(np.float64) * expected).sum(-1)
-    lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
-    assert (product / lengths).min() >= 0.99999
-
-
-def assert_same_weights(found: dict, expected: dict) -> None:
-    assert type(found) is type(expected) is defaultdict
-    assert found.default_factory is expected.default_factory is int
-    assert {type(w) for w in found.values()} == {type(w) for w in expected.values()}
-    assert found.keys() == expected.keys()
-    for token, weight in expected.items():
-        assert found[token] == pytest.approx(weight, abs=1e-4), token
 
 
 def test_report(model):

@@ -15,7 +15,7 @@ import embedfuse
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from tests.integrations.flag import TEXTS
-from tests.integrations.test_flag_embedding import ALL, assert_same, load
+from tests.integrations.flag_m3 import ALL, assert_same, load
 
 fe = pytest.importorskip("FlagEmbedding")
 

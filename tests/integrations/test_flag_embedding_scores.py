@@ -5,7 +5,7 @@ import pytest
 
 import embedfuse
 from tests.integrations.flag import TEXTS
-from tests.integrations.test_flag_embedding import load
+from tests.integrations.flag_m3 import load
 
 pytest.importorskip("FlagEmbedding")
 from FlagEmbedding.inference.embedder.encoder_only.m3 import M3Embedder
