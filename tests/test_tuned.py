@@ -195,11 +195,11 @@ DEFAULTS = {
     "info_nce_update": ({"block": 2048}, {"num_warps": 4}),
     "info_nce_gradient": ({"block": 4096}, {"num_warps": 8}),
     "info_nce_statistics": (
-        {"rows": 4096, "depth": 1024, "sigmoid": False},
-        {"B_Q": 128, "B_N": 64, "B_D": 64, "num_warps": 8, "num_stages": 3},
+        {"rows": 4096, "depth": 1024, "sigmoid": False, "masked": False},
+        {"B_Q": 128, "B_N": 256, "B_D": 64, "num_warps": 8, "num_stages": 3},
     ),
     "info_nce_fused_gradient": (
-        {"rows": 4096, "depth": 1024, "sigmoid": True},
+        {"rows": 4096, "depth": 1024, "sigmoid": True, "masked": False},
         {"B_Q": 128, "B_N": 128, "B_D": 64, "num_warps": 8, "num_stages": 3},
     ),
     "pool_normalize": (
@@ -238,8 +238,10 @@ def test_every_kernel_offers_a_choice_around_its_default():
 
 def test_candidates_stay_within_shared_memory():
     space = tuned.TUNABLES["info_nce_statistics"].space
-    for rows, sigmoid in itertools.product((1, 4096), (False, True)):
-        for c in space(torch.bfloat16, {"rows": rows, "depth": 1024, "sigmoid": sigmoid}):
+    kinds = itertools.product((1, 4096), (False, True), (False, True))
+    for rows, sigmoid, masked in kinds:
+        shape = {"rows": rows, "depth": 1024, "sigmoid": sigmoid, "masked": masked}
+        for c in space(torch.bfloat16, shape):
             assert 2 * (c["B_Q"] + c["B_N"]) * c["B_D"] * c["num_stages"] <= 160 * 1024
     for hidden in (37, 1024, 8192):
         shape = {"hidden": hidden, "pooling": "mean", "aligned": True}

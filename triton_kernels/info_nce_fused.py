@@ -3,8 +3,8 @@
 statistics: per row maximum m, sum of e^(z - m), sum of z, count | sigmoid: -, sums of softplus(z), sigmoid(z)
 gradient:   G = w g_statistic + g_total for a tile of scores, which torch's GEMMs then multiply
 
-A program of `statistics` takes a block of rows past a share of the columns; the shares are put together
-afterwards, in their order, so the bits are always the same. Limits: 16-bit inputs in rows that
+A program takes a block of rows and a tile of columns. What `statistics` finds in each tile is put together
+afterwards, in the tiles' order, so the bits are always the same. Limits: 16-bit inputs in rows that
 start at multiples of 16 bytes, no guide.
 """
 
@@ -14,26 +14,33 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from embedfuse.triton_kernels._info_nce_scores import counting_columns, sigmoid_parts
+from embedfuse.triton_kernels._info_nce_scores import place, score_tile, sigmoid_parts, tile_logits
 from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks
 from embedfuse.ops.info_nce_chunks import Tile
 
-# Programs to be had at least: some waves on a large GPU, of 132 processors. Not measured.
-PROGRAMS = 512
+LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
+# What one launch of `statistics` leaves: rows times tiles, of 16 bytes each.
+PARTS = 2**22
 
 
-# Both defaults are the largest tiles without spills on sm_80, sm_90 and sm_100. Not measured.
-def statistics_config(dtype, rows, depth, sigmoid) -> dict:
-    return {"B_Q": 128, "B_N": 64, "B_D": 64, "num_warps": 8, "num_stages": 3}
+def block(b_n: int) -> dict:
+    """128 rows and b_n columns; with 64, 128, 256 of them 43, 64, 85 operations per byte that is read. The
+    defaults are the largest without spills on sm_80, sm_90 and sm_100. Not measured."""
+    return {"B_Q": 128, "B_N": b_n, "B_D": 64, "num_warps": 8, "num_stages": 3}
 
 
-def gradient_config(dtype, rows, depth, sigmoid) -> dict:
-    return {"B_Q": 128, "B_N": 128, "B_D": 64, "num_warps": 8, "num_stages": 3}
+# masked: whether limits or keys leave columns out; these take registers, as sigmoids do.
+def statistics_config(dtype, rows, depth, sigmoid, masked) -> dict:
+    return block(64 if sigmoid else 128 if masked else 256)
 
 
-def candidates(dtype, rows, depth, sigmoid) -> Iterator[dict]:
+def gradient_config(dtype, rows, depth, sigmoid, masked) -> dict:
+    return block(128 if sigmoid or masked else 256)
+
+
+def candidates(dtype, rows, depth, sigmoid, masked) -> Iterator[dict]:
     """Sixteen to 128 scores per thread, copies in flight that fit into 160 KiB."""
     sizes = itertools.product((64, 128), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4))
     for b_q, b_n, b_d, warps, stages in sizes:
@@ -47,31 +54,28 @@ GRADIENT = Tunable("info_nce_fused_gradient", gradient_config, candidates)
 
 
 @triton.jit
-def score_tile(
-    p_x,
-    s_x,
-    o_r,
-    p_y,
-    s_y,
-    o_n,
-    columns,
-    depth,
-    B_Q: tl.constexpr,
-    B_N: tl.constexpr,
-    B_D: tl.constexpr,
-):
-    b_c = tl.zeros([B_Q, B_N], tl.float32)
-    p_r = p_x + o_r[:, None] * s_x
-    p_c = p_y + tl.minimum(o_n, columns - 1).to(tl.int64)[None, :] * s_y
-    for k in range(0, depth, B_D):
-        o_k = k + tl.arange(0, B_D)
-        b_x = tl.load(p_r + o_k[None, :], mask=(o_k < depth)[None, :], other=0)
-        b_y = tl.load(p_c + o_k[:, None], mask=(o_k < depth)[:, None], other=0)
-        b_c = tl.dot(b_x, b_y, b_c, input_precision="ieee")
-    return b_c
+def store_statistics(b_z, b_keep, p_m, p_s, p_t, p_n, o_o, m_q, SIGMOID: tl.constexpr):
+    if SIGMOID:
+        b_weight, b_part = sigmoid_parts(b_z)
+        b_n = tl.sum(b_keep.to(tl.int32), 1)
+        b_s = tl.sum(tl.where(b_keep, b_part, 0), 1)
+        b_t = tl.sum(tl.where(b_keep, b_weight, 0), 1)
+    else:
+        # What does not count is marked in place: a tile of masks beside that of logits would spill.
+        b_z = tl.where(b_keep, b_z, LOWEST)
+        b_n = tl.sum(tl.where(b_z == LOWEST, 0.0, 1.0), 1).to(tl.int32)
+        b_t = tl.sum(tl.where(b_z == LOWEST, 0.0, b_z), 1)
+        b_m = tl.max(b_z, 1)
+        b_m = tl.where(b_m == LOWEST, float("-inf"), b_m)
+        # A row without columns: no difference of infinities.
+        b_s = tl.sum(tl.exp(b_z - tl.where(b_m == float("-inf"), 0.0, b_m)[:, None]), 1)
+        tl.store(p_m + o_o, b_m, mask=m_q)
+    tl.store(p_s + o_o, b_s, mask=m_q)
+    tl.store(p_t + o_o, b_t, mask=m_q)
+    tl.store(p_n + o_o, b_n, mask=m_q)
 
 
-@triton.jit(do_not_specialize=["share"])
+@triton.jit(do_not_specialize=["first"])
 def statistics_kernel(
     p_x,  # (rows, depth)
     p_y,  # (columns, depth)
@@ -81,7 +85,7 @@ def statistics_kernel(
     p_lim,
     p_xk,
     p_yk,  # (columns)
-    p_m,  # (shares, rows), as all that follow
+    p_m,  # (tiles, rows), as all that follow
     p_s,
     p_t,
     p_n,
@@ -90,48 +94,22 @@ def statistics_kernel(
     rows,
     columns,
     depth,
-    share,
+    first,
     SIGMOID: tl.constexpr,
     B_Q: tl.constexpr,
     B_N: tl.constexpr,
     B_D: tl.constexpr,
 ):
-    o_q = tl.program_id(0) * B_Q + tl.arange(0, B_Q)
+    i_q, i_t = place(rows, columns, B_Q, B_N)
+    o_q = i_q * B_Q + tl.arange(0, B_Q)
     o_r = tl.minimum(o_q, rows - 1).to(tl.int64)
-    start = tl.program_id(1) * share
-    end = tl.minimum(start + share, columns)
-    b_m = tl.full([B_Q], float("-inf"), tl.float32)
-    b_s = tl.zeros([B_Q], tl.float32)
-    b_t = tl.zeros([B_Q], tl.float32)
-    b_n = tl.zeros([B_Q], tl.int32)
-    for n in range(start, end, B_N):
-        o_n = n + tl.arange(0, B_N)
-        b_c = score_tile(p_x, s_x, o_r, p_y, s_y, o_n, columns, depth, B_Q, B_N, B_D)
-        m_n = (o_n < end)[None, :]
-        b_keep = counting_columns(
-            b_c, None, None, m_n, o_r[:, None], o_n[None, :], 0, p_own, p_lim, p_xk, p_yk, None
-        )
-        b_z = b_c * tl.load(p_scale)
-        if p_bias is not None:
-            b_z += tl.load(p_bias)
-        b_n += tl.sum(b_keep.to(tl.int32), 1)
-        if SIGMOID:
-            b_weight, b_part = sigmoid_parts(b_z)
-            b_s += tl.sum(tl.where(b_keep, b_part, 0), 1)
-            b_t += tl.sum(tl.where(b_keep, b_weight, 0), 1)
-        else:
-            b_t += tl.sum(tl.where(b_keep, b_z, 0), 1)
-            b_now = tl.maximum(b_m, tl.max(tl.where(b_keep, b_z, float("-inf")), 1))
-            # A row without columns so far: no difference of infinities.
-            b_base = tl.where(b_now == float("-inf"), 0.0, b_now)
-            b_weight = tl.where(b_keep, tl.exp(b_z - b_base[:, None]), 0)
-            b_s = b_s * tl.exp(b_m - b_base) + tl.sum(b_weight, 1)
-            b_m = b_now
-    o_o = tl.program_id(1).to(tl.int64) * rows + o_q
-    tl.store(p_m + o_o, b_m, mask=o_q < rows)
-    tl.store(p_s + o_o, b_s, mask=o_q < rows)
-    tl.store(p_t + o_o, b_t, mask=o_q < rows)
-    tl.store(p_n + o_o, b_n, mask=o_q < rows)
+    o_n = i_t * B_N + tl.arange(0, B_N)
+    b_c = score_tile(p_x, s_x, o_r, p_y, s_y, o_n, columns, depth, B_Q, B_N, B_D)
+    b_z, b_keep = tile_logits(
+        b_c, o_r, o_n, columns, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk
+    )
+    o_o = i_t.to(tl.int64) * rows + o_q
+    store_statistics(b_z, b_keep, p_m, p_s, p_t, p_n, o_o, o_q < rows, SIGMOID)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -160,17 +138,14 @@ def fused_gradient_kernel(
     B_N: tl.constexpr,
     B_D: tl.constexpr,
 ):
-    o_q = tl.program_id(0) * B_Q + tl.arange(0, B_Q)
-    o_n = tl.program_id(1) * B_N + tl.arange(0, B_N)
+    i_q, i_t = place(rows, columns, B_Q, B_N)
+    o_q = i_q * B_Q + tl.arange(0, B_Q)
     o_r = tl.minimum(o_q, rows - 1).to(tl.int64)
+    o_n = i_t * B_N + tl.arange(0, B_N)
     b_c = score_tile(p_x, s_x, o_r, p_y, s_y, o_n, columns, depth, B_Q, B_N, B_D)
-    m_n = (o_n < columns)[None, :]
-    b_keep = counting_columns(
-        b_c, None, None, m_n, o_r[:, None], o_n[None, :], first, p_own, p_lim, p_xk, p_yk, None
+    b_z, b_keep = tile_logits(
+        b_c, o_r, o_n, columns, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk
     )
-    b_z = b_c * tl.load(p_scale)
-    if p_bias is not None:
-        b_z += tl.load(p_bias)
     if SIGMOID:
         b_weight, _ = sigmoid_parts(b_z)
     else:
@@ -179,63 +154,80 @@ def fused_gradient_kernel(
     b_grad = b_weight * tl.load(p_gs + o_r)[:, None] + tl.load(p_gt + o_r)[:, None]
     b_grad = tl.where(b_keep, b_grad, 0)
     if p_own is not None:
-        is_own = first + o_n[None, :] == tl.load(p_own + o_r)[:, None]
+        is_own = o_n[None, :] == (tl.load(p_own + o_r) - first).to(tl.int32)[:, None]
         b_grad = tl.where(is_own, tl.load(p_go + o_r)[:, None], b_grad)
     p_o = p_g + o_r[:, None] * columns + o_n[None, :]
-    tl.store(p_o, b_grad.to(p_g.dtype.element_ty), mask=(o_q < rows)[:, None] & m_n)
+    m_o = (o_q < rows)[:, None] & (o_n < columns)[None, :]
+    tl.store(p_o, b_grad.to(p_g.dtype.element_ty), mask=m_o)
 
 
-def _config(tunable: Tunable, x, sigmoid: bool) -> dict:
-    # Not by columns: shares and tiles even them out.
+def _config(tunable: Tunable, x, sigmoid: bool, *masks) -> dict:
+    # Not by columns: tiles even them out.
     rows, depth = x.shape
-    return tunable.config(x, rows=triton.next_power_of_2(rows), depth=depth, sigmoid=sigmoid)
+    masked = any(mask is not None for mask in masks)
+    shape = {"rows": triton.next_power_of_2(rows), "depth": depth}
+    return tunable.config(x, **shape, sigmoid=sigmoid, masked=masked)
 
 
 def forward(x, y, *inputs):
     """The op info_nce_forward without `mean` (python/embedfuse/ops/info_nce_op.py)."""
     x, y = info_nce_chunks.multiplied(x), info_nce_chunks.multiplied(y)
-    *inputs, _, _, _, sigmoid, _ = (
+    scale, bias, own, limit, x_keys, y_keys, _, _, _, sigmoid, _ = (
         i.contiguous() if hasattr(i, "contiguous") else i for i in inputs
     )
+    rows = len(x)
+    config = _config(STATISTICS, x, sigmoid, limit, x_keys)
+    step = config["B_N"] * max(1, PARTS // max(rows, 1))
+    found = []
+    for first in range(0, len(y), step):
+        columns = slice(first, first + step)
+        keys = None if y_keys is None else y_keys[columns]
+        masks = own, limit, x_keys, keys
+        parts = statistics(x, y[columns], scale, bias, *masks, first, sigmoid, config)
+        found.append(put_together(*parts))
+    maximum, sums, total, count = put_together(*map(torch.stack, zip(*found, strict=True)))
+    statistic = sums if sigmoid else maximum + sums.log()
+    return statistic, total, count, x.new_empty(0, x.shape[1], dtype=torch.float32)
+
+
+def statistics(x, y, scale, bias, own, limit, x_keys, y_keys, first, sigmoid, config):
+    """(tiles, rows): maximum (sigmoid: 0), sums relative to it, total, count. first: number of column 0."""
     rows, columns = len(x), len(y)
-    config = _config(STATISTICS, x, sigmoid)
-    blocks = triton.cdiv(rows, config["B_Q"])
     tiles = triton.cdiv(columns, config["B_N"])
-    shares = min(tiles, triton.cdiv(PROGRAMS, max(blocks, 1)))
-    share = triton.cdiv(tiles, shares) * config["B_N"]
-    shares = triton.cdiv(columns, share)
-    parts = [x.new_empty(shares, rows, dtype=torch.float32) for _ in range(3)]
-    count = x.new_empty(shares, rows, dtype=torch.int32)
+    maximum, sums, total = x.new_zeros(3, tiles, rows, dtype=torch.float32)
+    count = x.new_empty(tiles, rows, dtype=torch.int32)
     if rows:
         with torch.cuda.device_of(x):
-            statistics_kernel[(blocks, shares)](
+            statistics_kernel[(triton.cdiv(rows, config["B_Q"]) * tiles,)](
                 x,
                 y,
-                *inputs,
-                *parts,
-                count,
+                scale,
+                bias,
+                *(own, limit, x_keys, y_keys),
+                *(maximum, sums, total, count),
                 x.stride(0),
                 y.stride(0),
                 rows,
                 columns,
                 x.shape[1],
-                share,
+                first,
                 SIGMOID=sigmoid,
                 **config,
             )
-    maximum, sums, total = parts
-    statistic = sums.sum(0)
-    if not sigmoid:
-        top = maximum.amax(0)
-        base = top.masked_fill(top == -torch.inf, 0)
-        statistic = top + (sums * (maximum - base).exp()).sum(0).log()
-    return statistic, total.sum(0), count.sum(0), x.new_empty(0, x.shape[1], dtype=torch.float32)
+    return maximum, sums, total, count
+
+
+def put_together(maximum, sums, total, count):
+    """(rows,) of (parts, rows)."""
+    top = maximum.amax(0)
+    base = top.masked_fill(top == -torch.inf, 0)  # no difference of infinities
+    return top, (sums * (maximum - base).exp()).sum(0), total.sum(0), count.sum(0)
 
 
 def fused_gradient(tile: Tile, *grads):
     x, y, (rows, columns) = tile.x, tile.y, tile.scores.shape
-    config = _config(GRADIENT, x, tile.sigmoid)
-    grid = triton.cdiv(rows, config["B_Q"]), triton.cdiv(columns, config["B_N"])
+    config = _config(GRADIENT, x, tile.sigmoid, tile.limit, tile.x_keys)
+    grid = (triton.cdiv(rows, config["B_Q"]) * triton.cdiv(columns, config["B_N"]),)
     with torch.cuda.device_of(x):
         fused_gradient_kernel[grid](
             x,
@@ -272,7 +264,8 @@ def aot_calls() -> Iterator[tuple]:
         for depth in (384, 768, 1024, 2048, 4096):
             shapes = (100, depth), (999, depth), (100, 999)
             x, y, scores = (empty(*shape, dtype=dtype) for shape in shapes)
-            for bias, masks in ((None, (key, None, None, None)), (one, (key, row, key, keys))):
+            usual, all_masks = (key, None, None, None), (key, row, key, keys)
+            for bias, masks in ((None, usual), (None, all_masks), (one, usual), (one, all_masks)):
                 inputs = (one, bias, *masks, None, None, None, bias is not None)
                 yield forward, (x, y, *inputs, False)
                 tile = Tile(x, y, scores, None, 0, one, bias, *masks, None, bias is not None)
