@@ -176,7 +176,8 @@ def gradient_kernel(
         b_weight = tl.exp(b_z - tl.where(statistic == float("-inf"), 0.0, statistic))
     b_grad = tl.where(b_keep, b_weight * tl.load(p_gs + i_r) + tl.load(p_gt + i_r), 0)
     if p_own is not None:
-        b_grad = tl.where(first + o_c == tl.load(p_own + i_r), tl.load(p_go + i_r), b_grad)
+        is_own = o_c == (tl.load(p_own + i_r) - first).to(tl.int32)
+        b_grad = tl.where(is_own, tl.load(p_go + i_r), b_grad)
     if p_sum is not None:
         p_o = p_sum + i_r * columns + o_c
         b_sum = tl.load(p_o, mask=o_c < columns, other=0)
