@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from embedfuse.triton_kernels import tuned
+from embedfuse.triton_kernels import info_nce_fused, tuned
 
 import numerics
 import pool_normalize_checks as checks
+from embedfuse.ops.info_nce_op import BACKWARD, FORWARD, MASKS, make_inputs
 from embedfuse.ops.pool_normalize import POOLINGS
 from embedfuse.registry import OPS, use_backend
 
@@ -52,6 +53,17 @@ def test_samples_with_another_config(name):
         for args in OPS[name].make_samples("cpu", torch.float16, "test"):
             numerics.assert_close_to_reference(OPS[name], args, "triton")
     assert asked
+
+
+# 18 blocks of rows are two groups; parts=1: a launch for each of three tiles.
+@pytest.mark.parametrize("parts", [info_nce_fused.PARTS, 1])
+def test_info_nce_in_groups_and_launches(parts, monkeypatch):
+    monkeypatch.setattr(info_nce_fused, "PARTS", parts)
+    args = (*make_inputs("cpu", torch.float16, (2200, 300, 16), MASKS[:4]), False)
+    numerics.assert_close_to_reference(FORWARD, (*args, False), "triton")
+    statistic = FORWARD._reference(*args, False)[0]
+    grads = torch.randn(3, 2200, generator=torch.Generator().manual_seed(0))
+    numerics.assert_close_to_reference(BACKWARD, (*args, statistic, *grads, True, True), "triton")
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
