@@ -27,32 +27,32 @@ BESIDE = pytest.mark.parametrize("beside", ["beside_torch", "beside_others"])
 
 @pytest.fixture
 def measure(benchmark, peaks, flush) -> Callable:
-    """A call that times a row's own call and its peers'. start: makes a call of a peer's function. check:
-    raises for values that are not the row's."""
-
-    def run(row: str, ours: Callable, cost: Cost, peers: dict, start, check, **info) -> None:
-        torch.cuda.empty_cache()
-        calls, entries = gpu_peers.ready(peers, start, check)
-        found = gpu_peers.in_turn({"embedfuse": ours, **calls}, flush)
-        own = found.pop("embedfuse")
-        for name, figures in found.items():
-            entries[name] |= figures | {"speedup": figures["seconds"] / own["seconds"]}
-        scale = {"µs": 1e6, "ms": 1e3}[TARGETS[row].unit]
-        benchmark.extra_info.update(
-            kernel=row,
-            **own,
-            rows={row: {"value": own["seconds"] * scale, "unit": TARGETS[row].unit}},
-            gb_per_s=cost.bytes / own["seconds"] / 1e9,
-            tflop_per_s=cost.flops / own["seconds"] / 1e12,
-            percent_of_peak=100 * peaks.floor(cost, torch.bfloat16) / own["seconds"],
-            peak_gb_per_s=peaks.bandwidth / 1e9,
-            peak_tflop_per_s=peaks.flops[torch.bfloat16] / 1e12,
-            peers=entries,
-            **info,
-        )
+    def run(*row, **info) -> None:
+        benchmark.extra_info.update(figures(peaks, flush, *row), **info)
         benchmark.pedantic(lambda: None)
 
     return run
+
+
+def figures(peaks, flush, row: str, ours: Callable, cost: Cost, peers: dict, start, check) -> dict:
+    """start: makes a call of a peer's function. check: raises for values that are not the row's."""
+    calls, entries = gpu_peers.ready(peers, start, check)
+    found = gpu_peers.in_turn({"embedfuse": ours, **calls}, flush)
+    own = found.pop("embedfuse")
+    for name, theirs in found.items():
+        entries[name] |= theirs | {"speedup": theirs["seconds"] / own["seconds"]}
+    scale = {"µs": 1e6, "ms": 1e3}[TARGETS[row].unit]
+    return {
+        **own,
+        "kernel": row,
+        "rows": {row: {"value": own["seconds"] * scale, "unit": TARGETS[row].unit}},
+        "gb_per_s": cost.bytes / own["seconds"] / 1e9,
+        "tflop_per_s": cost.flops / own["seconds"] / 1e12,
+        "percent_of_peak": 100 * peaks.floor(cost, torch.bfloat16) / own["seconds"],
+        "peak_gb_per_s": peaks.bandwidth / 1e9,
+        "peak_tflop_per_s": peaks.flops[torch.bfloat16] / 1e12,
+        "peers": entries,
+    }
 
 
 def texts(*shape: int) -> torch.Tensor:

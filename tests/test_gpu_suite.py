@@ -180,6 +180,23 @@ def test_tests_write_what_is_right(monkeypatch, tmp_path):
     assert found == {"bert": "not run", "maxsim": "failed", "rope_": "failed"}
 
 
+@pytest.mark.parametrize(
+    ("name", "outcome", "fine"),
+    [
+        ("a.py::test_x[beside_torch]", "begun", False),
+        ("a.py::test_x", "failed", False),
+        ("a.py::test_x[beside_others]", "begun", True),
+        ("a.py::test_x[beside_others]", "failed", True),
+        ("a.py::test_x", "not run", True),
+    ],
+)
+def test_what_others_break_off_is_no_fault_of_ours(monkeypatch, tmp_path, name, outcome, fine):
+    entries = [{"name": "a.py::test_1", "outcome": "passed"}, {"name": name, "outcome": outcome}]
+    monkeypatch.setattr(gpu, "run_pytest", lambda *_: entries)
+    monkeypatch.setattr(gpu, "run", lambda *_: 0)
+    assert gpu.run_speed("kernels", tmp_path, 0.0) == fine
+
+
 FAKE_SANITIZER = """#!/bin/sh
 echo "$@" >> "$CALLS"
 case "$2" in

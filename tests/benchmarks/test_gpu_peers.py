@@ -15,7 +15,7 @@ from benchmarks import gpu_peers, targets
 from benchmarks.gpu_peers import Peer
 from benchmarks.peaks import Peaks
 from benchmarks.targets import Target
-from benchmarks.test_gpu_kernels import check_loss, measure  # noqa: F401  (the fixture under test)
+from benchmarks.test_gpu_kernels import check_loss, figures
 from embedfuse.cli import main
 from embedfuse.registry import Cost
 
@@ -114,29 +114,12 @@ def test_slow_calls_are_repeated_less(stopwatch):
     assert stopwatch.calls == once + gpu_peers.GROUPS * [(0.001, 20), (0.1, 5), (0.3, 1)]
 
 
-@pytest.fixture
-def peaks() -> Peaks:
-    return Peaks(1e9, {torch.bfloat16: 2e9})
-
-
-@pytest.fixture
-def flush() -> None:
-    pass
-
-
-def test_a_row_from_its_measurement_to_the_report(
-    measure,  # noqa: F811
-    benchmark,
-    stopwatch,
-    monkeypatch,
-    tmp_path,
-    capsys,
-):
+def test_a_row_from_its_measurement_to_the_report(stopwatch, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(targets, "TARGETS", {"a row": Target("ms", None, 2.0)})
     monkeypatch.setattr("benchmarks.test_gpu_kernels.TARGETS", targets.TARGETS)
     ours = functools.partial(answer, seconds=0.001)
-    measure("a row", ours, Cost(bytes=500_000, flops=1_000), PEERS, same, check)
-    info = benchmark.extra_info
+    cost, peaks = Cost(bytes=500_000, flops=1_000), Peaks(1e9, {torch.bfloat16: 2e9})
+    info = figures(peaks, None, "a row", ours, cost, PEERS, same, check)
     assert info["rows"] == {"a row": {"value": 1.0, "unit": "ms"}}
     assert info["percent_of_peak"] == pytest.approx(50)
     assert info["peers"]["fast"]["speedup"] == pytest.approx(2)
