@@ -11,7 +11,7 @@ from bisect import bisect
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from threading import Lock
 
 import numpy as np
@@ -31,16 +31,40 @@ Ids = np.ndarray  # (tokens,) of one sequence
 
 @dataclass
 class Prefix:
-    """Keys and values of a token prefix in every layer."""
+    """Keys and values of a token prefix in every layer.
+
+    written: on a GPU, the stream that writes them and its event behind the last of them.
+    """
 
     ids: Ids
     layers: list[tuple[Tensor, Tensor]] = field(
         default_factory=list
     )  # (tokens, kv_heads, head_dim)
+    written: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(key.nbytes + value.nbytes for key, value in self.layers)
+
+    def release(self) -> None:
+        """Let other streams read, once the current one has written."""
+        key, _ = self.layers[0]
+        if key.is_cuda:
+            stream = torch.cuda.current_stream(key.device)
+            self.written = stream, stream.record_event()
+
+    def acquire(self) -> None:
+        """Have the current stream wait for the one that writes, and the memory for the current one."""
+        if self.written is None:
+            return
+        writer, event = self.written
+        reader = torch.cuda.current_stream(self.layers[0][0].device)
+        if reader == writer:
+            return
+        reader.wait_event(event)
+        with torch.inference_mode():  # outside of which torch may refuse to mark such tensors
+            for tensor in chain.from_iterable(self.layers):
+                tensor.record_stream(reader)
 
 
 class PrefixCache:
@@ -201,7 +225,11 @@ def _steps(order, ordered, shared, packed, step_tokens, cache, stamp) -> Iterato
             i, n = found
             begin = sum(map(len, sources[:i]))
             step.kept, step.span = Prefix(of_step[i][:n].copy()), slice(begin, begin + n)
+        for prefix in reused:
+            prefix.acquire()
         yield step
+        if step.kept is not None:
+            step.kept.release()
         if cache is not None:
             most_alike = max(range(first, last), key=lambda i: shared[i])
             cache.remember(stamp, ordered[most_alike], reused, step.kept)

@@ -1,0 +1,103 @@
+"""Kept prefixes on a GPU that is played: who waits for whom, and whose memory is held for how long."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from embedfuse.nn.prefixes import PrefixCache, shared_steps
+from embedfuse.packing import end_to_end
+
+GPU = torch.device("cuda", 0)
+INSTRUCTION = list(range(5, 32))
+
+
+class Stream:
+    """Logs what is launched into it."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def record_event(self):
+        self.log.append((self.name, "records"))
+        return f"event of {self.name}"
+
+    def wait_event(self, event):
+        self.log.append((self.name, f"waits for {event}"))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that a GPU would hold."""
+
+    device, is_cuda = GPU, True
+    current: Stream
+
+    def clone(self):
+        OnGpu.current.log.append((OnGpu.current.name, "writes"))
+        return super().clone()
+
+    def record_stream(self, stream):
+        self.recorded = [*getattr(self, "recorded", []), stream.name]
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    log = []
+    found = SimpleNamespace(log=log, one=Stream("one", log), two=Stream("two", log))
+
+    def current_stream(device):
+        assert device == GPU
+        return OnGpu.current
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    return found
+
+
+def call(cache, sequences, stream, kind=OnGpu, layers=2):
+    """What a tower does with a batch whose keys and values are token ids; its sequences' keys."""
+    OnGpu.current = stream
+    ids, packed = end_to_end(sequences, torch.device("cpu"))
+    steps = shared_steps(ids, packed, 1000, cache, "weights")
+    found = {}
+    for step in steps or ():
+        for layer in range(layers):
+            own = ids[step.tokens].float()[:, None, None].as_subclass(kind)
+            if isinstance(stream, Stream) and step.reused:
+                stream.log.append((stream.name, "reads"))
+            key, value = step.unfold(layer, own, -own)
+            assert torch.equal(key, -value)
+        parts = torch.Tensor(key).flatten().long().split(step.keys.lengths)
+        found |= {i: part.tolist() for i, part in zip(step.sequences.tolist(), parts, strict=True)}
+    return [found[i] for i in range(len(sequences))] if found else None
+
+
+def keep(streams):
+    cache = PrefixCache()
+    call(cache, [[*INSTRUCTION, 40]], streams.one)
+    call(cache, [[*INSTRUCTION, 41]], streams.one)
+    assert streams.log == [("one", "writes")] * 4 + [("one", "records")]
+    streams.log.clear()
+    (prefix,) = cache.prefixes("weights")
+    return cache, [t for layer in prefix.layers for t in layer]
+
+
+def test_another_stream_waits_and_is_waited_for(streams):
+    cache, kept = keep(streams)
+    assert call(cache, [[*INSTRUCTION, 42]], streams.two) == [[*INSTRUCTION, 42]]
+    assert streams.log == [("two", "waits for event of one"), *[("two", "reads")] * 2]
+    assert [t.recorded for t in kept] == [["two"]] * 4
+
+
+def test_the_same_stream_is_in_order_already(streams):
+    cache, kept = keep(streams)
+    assert call(cache, [[*INSTRUCTION, 42]], streams.one) == [[*INSTRUCTION, 42]]
+    assert streams.log == [("one", "reads")] * 2
+    assert not any(hasattr(t, "recorded") for t in kept)
+
+
+def test_on_the_cpu_no_stream_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", None)
+    cache = PrefixCache()
+    for last in (40, 41, 42):
+        found = call(cache, [[*INSTRUCTION, last]], None, torch.Tensor)
+    assert found == [[*INSTRUCTION, 42]]
