@@ -58,13 +58,13 @@ def test_order_across_windows(embedder, pairs, monkeypatch):
 
 def test_repeated_texts_are_embedded_once(embedder, texts, monkeypatch):
     embedded = []
-    vectors = embedder._pipeline.vectors
+    run = embedder._pipeline.run
 
     def spy(sequences, *args, **kwargs):
         embedded.append(len(sequences))
-        return vectors(sequences, *args, **kwargs)
+        return run(sequences, *args, **kwargs)
 
-    monkeypatch.setattr(embedder._pipeline, "vectors", spy)
+    monkeypatch.setattr(embedder._pipeline, "run", spy)
     found = embedder.compute_score([(texts[0], text) for text in texts[:6] + texts[:6]])
     assert embedded == [1, 6]
     assert found["dense"][:6] == found["dense"][6:]

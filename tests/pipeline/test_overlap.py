@@ -1,5 +1,7 @@
 """What lets a GPU go on: no forward reads from it or waits for a copy to it, and results come one behind."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embedfuse import Embedder, ops
+from embedfuse.pipeline import scores
 from embedfuse.pipeline.batches import behind
 from embedfuse.pipeline.embeddings import OUTPUTS
 from tests.pipeline.families import make, write_sentence_transformers
@@ -55,21 +58,27 @@ def staged(monkeypatch):
         taken.append([t.shape for t in tensors])
         return tuple(t.to(device, non_blocking=True) for t in tensors)
 
-    for module in ("packing", "nn.prefixes"):
+    for module in ("packing", "nn.prefixes", "pipeline.embeddings", "pipeline.scores"):
         monkeypatch.setattr(f"embedfuse.{module}.to_device", to_device)
     # torch knows no autocast on this device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
     return taken
 
 
-def forward(staged, embedder, sequences, outputs, own=None):
+def moved(embedder):
+    """The pipeline with its model and heads on the device."""
     embedder.model.to(META)
-    staged.clear()  # what the check in patch took there
     for head in (embedder._pipeline.heads.sparse, embedder._pipeline.heads.multi):
         if head is not None:
             head.to(META)
+    return embedder._pipeline
+
+
+def forward(staged, embedder, sequences, outputs, own=None):
+    pipeline = moved(embedder)
+    staged.clear()  # what the check in patch took there
     with NoTensorOfAList(), NoWait():
-        return embedder._pipeline._forward(sequences, outputs, torch.float32, own)
+        return pipeline._forward(sequences, outputs, torch.float32, own)
 
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
@@ -107,6 +116,18 @@ def test_pooling_of_the_texts_own_tokens_waits_for_nothing(tmp_path, staged):
     found = forward(staged, embedder, SEQUENCES, ("dense",), own=[2, 1, 3])
     assert found.dense.shape == (3, 48)
     assert len(staged) == 2
+
+
+def test_scores_wait_for_nothing(m3_folder, staged):
+    pipeline, sent = moved(Embedder(m3_folder, device="cpu")), []
+    pipeline.budget.tokens = 6  # two batches of queries
+    queries = scores.Side(SEQUENCES, [0, 2, 1, 2])
+    passages = scores.Side([[5, 6, 7, 8], [9, 10]], [0, 0, 1, 1])
+    with NoTensorOfAList(), NoWait():
+        scores.start(pipeline, queries, passages, lambda *tensors: sent.append(tensors), None)
+    lexical = [[(6,), (1,), (6,)], [(4,), (2,), (4,)], [(6,), (2,), (6,)]]
+    shapes = [[t.shape for t in tensors if t is not None] for tensors in sent]
+    assert shapes == [*lexical, [(4,), (4,)]]  # no dense vector, no multi-vector
 
 
 @pytest.mark.parametrize(
@@ -183,6 +204,33 @@ def test_each_batch_starts_before_the_one_before_is_waited_for(embedder, texts, 
         expected += [("start", i), ("wait", i - 1)]
     assert log == [*expected, ("wait", count - 1)]
     assert [len(part) for part in parts[:-1]] == [4] * (len(parts) - 1)
+
+
+def test_scores_are_waited_for_once_the_next_pairs_have_started(embedder, texts, late, monkeypatch):
+    pairs = list(zip(texts[:10], texts[5:15], strict=True))
+    expected = embedder.compute_score(pairs)
+    sizes, start = [], scores.start
+
+    def counted(*args):
+        before = len(Late.last.log)
+        result = start(*args)
+        sizes.append(len(Late.last.log) - before)  # nothing but starts
+        return result
+
+    monkeypatch.setattr(scores, "ToHost", Late)
+    monkeypatch.setattr(scores, "start", counted)
+    found = embedder.compute_score(pairs)
+    assert found == expected
+    assert len(sizes) == 3
+    assert max(sizes) > 3  # several batches of queries, or of passages
+    ends = [sum(sizes[:i]) for i in range(4)]
+    started, waited = (
+        [[(event, i) for i in range(a, b)] for a, b in pairwise(ends)]
+        for event in ("start", "wait")
+    )
+    log = [*started[0], *started[1], *waited[0], *started[2], *waited[1], *waited[2]]
+    assert [event for event, _ in Late.last.log] == [event for event, _ in log]
+    assert sorted(Late.last.log) == sorted(log)
 
 
 def test_results_are_the_same(embedder, texts, monkeypatch):

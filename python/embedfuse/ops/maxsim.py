@@ -211,7 +211,7 @@ def _check_pairs(pairs: Tensor, q: Tensor, queries: int, documents: int) -> None
             f"pairs: {pairs.dtype} of shape {tuple(pairs.shape)}; accepted is int64 (pairs, 2)"
         )
     _check_device("pairs", pairs, q)
-    if pairs.is_cuda or len(pairs) == 0:  # reading them would wait for the GPU
+    if not pairs.is_cpu or len(pairs) == 0:  # reading them would wait for the GPU
         return
     limits = torch.tensor([queries, documents])
     if pairs.amin() < 0 or (pairs.amax(0) >= limits).any():

@@ -99,7 +99,7 @@ class EmbeddingPipeline:
             longest = max_length * 16  # of a longer text, hardly more is read
             cut = windows(texts, lambda text: length_of(text, longest))
             for sequences, own in ahead(ids_of, cut):
-                for batch, arrive in self._run(sequences, outputs, dtype, at_most, own, leave):
+                for batch, arrive in self.run(sequences, outputs, leave, dtype, at_most, own):
                     yield len(sequences), batch, arrive
 
         parts, done = [], 0
@@ -111,36 +111,25 @@ class EmbeddingPipeline:
                 yield Vectors.collect(parts)
                 parts, done = [], 0
 
-    def vectors(
+    def run(
         self,
         sequences: list[list[int]],
         outputs: Sequence[str],
+        finish: Callable[[BatchVectors], T],
         dtype: torch.dtype = torch.float32,
         at_most: int | None = None,
-    ) -> Vectors:
-        """Vectors of token id lists, on the model's device."""
-        found = self._run(sequences, outputs, dtype, at_most, None, BatchVectors.vectors)
-        return Vectors.collect(found)
-
-    def _run(
-        self,
-        sequences: list[list[int]],
-        outputs: Sequence[str],
-        dtype: torch.dtype,
-        at_most: int | None,
-        own: list[int] | None,
-        finish: Callable[[BatchVectors], T],
+        own: list[int] | None = None,
     ) -> Iterator[tuple[list[int], T]]:
         """(indices, what `finish` makes of their vectors) of batches of token id lists.
 
         own: of each list, how many tokens at its end the dense vector pools; None: all.
         """
 
-        def run(batch: list[int]) -> T:
+        def of_batch(batch: list[int]) -> T:
             counts = None if own is None else [own[i] for i in batch]
             return finish(self._forward([sequences[i] for i in batch], outputs, dtype, counts))
 
-        return self.budget.run([len(s) for s in sequences], run, at_most)
+        return self.budget.run([len(s) for s in sequences], of_batch, at_most)
 
     @torch.inference_mode()
     def _forward(
