@@ -98,7 +98,7 @@ def warm_up(model, *, tokens: int = 512, sequences: int = 8, pooling: str | None
         `embed`; None for all states. A classifier pools with "cls".
 
     Returns how many graphs the model has then: 0 where it can have none, and its report tells why.
-    Raises ValueError for a model that is not patched or larger batches.
+    Raises ValueError for a model that is not patched or is in training, larger batches, and under autocast.
     """
     if not isinstance(model, Patched):
         raise ValueError(f"model: this {type(model).__name__} is not patched")

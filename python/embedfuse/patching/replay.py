@@ -129,8 +129,20 @@ def warm(model: nn.Module, tokens: int, sequences: int, pooling: str | None) -> 
     """Capture what the model may replay of these buckets; how many graphs there are then."""
     state, plan = model._embedfuse, model._current_plan()
     device = model.device
-    if refusal(state.graphs, device) or plan.refusal or plan.bypassed():
+    if why := refusal(state.graphs, device) or plan.refusal or plan.bypassed():
+        state.report.graphs = f"none: {why}"
         return 0
+    for path, module in model.named_modules():
+        if module.training:
+            raise ValueError(
+                f"model: {path or 'it'} is in training; accepted is a model after eval(), because graphs "
+                "serve inference"
+            )
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            f"warm_up: called under autocast on {device.type}; accepted is a call without, because no "
+            "graph serves others"
+        )
     kinds = 1 + (getattr(model.config, "type_vocab_size", 1) > 1)  # tokenizers give types or do not
     for most_tokens, most_sequences in buckets(tokens, sequences):
         n = min(most_tokens, most_sequences)

@@ -185,3 +185,30 @@ def test_warm_up_where_there_are_none(monkeypatch):
     with_graphs(model)
     monkeypatch.setenv("EMBEDFUSE_GRAPHS", "0")
     assert embedfuse.warm_up(model) == 0
+
+
+def test_warm_up_of_what_no_graph_would_serve(pair, monkeypatch):
+    model, _ = pair
+    block_of(model).train()
+    path = "layers.1.mlp" if hasattr(model, "layers") else "encoder.layer.1"
+    with pytest.raises(ValueError, match=rf"model: {path} is in training; accepted is .*eval\(\)"):
+        embedfuse.warm_up(model)
+    with pytest.raises(ValueError, match="model: it is in training"):
+        embedfuse.warm_up(model.train())
+    model.eval()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="warm_up: called under autocast on cpu; accepted is"),
+    ):
+        embedfuse.warm_up(model)
+    assert captures() == 0
+    handle = block_of(model).register_forward_hook(lambda *args: None)
+    assert embedfuse.warm_up(model) == 0
+    assert embedfuse.report(model).graphs == f"none: {path} has a hook"
+    handle.remove()
+    assert embedfuse.warm_up(model, tokens=16, sequences=1) > 0
+    # Where the model can have none, its mode is of no matter.
+    model.train()
+    monkeypatch.setenv("EMBEDFUSE_GRAPHS", "0")
+    assert embedfuse.warm_up(model) == 0
+    assert embedfuse.report(model).graphs == "none: EMBEDFUSE_GRAPHS=0"
