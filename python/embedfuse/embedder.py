@@ -39,8 +39,8 @@ class Embedder:
         it: raise instead of having it added, with a warning.
     dimensions: keep so many leading entries of dense and multi-vector rows, of models trained so that these
         do alone (Matryoshka); they are normalised after that.
-    reuse_prefixes: as in `patch`, and of no matter for an encoder; an instruction before the queries of a
-        decoder runs once, not per query.
+    reuse_prefixes: as in `patch`, and of no matter for a model that looks both ways; an instruction before
+        the queries of a decoder runs once, not per query.
     hub: further arguments of transformers' from_pretrained (revision, token, cache_dir ...). Remote code
         runs only with trust_remote_code=True among them.
 
@@ -75,7 +75,8 @@ class Embedder:
         transformer = load_model(model, torch_dtype, hub).requires_grad_(False).to(device)
         both_ways = self.preset.attention == "bidirectional"
         attention = "bidirectional" if both_ways else None
-        reuse = reuse_prefixes if reuse_prefixes in recipe_of(transformer).reuses else "batch"
+        keeps = not both_ways and "stream" in recipe_of(transformer).reuses
+        reuse = "batch" if reuse_prefixes == "stream" and not keeps else reuse_prefixes
         patch(transformer, attention=attention, reuse_prefixes=reuse)
         self._pipeline = EmbeddingPipeline(
             transformer,

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
 import embedfuse
+from embedfuse.patching.engine import Patched
 from tests.patching.test_decoder import FAMILIES, TIGHT, make_batch, make_model
 
 
@@ -156,6 +157,17 @@ def test_options_that_are_not_accepted(model):
     ):
         embedfuse.patch(bert, reuse_prefixes="stream")
     assert type(bert) is BertModel
+
+
+def test_prefixes_that_cannot_be_kept(model):
+    """What an instruction's tokens see hangs on the text after it."""
+    message = "reuse_prefixes='stream' with attention='bidirectional'.*accepted are off and batch"
+    with pytest.raises(ValueError, match=message):
+        embedfuse.patch(model, attention="bidirectional", reuse_prefixes="stream")
+    assert not isinstance(model, Patched)
+    for reuse in ("off", "batch"):
+        with embedfuse.patched(model, attention="bidirectional", reuse_prefixes=reuse):
+            assert isinstance(model, Patched)
 
 
 def test_pooling_mask_without_a_token(model):

@@ -36,7 +36,8 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
         "off" never. What is kept is forgotten when a parameter changes, but an edit through `.data` is
         not seen. Nothing is kept ("stream" is "batch") while the model has modules that are not
         transformers' own (LoRA), parameters with gradients or made under inference_mode, or rotary
-        angles that hang on the batch. Encoders accept "off" and "batch".
+        angles that hang on the batch. Encoders, and attention="bidirectional", accept "off" and "batch",
+        and run every token.
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask
     leaves out are zero (the original fills them with values that mean nothing). A decoder makes no
@@ -45,9 +46,9 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
 
     A probe batch runs through both forwards first. Returns the live Report; patching twice is one
     patch. Raises TypeError for another kind of object or an object that holds one, ValueError for an
-    option that it does not know, an attention that the model cannot have, or other options than it was
-    patched with before, PatchError (and changes nothing) for weights on the meta device or outputs that
-    differ by more than the dtype's bound.
+    option that it does not know, one that the model cannot have, or other options than it was patched with
+    before, PatchError (and changes nothing) for weights on the meta device or outputs that differ by more
+    than the dtype's bound.
     Patch and unpatch while no other thread is running the model.
     """
     options = Options(attention, reuse_prefixes)

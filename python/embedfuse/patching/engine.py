@@ -37,6 +37,11 @@ class Options:
             raise ValueError(
                 f"reuse_prefixes={self.reuse_prefixes!r}: accepted are {', '.join(REUSES)}"
             )
+        if self.attention == "bidirectional" and self.reuse_prefixes == "stream":
+            raise ValueError(
+                "reuse_prefixes='stream' with attention='bidirectional', where no prefix has states of its "
+                "own; accepted are off and batch"
+            )
 
 
 class Patched:
