@@ -1,4 +1,4 @@
-"""patch(SentenceTransformer) has a tokenizer end texts as the checkpoint wants; unpatch puts it back."""
+"""patch has the tokenizer of what holds a model end texts as the checkpoint wants; unpatch puts it back."""
 
 import copy
 import pickle
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import embedfuse
+from tests.integrations.flag_llm import load as load_flag
 from tests.pipeline.families import (
     TEXTS,
     Plain,
@@ -148,3 +149,77 @@ def test_saved_after_patching(mistral, tmp_path):
     model.save(str(tmp_path / "saved"))
     again = load(tmp_path / "saved")
     np.testing.assert_allclose(again.encode(TEXTS), vectors(mistral, 2), rtol=0, atol=2e-5)
+
+
+@pytest.fixture
+def flag(mistral):
+    return load_flag(str(mistral))
+
+
+def test_flag_llm_repaired_and_undone(flag, mistral, caplog):
+    before = flag.encode(TEXTS)
+    state = flag.tokenizer.backend_tokenizer.to_str()
+    attributes = set(vars(flag))
+    np.testing.assert_allclose(before, vectors(mistral, None), rtol=0, atol=2e-5)
+    report = embedfuse.patch(flag)
+    assert report.repaired == {
+        "tokenizer": "added no </s>, which the checkpoint wants after each text"
+    }
+    assert caplog.text.count("adds no </s>") == 1
+    expected = vectors(mistral, 2)
+    np.testing.assert_allclose(flag.encode(TEXTS), expected, rtol=0, atol=2e-5)
+    assert np.abs(expected - before).max() > 0.1
+    assert not report.original_calls
+    # The original serves this one, by the same tokenizer.
+    found = flag.encode(TEXTS, pad_to_multiple_of=8)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    embedfuse.unpatch(flag)
+    assert flag.tokenizer.backend_tokenizer.to_str() == state
+    assert set(vars(flag)) == attributes
+    assert np.array_equal(flag.encode(TEXTS), before)
+
+
+def test_flag_llm_cuts_before_the_end(flag, mistral):
+    embedfuse.patch(flag)
+    text = "word after word " * 50
+    expected = Plain(mistral, 2)([text], "last", 12).float().numpy()
+    np.testing.assert_allclose(flag.encode([text], max_length=12), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_flag_llm_copies(flag, again):
+    """FlagEmbedding pickles the object into a process per device."""
+    embedfuse.patch(flag)
+    other = again(flag)
+    assert np.array_equal(other.encode(TEXTS), flag.encode(TEXTS))
+    embedfuse.unpatch(other)
+    assert other.tokenizer("a")["input_ids"][-1] != 2
+    assert flag.tokenizer("a")["input_ids"][-1] == 2
+
+
+def test_flag_llm_a_failed_patch_leaves_the_tokenizer(flag, monkeypatch):
+    def fail(*args):
+        raise embedfuse.PatchError("on purpose")
+
+    monkeypatch.setattr("embedfuse.integrations.flag_llm.deviations", fail)
+    with pytest.raises(embedfuse.PatchError, match="on purpose"):
+        embedfuse.patch(flag)
+    assert flag.tokenizer("a")["input_ids"][-1] != 2
+
+
+def test_flag_llm_the_preset_of_a_name(tmp_path):
+    folder = make(tmp_path / "Qwen3-Embedding-0.6B", "qwen3")
+    flag = load_flag(str(folder))
+    assert embedfuse.patch(flag).repaired
+    np.testing.assert_allclose(flag.encode(TEXTS), vectors(folder, 0), rtol=0, atol=2e-5)
+
+
+def test_flag_llm_a_tokenizer_that_adds_it_is_left_alone(tmp_path):
+    folder = make(tmp_path / "e5-mistral-7b-instruct", "mistral")
+    write_llama_tokenizer(folder, "<s> $A </s>", **ADDS)
+    flag = load_flag(str(folder))
+    expected, state = flag.encode(TEXTS), flag.tokenizer.backend_tokenizer.to_str()
+    report = embedfuse.patch(flag)
+    assert not report.repaired
+    assert flag.tokenizer.backend_tokenizer.to_str() == state
+    np.testing.assert_allclose(flag.encode(TEXTS), expected, rtol=0, atol=2e-5)

@@ -9,6 +9,7 @@ import torch
 from FlagEmbedding.inference.embedder.decoder_only import base
 from torch import Tensor, nn
 
+from embedfuse.integrations.end_token import EndsTexts
 from embedfuse.integrations.flag_holder import PROBE_TEXTS, FlagHolder, stream
 from embedfuse.nn.heads import Heads
 from embedfuse.patching.check import deviations, evaluating
@@ -24,7 +25,7 @@ _DENSE = ("dense",)
 
 
 # The original comes first: only then has the class its memory layout, as a swap of classes asks.
-class BaseLLMEmbedder(_ORIGINAL, FlagHolder):
+class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagHolder):
     original = _ORIGINAL
 
     @classmethod
@@ -41,9 +42,10 @@ class BaseLLMEmbedder(_ORIGINAL, FlagHolder):
     @classmethod
     def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
         call = {"device": model.target_devices[0], "convert_to_numpy": False}
+        cls.swap_in(model, report, options)
+        model.repair_end(last_token=True)
         with evaluating(model.model):
             expected = _ORIGINAL.encode_single_device(model, PROBE_TEXTS, **call)
-            cls.swap_in(model, report, options)
             found = model.encode_single_device(PROBE_TEXTS, **call)
         report.fused.append("last-token embeddings from one packed pass, batched by tokens")
         report.deviations |= deviations(

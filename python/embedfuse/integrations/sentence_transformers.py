@@ -15,14 +15,12 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
+from embedfuse.integrations.end_token import EndsTexts
 from embedfuse.ops import pool_normalize
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.engine import Options
-from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.report import Report
-from embedfuse.pipeline.eos import AppendedEnd, append_end, lacks_end, says_add_eos
-from embedfuse.pipeline.presets import find_preset
 
 _ORIGINAL = sentence_transformers.SentenceTransformer
 # Its name there -> ours.
@@ -37,7 +35,6 @@ _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _FEATURES = _INPUTS | {"modality", "prompt_length"}
 _OUTPUT_VALUE = list(inspect.signature(_ORIGINAL.encode).parameters).index("output_value") - 1
 _VECTOR = "sentence_embedding"
-_END = "tokenizer"  # in Report.repaired
 _PROBE_TEXTS = (
     "One",
     "Two short words",
@@ -57,11 +54,8 @@ def _pooled(only: bool) -> Iterator[None]:
         _pooled_only.reset(token)
 
 
-class SentenceTransformer(PatchedHolder, _ORIGINAL):
-    """Its tokenizer is made to end every text in the token that the checkpoint wants there."""
-
+class SentenceTransformer(EndsTexts, _ORIGINAL):
     original = _ORIGINAL
-    _embedfuse_end: AppendedEnd | None  # not in _embedfuse, whose copies leave such things behind
 
     @classmethod
     def held(cls, model: _ORIGINAL) -> nn.Module:
@@ -70,15 +64,8 @@ class SentenceTransformer(PatchedHolder, _ORIGINAL):
     @classmethod
     def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
         cls.swap_in(model, report, options)
-        model._embedfuse_end = None
-        try:
-            if token := _missing_end(model):
-                model._embedfuse_end = append_end(model.tokenizer, token)
-                report.repaired[_END] = (
-                    f"added no {token}, which the checkpoint wants after each text"
-                )
-        except ValueError as error:
-            report.refused[_END] = str(error)
+        pooling = getattr(model[1], "pooling_mode", None) if len(model) > 1 else None
+        model.repair_end(last_token=pooling == "lasttoken")
         features = dict(model.preprocess(list(_PROBE_TEXTS)))
         for name, value in features.items():
             features[name] = value.to(model.device) if isinstance(value, Tensor) else value
@@ -93,13 +80,6 @@ class SentenceTransformer(PatchedHolder, _ORIGINAL):
             found = model.forward(dict(features))
         if _VECTOR in expected:
             report.deviations |= deviations(model, {_VECTOR: expected[_VECTOR]}, found)
-
-    def swap_out(self) -> None:
-        if self._embedfuse_end is not None:
-            self._embedfuse_end.undo()
-            self._embedfuse.report.repaired.pop(_END, None)
-        del self._embedfuse_end
-        super().swap_out()
 
     @functools.wraps(_ORIGINAL.encode)
     def encode(self, *args, **kwargs):
@@ -146,27 +126,6 @@ class SentenceTransformer(PatchedHolder, _ORIGINAL):
         if pooling.pooling_mode == "weightedmean" and mask is not None and not mask[:, 0].all():
             return None  # sentence-transformers before 6.1 counts from column 0 there
         return _POOLINGS.get(pooling.pooling_mode)
-
-
-def _missing_end(model: _ORIGINAL) -> str | None:
-    """The token that should end every text, if the tokenizer does not add it.
-
-    It is eos_token where tokenizer_config.json says so, and else that of the family's preset where the
-    last token is pooled.
-    """
-    tokenizer, config = model.tokenizer, transformers_model(model).config
-    if tokenizer is None:
-        return None
-    name = tokenizer.name_or_path
-    pooling = getattr(model[1], "pooling_mode", None) if len(model) > 1 else None
-    hub = {"local_files_only": True, "revision": getattr(config, "_commit_hash", None)}
-    token = None
-    if pooling == "lasttoken":
-        names = [n for n in (name, config.name_or_path) if n]
-        token = find_preset(names, config.model_type).end_token
-    if not token and says_add_eos(name, hub):
-        token = tokenizer.eos_token
-    return token if token and lacks_end(tokenizer, token) else None
 
 
 def transformers_model(model: nn.Sequential) -> nn.Module:
