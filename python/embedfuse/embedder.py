@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from embedfuse.nn.heads import load_heads
 from embedfuse.ops import Csr, lexical_scores, maxsim
+from embedfuse.ops.arrays import as_tensor
 from embedfuse.patching import Report, patch, report, warm_up
 from embedfuse.patching.engine import Options
 from embedfuse.patching.recipes import recipe_of
@@ -239,7 +240,7 @@ class Embedder:
 
         query, passage: (tokens, columns), as encode gives them under "multi".
         """
-        query, passage = (torch.from_numpy(x)[None].float() for x in (query, passage))
+        query, passage = (as_tensor(x)[None].float() for x in (query, passage))
         return maxsim(query, passage, reduction="mean").item()
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embedfuse.ops.arrays import as_tensor
+
 PERS = ("token", "document")
 
 
@@ -50,7 +52,7 @@ def quantize_int8(x: Tensor, per: str = "token") -> Int8:
     """
     if per not in PERS:
         raise ValueError(f"per={per!r}: accepted are {', '.join(PERS)}")
-    x = torch.as_tensor(x)
+    x = as_tensor(x)
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(
             f"x: {x.dtype} of shape {tuple(x.shape)}; accepted is floating (..., tokens, dim)"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.arrays import as_tensor
 from embedfuse.ops.cu_seqlens import check_layout, check_values
 from embedfuse.ops.int8 import Int8
 from embedfuse.ops.maxsim_op import OP, MaxSim
@@ -114,7 +115,7 @@ def maxsim_rerank(
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: accepted are 1 and more, or None for all")
-    query = torch.as_tensor(query)
+    query = as_tensor(query)
     if query.dim() != 2:
         raise ValueError(f"query: shape {tuple(query.shape)}; accepted is (tokens, dim)")
     sides = "query", query[None], None, "documents", documents, None
@@ -154,7 +155,7 @@ def _rows(
             raise TypeError(
                 f"{name}: {type(x).__name__}; accepted are tensors, arrays, Int8, and lists of these"
             )
-        x = torch.as_tensor(x)
+        x = as_tensor(x)
     _check_side(name, x, x if q is None else q, "(texts, tokens, dim)", 3)
     values, scale = _parts(x)
     rows, *rest = padded_spans(name, values, mask, scale)
@@ -164,7 +165,7 @@ def _rows(
 def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
     if not x and q is None:
         raise ValueError(f"{name}: no text; accepted are one or more, or a tensor (0, tokens, dim)")
-    texts = [text if isinstance(text, Int8) else torch.as_tensor(text) for text in x]
+    texts = [text if isinstance(text, Int8) else as_tensor(text) for text in x]
     like = texts[0] if q is None else q
     for i, text in enumerate(texts):
         if isinstance(text, Int8) != isinstance(texts[0], Int8):
