@@ -1,6 +1,7 @@
 """Embedder: load an embedding model and use it without padding, batch sizes or a second library."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -48,8 +49,8 @@ class Embedder:
     An encoder that no file and no entry knows pools the first token, normalised. Calls from several
     threads are safe.
 
-    Raises ValueError for a dtype that the preset calls unsafe, and for a decoder of which nothing says
-    how it is pooled; TypeError for a checkpoint that `patch` does not take.
+    Raises ValueError for a dtype that the preset calls unsafe, more dimensions than there are, and a decoder
+    of which nothing says how it is pooled; TypeError for a checkpoint that `patch` does not take.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class Embedder:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype!r}: accepted are float32, bfloat16 and float16")
         Options(reuse_prefixes=reuse_prefixes)  # for its error, before the weights are read
+        if not isinstance(dimensions, Integral | None) or isinstance(dimensions, bool):
+            raise TypeError(
+                f"dimensions={dimensions!r}: accepted is a whole number, or None for all"
+            )
         self.preset = read_preset(model, hub, preset)
         self.preset.check_dtype(dtype)
         tokenize = TextTokenizer(load_tokenizer(model, self.preset, strict, hub))

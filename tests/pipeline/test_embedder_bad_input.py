@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def test_bad_dtype(m3_folder, dtype):
 def test_bad_max_length(m3_folder, length):
     with pytest.raises(ValueError, match=f"max_length={length}: accepted is 3 to 8192"):
         Embedder(m3_folder, max_length=length)
+
+
+@pytest.mark.parametrize("dimensions", ["64", True, 32.0, [8]])
+def test_dimensions_that_are_no_number(dimensions):
+    """Told before the checkpoint is looked for."""
+    message = f"dimensions={dimensions!r}: accepted is a whole number, or None for all"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Embedder("nowhere", dimensions=dimensions)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
