@@ -35,6 +35,7 @@ LOSS_HEADER = (
 HEADER = (
     "op", "sample", "dtype", "backend", "median", "GB/s", "TFLOP/s", "% of peak", "x reference",
 )  # fmt: skip
+_NOTHING = "holds no result of this folder's benchmarks"
 
 
 def add_arguments(parser) -> None:
@@ -51,7 +52,11 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    stored = [json.loads(path.read_text()) for path in args.files]
+    try:
+        stored = [read(path) for path in args.files]
+    except (OSError, ValueError) as error:
+        print(f"embedfuse bench report: {error}", file=sys.stderr)
+        return 2
     entries = [entry for part in stored for entry in part["benchmarks"]]
     rows = joined([entry["extra_info"] for entry in entries if entry.get("extra_info")])
     machine = stored[0]["machine_info"]
@@ -62,7 +67,7 @@ def run(args) -> int:
     ]
     first = args.files[0]
     if not tables:
-        print(f"{first}: holds no result of this folder's benchmarks", file=sys.stderr)
+        print(f"embedfuse bench report: {first}: {_NOTHING}", file=sys.stderr)
         return 1
     text = "\n".join([machine_line(machine), *tables, *missing(entries)])
     folder = args.out or first.parent
@@ -77,6 +82,20 @@ def run(args) -> int:
     except ImportError as error:
         print(f"no plot: {error}; `pip install matplotlib` adds it", file=sys.stderr)
     return 0
+
+
+def read(path: Path) -> dict:
+    """A stored run. OSError or ValueError, naming the file, for what is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    parts = found if isinstance(found, dict) else {}
+    machine, entries = parts.get("machine_info"), parts.get("benchmarks")
+    ours = isinstance(machine, dict) and "device" in machine and isinstance(entries, list)
+    if not ours or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: {_NOTHING}")
+    return found
 
 
 def machine_line(machine: dict) -> str:

@@ -298,3 +298,31 @@ def test_without_matplotlib_the_table_comes_and_the_plot_is_refused(
 def test_a_run_without_results_is_refused(call, capsys):
     assert call({**RUN, "benchmarks": RUN["benchmarks"][3:]}) == 1
     assert "run.json: holds no result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory: '{file}'"),
+        (b"", "{file}: not JSON (Expecting value: line 1 column 1 (char 0))"),
+        (b"\xff", "{file}: not JSON ("),
+        (b"[1]", "{file}: holds no result of this folder's benchmarks"),
+        (b'{"benchmarks": 3}', "{file}: holds no result of this folder's benchmarks"),
+        (b'{"benchmarks": [{}]}', "{file}: holds no result of this folder's benchmarks"),
+        (b'{"benchmarks": [{}], "machine_info": {}}', "{file}: holds no result of this folder's"),
+        (b'{"benchmarks": [7], "machine_info": {"device": ""}}', "{file}: holds no result of"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, content, message):
+    file, run = tmp_path / "file.json", tmp_path / "run.json"
+    run.write_text(json.dumps(RUN))
+    if content is not None:
+        file.write_bytes(content)
+    for files in ([file], [run, file], [file, run]):
+        assert main(["bench", "report", *map(str, files)]) in (1, 2)
+        found = capsys.readouterr()
+        assert found.err.count("\n") == 1
+        assert found.err.startswith("embedfuse bench report: ")
+        assert message.format(file=file) in found.err
+        assert found.out == ""
+    assert not (tmp_path / "report.md").exists()
