@@ -216,3 +216,15 @@ def test_what_the_model_refuses_is_told(work, folder, capsys):
     assert run(folder, file, "--out", "v.jsonl", "--outputs", "sparse") == 2
     assert "sparse_linear.pt" in capsys.readouterr().err
     assert os.listdir() == ["a.txt"]
+
+
+def test_a_byte_order_mark_is_no_text(work, monkeypatch):
+    """Of a file's first line alone, however the file is read."""
+    mark = "\ufeff".encode()
+    (work / "a.txt").write_bytes(mark + b"one\r\n" + mark + b"two\n")
+    (work / "b.jsonl").write_bytes(mark + b'{"text": "three"}\n')
+    (work / "c.txt").write_bytes(mark)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(mark + b"four")))
+    found = embed.Lines(["a.txt", "b.jsonl", "c.txt", "-"], None)
+    assert list(found) == ["one", "\ufefftwo", "three", "four"]
+    assert found.place(3) == "stdin:1"

@@ -1,6 +1,7 @@
 """embedfuse embed: files in, vectors out."""
 
 import argparse
+import codecs
 import contextlib
 import json
 import os
@@ -140,7 +141,7 @@ class Lines:
     """The texts of files one after the other, read as they are asked for.
 
     field: of the JSON object that each line is; None: that of .jsonl files is "text", and lines of others
-    are texts.
+    are texts. A byte-order mark before the first is no part of it.
     """
 
     def __init__(self, files: Sequence[str], field: str | None):
@@ -154,6 +155,10 @@ class Lines:
             with contextlib.ExitStack() as stack:
                 opened = sys.stdin.buffer if file == "-" else stack.enter_context(open(file, "rb"))
                 for line in opened:
+                    if count == self._starts[-1]:
+                        line = line.removeprefix(codecs.BOM_UTF8)
+                        if not line:
+                            continue  # a file of nothing else
                     yield self._text(file, line, self.place(count))
                     count += 1
 
