@@ -140,6 +140,35 @@ def uneven_gradients(rank, across):
         return str(error)
 
 
+def uneven_queries(rank, across):
+    """What a rank is told where documents are frozen and the queries of rank 1 too."""
+    q, d = (torch.randn(ROWS, WIDTH) for _ in range(2))
+    try:
+        loss = losses.InfoNCE(label_smoothing=0.1, across=across)
+        loss(q.requires_grad_(rank != 1), d)
+    except ValueError as error:
+        return str(error)
+
+
+def alone(rank, across):
+    """What a rank is told of arguments that are wrong on rank 1 alone, and then a loss."""
+    x = torch.ones(ROWS, WIDTH)
+    labels = torch.full((ROWS,), ROWS if rank == 1 else 0)
+    guided, told = ops.Rows(x, guide=x), []
+    for call in (
+        lambda: losses.InfoNCE(across=across)(x, x[: ROWS - (rank == 1)]),
+        lambda: losses.SigLIPLoss(across=across)(x, x.double() if rank == 1 else x),
+        lambda: ops.info_nce(x, x, labels, across=across),
+        lambda: losses.GTELoss(across=across)(x, ops.Rows(x, labels) if rank == 1 else x),
+        lambda: losses.GISTLoss(across=across)(guided, x if rank == 1 else guided),
+    ):
+        try:
+            told.append(call())
+        except ValueError as error:
+            told.append(str(error))
+    return [*told, losses.InfoNCE(1.0, across=across)(x, x)]
+
+
 def work(rank, size):
     found = {}
     for form, make in FORMS.items():
@@ -154,6 +183,8 @@ def work(rank, size):
             "frozen": frozen_documents([rank], size, across),
             "unequal": unequal(rank, across),
             "uneven gradients": uneven_gradients(rank, across),
+            "uneven queries": uneven_queries(rank, across),
+            "alone": alone(rank, across),
         }
     half = distributed.new_group([0, 1])
     if rank < 2:

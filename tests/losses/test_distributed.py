@@ -1,5 +1,7 @@
 """Losses over 2 and 3 processes (gloo): as one process with the whole batch."""
 
+import math
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -108,6 +110,31 @@ def test_a_gradient_on_some_ranks_alone_raises_on_every_rank(by_rank):
         )
 
 
+def test_frozen_documents_and_queries_with_a_gradient_on_some_ranks(found):
+    """The Ring goes round again backward, where total asks for it; gathered documents stay where they are."""
+    for number, one in enumerate(found):
+        assert one["gather"]["uneven queries"] is None
+        other, its, own = (0, 1, 0) if number == 1 else (1, 0, 1)
+        assert one["ring"]["uneven queries"].startswith(
+            f"pool: backward {its} on rank {other}, {own} on rank {number}; accepted is one number"
+        )
+
+
+def test_what_one_rank_raises_alone_ends_the_others(by_rank):
+    raised = [
+        "documents: 4 rows; accepted are as many as queries, 5",
+        "documents: torch.float64 of shape (5, 8); accepted is torch.float32 of (any, 8)",
+        "labels: accepted are 0 to 4",
+        "documents: with ids or a guide; GTELoss knows no false negatives",
+        "documents: no guide; accepted are ops.Rows with the guide's embeddings",
+    ]
+    for number, rank in enumerate(by_rank):
+        *told, loss = rank["alone"]
+        assert told == (raised if number == 1 else ["across: rank 1 raised, and says why"] * 5)
+        # Every document is the same: log of how many there are.
+        assert loss.item() == pytest.approx(math.log(5 * len(by_rank)))
+
+
 def test_group(found):
     one = whole.evaluate("InfoNCE", [0, 1], 2)
     got = joined([rank["group"] for rank in found[:2]])
@@ -119,7 +146,7 @@ class RingOfOne(ops.Ring):
 
     size, rank = None, 0
 
-    def check(self, y, columns):
+    def check(self, *args):
         pass
 
     def _pass_on(self, parts):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from embedfuse.losses.negative_queue import NegativeQueue
 from embedfuse.ops.info_nce_inputs import Rows, as_rows, check_sides
-from embedfuse.ops.info_nce_ranks import AllGather, Ring
+from embedfuse.ops.info_nce_ranks import AllGather, Ring, agreed
 from embedfuse.ops.info_nce_statistics import Statistics, statistics
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,8 +30,8 @@ class ContrastiveLoss(nn.Module):
     whole batch. DistributedDataParallel averages gradients over the ranks: those of "mean" are then that
     process's. A learned temperature is to be averaged too (wrap the loss, or a module that holds it).
 
-    Raises ValueError for shapes, dtypes, devices or numbers that do not fit; on all ranks where batches
-    differ in their number of rows.
+    Raises ValueError for shapes, dtypes, devices or numbers that do not fit; on all ranks where one raises,
+    and where batches differ in their number of rows.
     """
 
     def __init__(
@@ -59,12 +59,13 @@ class ContrastiveLoss(nn.Module):
         hard_negatives: Tensor | Rows | None = None,
     ) -> Tensor:
         sides = [as_rows(side) for side in (queries, documents, hard_negatives)]
-        check_sides(sides[0], documents=sides[1], hard_negatives=sides[2])
-        if len(sides[0].vectors) != len(sides[1].vectors):
-            raise ValueError(
-                f"documents: {len(sides[1].vectors)} rows; accepted are as many as queries, "
-                f"{len(sides[0].vectors)}"
-            )
+        with agreed(self.across, sides[0].vectors.device):
+            check_sides(sides[0], documents=sides[1], hard_negatives=sides[2])
+            if len(sides[0].vectors) != len(sides[1].vectors):
+                raise ValueError(
+                    f"documents: {len(sides[1].vectors)} rows; accepted are as many as queries, "
+                    f"{len(sides[0].vectors)}"
+                )
         if self.normalize:
             sides = [normalized(side) for side in sides]
         bank = None if self.queue is None else self.queue.rows()

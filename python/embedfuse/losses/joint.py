@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from embedfuse.losses.base import ContrastiveLoss, diagonal
 from embedfuse.ops.info_nce import candidate_statistics, combine
 from embedfuse.ops.info_nce_inputs import Choice, FalseNegatives, Rows, inverse_temperature
+from embedfuse.ops.info_nce_ranks import agreed
 from embedfuse.ops.info_nce_statistics import Columns, Statistics, statistics
 
 
@@ -31,10 +32,10 @@ class GTELoss(ContrastiveLoss):
         self.positive_twice = positive_twice
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
-        if any(
-            side is not None and (side.ids, side.guide) != (None, None) for side in (q, d, hard)
-        ):
-            raise ValueError("documents: with ids or a guide; GTELoss knows no false negatives")
+        told = any(s is not None and (s.ids, s.guide) != (None, None) for s in (q, d, hard))
+        with agreed(self.across, q.vectors.device):
+            if told:
+                raise ValueError("documents: with ids or a guide; GTELoss knows no false negatives")
         scale = inverse_temperature(self.temperature, q.vectors)
         own = Columns(diagonal(q))
         q, d = q.vectors, d.vectors
@@ -111,16 +112,13 @@ class GISTLoss(ContrastiveLoss):
         self.between_queries, self.between_documents = between_queries, between_documents
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
-        for name, side in {
-            "queries": q,
-            "documents": d,
-            "hard_negatives": hard,
-            "queue": bank,
-        }.items():
-            if side is not None and side.guide is None:
-                raise ValueError(
-                    f"{name}: no guide; accepted are ops.Rows with the guide's embeddings"
-                )
+        sides = {"queries": q, "documents": d, "hard_negatives": hard, "queue": bank}
+        with agreed(self.across, q.vectors.device):
+            for name, side in sides.items():
+                if side is not None and side.guide is None:
+                    raise ValueError(
+                        f"{name}: no guide; accepted are ops.Rows with the guide's embeddings"
+                    )
         scale, own = inverse_temperature(self.temperature, q.vectors), diagonal(q)
         choose = Choice(q, d, own, self.rule)
         of_documents = choose.columns(d, own)

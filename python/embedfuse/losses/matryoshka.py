@@ -9,7 +9,7 @@ from embedfuse.losses.info_nce import InfoNCE
 from embedfuse.losses.negative_queue import NegativeQueue
 from embedfuse.ops.info_nce_inputs import Rows
 from embedfuse.ops.info_nce_prefixes import Prefixes
-from embedfuse.ops.info_nce_ranks import Ring
+from embedfuse.ops.info_nce_ranks import Ring, agreed
 
 
 class MatryoshkaLoss(ContrastiveLoss):
@@ -46,10 +46,11 @@ class MatryoshkaLoss(ContrastiveLoss):
         self.loss, self.dims, self.weights = loss, list(dims), weights
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
-        if max(self.dims) > q.vectors.shape[1]:
-            raise ValueError(
-                f"queries: width {q.vectors.shape[1]}; accepted is {max(self.dims)} and more"
-            )
+        with agreed(self.across, q.vectors.device):
+            if max(self.dims) > q.vectors.shape[1]:
+                raise ValueError(
+                    f"queries: width {q.vectors.shape[1]}; accepted is {max(self.dims)} and more"
+                )
         weight_of = dict(zip(self.dims, self.weights, strict=True))
         if type(self.loss) is InfoNCE and not isinstance(self.across, Ring):
             widths = tuple(sorted(self.dims))

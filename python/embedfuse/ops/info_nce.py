@@ -18,7 +18,7 @@ from embedfuse.ops.info_nce_inputs import (
     inverse_temperature,
 )
 from embedfuse.ops.info_nce_prefixes import Prefixes
-from embedfuse.ops.info_nce_ranks import AllGather, Ring
+from embedfuse.ops.info_nce_ranks import AllGather, Ring, agreed
 from embedfuse.ops.info_nce_statistics import Statistics, statistics
 
 
@@ -72,21 +72,22 @@ def info_nce(
     in the backward pass. Deterministic.
 
     Raises ValueError for shapes, dtypes, devices or numbers that do not fit, for Ring with prefixes, and on
-    the CPU for labels out of range and a temperature tensor that is not positive; on all ranks for pools of
-    different shapes.
+    the CPU for labels out of range and a temperature tensor that is not positive; on all ranks where one
+    raises, and for pools of different shapes.
     """
     q, pool, bank, hard = map(as_rows, (q, pool, bank, hard_negatives))
-    check_sides(q, pool=pool, bank=bank, hard_negatives=hard)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing}: accepted are 0 to below 1")
-    labels = check_labels(labels, q, pool)
-    scale = inverse_temperature(temperature, q.vectors)
+    with agreed(across, q.vectors.device):
+        check_sides(q, pool=pool, bank=bank, hard_negatives=hard)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing={label_smoothing}: accepted are 0 to below 1")
+        labels = check_labels(labels, q, pool)
+        scale = inverse_temperature(temperature, q.vectors)
+        if prefixes is not None:
+            check_prefixes(prefixes, q, across)
     kind = info_nce_statistics if prefixes is None else prefixes
     over = kind.statistics if across is None else across.statistics
-    if prefixes is not None:
-        check_prefixes(prefixes, q, across)
-        if across is not None:
-            over = functools.partial(across.statistics, of_columns=kind.statistics)
+    if prefixes is not None and across is not None:
+        over = functools.partial(across.statistics, of_columns=kind.statistics)
     choose = Choice(q, pool, labels, false_negatives or FalseNegatives(), kind.own_scores)
     settings = {"hardness": hardness, "hard_hardness": hard_hardness, "total": label_smoothing > 0}
     parts = candidate_statistics(q, pool, hard, bank, scale, choose, over, kind, **settings)

@@ -3,15 +3,19 @@
 Each rank has its rows and an equally large part of the columns, of which a row's own is in its rank's part.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from embedfuse.ops.info_nce_op import BACKWARD, FORWARD
-from embedfuse.ops.info_nce_statistics import NOTHING, Columns, Statistics, statistics
+from embedfuse.ops.info_nce_statistics import NOTHING, Columns, Statistics, reads_again, statistics
 
+# What has to be the same on all ranks; _RAISED stands for each on one that raised.
+_FACTS = ("rows", "width", "dtype", "ids", "guide width", "guide dtype", "gradient", "backward")
+_RAISED = -1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,27 +41,50 @@ class _Ranks:
         distributed.all_gather(list(whole), part.detach().contiguous(), group=self.group)
         return whole.flatten(0, 1)
 
-    def check(self, y: Tensor, columns: Columns) -> None:
-        """Raises on all ranks where one has another shape: they would wait for each other or mix up rows."""
+    def tell_of_error(self, device: torch.device) -> None:
+        """Has the other ranks raise in their next `check`, where they would wait for this one."""
+        self._facts_of_all([_RAISED] * len(_FACTS), device)
+
+    def check(self, y: Tensor, columns: Columns, goes_round_again: bool = False) -> None:
+        """Raises on all ranks where one raised, or has another shape: they would wait for each other or mix
+        up rows."""
         guide = columns.guide_y
-        mine = {
-            "rows": len(y),
-            "width": y.shape[1],
-            "dtype": DTYPES.index(y.dtype),
-            "ids": int(columns.y_keys is not None),
-            "guide width": 0 if guide is None else guide.shape[1],
-            "guide dtype": 0 if guide is None else DTYPES.index(guide.dtype),
-            "gradient": int(y.requires_grad and torch.is_grad_enabled()),
-        }
-        every = self.gather(torch.tensor([list(mine.values())], device=y.device)).tolist()
+        mine = (
+            len(y),
+            y.shape[1],
+            DTYPES.index(y.dtype),
+            int(columns.y_keys is not None),
+            0 if guide is None else guide.shape[1],
+            0 if guide is None else DTYPES.index(guide.dtype),
+            int(y.requires_grad and torch.is_grad_enabled()),
+            int(goes_round_again),
+        )
+        every = self._facts_of_all(mine, y.device)
         for rank, other in enumerate(every):
-            for (name, value), its in zip(mine.items(), other, strict=True):
+            if other[0] == _RAISED:
+                raise ValueError(f"across: rank {rank} raised, and says why")
+        for rank, other in enumerate(every):
+            for name, value, its in zip(_FACTS, mine, other, strict=True):
                 if its != value:
                     its, value = (DTYPES[v] if name.endswith("dtype") else v for v in (its, value))
                     raise ValueError(
                         f"pool: {name} {its} on rank {rank}, {value} on rank {self.rank}; accepted is one "
                         "number of rows, width, dtype, kind of ops.Rows and need of a gradient on all ranks"
                     )
+
+    def _facts_of_all(self, mine: Sequence[int], device: torch.device) -> list[list[int]]:
+        return self.gather(torch.tensor([mine], device=device)).tolist()
+
+
+@contextlib.contextmanager
+def agreed(across: _Ranks | None, device: torch.device) -> Iterator[None]:
+    """Around checks before `statistics` that one rank may fail alone: the others then raise there."""
+    try:
+        yield
+    except Exception:
+        if across is not None and distributed.is_initialized():
+            across.tell_of_error(device)
+        raise
 
 
 class AllGather(_Ranks):
@@ -113,7 +140,7 @@ class Ring(_Ranks):
     def statistics(
         self, x: Tensor, y: Tensor, scale: Tensor, columns: Columns = NOTHING, **settings
     ) -> Statistics:
-        self.check(y, columns)
+        self.check(y, columns, reads_again(x, y, scale, **settings))
         return statistics(x, y, scale, columns, passes=(self._forward, self._backward), **settings)
 
     def _forward(self, x, y, *inputs):

@@ -77,6 +77,21 @@ def statistics(
     )
 
 
+def takes_mean(for_x: bool, for_y: bool, for_scale: bool, total: bool) -> bool:
+    """Whether the first pass prepares the gradient of x: of a frozen y, such as a bank, that is a weighted
+    mean of y's rows."""
+    return (for_x or for_scale) and not (for_y or total)
+
+
+def reads_again(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None = None, total: bool = False, **_
+) -> bool:
+    """Whether the backward pass of `statistics` will go through y."""
+    inputs = [x, y, scale, *([] if bias is None else [bias])]
+    needs = [t.requires_grad and torch.is_grad_enabled() for t in inputs]
+    return any(needs) and not takes_mean(*needs[:3], total)
+
+
 def statistics_of_each(
     x: Tensor,
     y: Tensor,
@@ -176,9 +191,7 @@ class _Statistics(torch.autograd.Function):
         own = columns[0]
         scores = scale.new_zeros(len(x)) if own is None else own_scores(x, y, own)
         inputs = (x, y, scale + hardness, bias, *columns, sigmoid)
-        # A frozen y, such as a bank: what the gradient of x needs is a weighted mean of y's rows.
-        wants_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        mean = wants_x and not (ctx.needs_input_grad[1] or total)
+        mean = takes_mean(*ctx.needs_input_grad[:3], total)
         statistic, sums, count, rows = passes[0](*inputs, mean)
         # A bank that is not read again may be written to before the backward pass.
         kept = (None, own, *[None] * 6) if mean else (y, *columns)
