@@ -48,9 +48,8 @@ class Prefix:
 
     def release(self) -> None:
         """Let other streams read, once the current one has written."""
-        key, _ = self.layers[0]
-        if key.is_cuda:
-            stream = torch.cuda.current_stream(key.device)
+        if self.layers and self.layers[0][0].is_cuda:
+            stream = torch.cuda.current_stream(self.layers[0][0].device)
             self.written = stream, stream.record_event()
 
     def acquire(self) -> None:
