@@ -28,7 +28,8 @@ PARTS = 2**22
 def block(b_n: int) -> dict:
     """128 rows and b_n columns; with 64, 128, 256 of them 43, 64, 85 operations per byte that is read.
 
-    Defaults are the largest without spills on sm_80, sm_90 and sm_100, by Triton 3.6 and 3.9; not measured.
+    Defaults are the largest without spills on sm_80 and sm_90 by Triton 3.6 and 3.9, on sm_100 by 3.9; not
+    measured.
     """
     return {"B_Q": 128, "B_N": b_n, "B_D": 64, "num_warps": 8, "num_stages": 3}
 
