@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "cpu/cu_seqlens.h"
@@ -11,6 +12,7 @@
 #include "cpu/lexical.h"
 #include "cpu/pool_normalize_common.h"
 #include "embedfuse/parallel.h"
+#include "bindings/watch.h"
 
 namespace py = pybind11;
 using namespace embedfuse;
@@ -50,11 +52,17 @@ void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int6
   cpu_kernels().pool_normalize(args, (float*)scratch);
 }
 
-void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, int dtype, int64_t rows, int64_t columns,
-            int64_t depth, int64_t x_stride, uintptr_t out, bool few_rows) {
-  const LinearArgs args{
-      (const void*)x, (const void*)weight, (const void*)bias, dtype, rows, columns, depth,
-      x_stride,       (void*)out};
+void linear(uintptr_t x, const std::vector<std::array<uintptr_t, 3>>& weights, int dtype,
+            int64_t rows, int64_t depth, int64_t x_stride, uintptr_t out, bool few_rows) {
+  std::vector<LinearPart> parts;
+  int64_t columns = 0;
+  for (const auto& [weight, bias, n] : weights) {
+    parts.push_back({(const void*)weight, (const void*)bias, int64_t(n), columns});
+    columns += int64_t(n);
+  }
+  const LinearArgs args{(const void*)x, parts.data(), int64_t(parts.size()),
+                        dtype,          rows,         columns,
+                        depth,          x_stride,     (void*)out};
   if (few_rows) return cpu_kernels().linear_few_rows(args);
   // Kept from call to call (a few MB): pages that are new each time cost as much as the arithmetic.
   static thread_local std::vector<float> scratch;
@@ -341,6 +349,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("silu_mul", &silu_mul, py::call_guard<py::gil_scoped_release>());
   m.def("info_nce_update", &info_nce_update, py::call_guard<py::gil_scoped_release>());
   m.def("info_nce_gradient", &info_nce_gradient, py::call_guard<py::gil_scoped_release>());
+  m.def("unchanged", &unchanged);
   m.def("set_thread_pool", &set_thread_pool);
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);

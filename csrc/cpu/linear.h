@@ -1,4 +1,5 @@
-// out = x weight^T + bias, with the weight read as the model holds it.
+// out = x weight^T + bias for one or several weights, their results side by side; each weight is read as the
+// model holds it.
 //
 // Other GEMMs rearrange the weight, at every call or once into a copy; here x is rearranged, which is
 // small: kBlockRows rows at a time, so that a register holds one unit (linear_units.h) of Vec::N rows.
@@ -73,10 +74,10 @@ void multiply_tile(const typename U::Element* const weight[kTileColumns], const 
   }
 }
 
-// Result columns [column, column + columns) of `rows` rows, columns <= Vec::N.
+// Columns [column, column + columns) of a part's result for `rows` rows, columns <= Vec::N.
 template <class U, int VECS>
-void linear_block(const LinearArgs& a, const float* packed, int64_t row, int64_t rows,
-                  int64_t column, int columns) {
+void linear_block(const LinearArgs& a, const LinearPart& part, const float* packed, int64_t row,
+                  int64_t rows, int64_t column, int columns) {
   using T = typename U::Element;
   const int64_t units = a.depth / U::kPerUnit;
   float sums[Vec::N * kBlockRows];
@@ -84,13 +85,13 @@ void linear_block(const LinearArgs& a, const float* packed, int64_t row, int64_t
     const T* weight[kTileColumns];  // past the last column, the last one again
     for (int m = 0; m < kTileColumns; ++m) {
       const int c = half + m < columns ? half + m : columns - 1;
-      weight[m] = (const T*)a.weight + (column + c) * a.depth;
+      weight[m] = (const T*)part.weight + (column + c) * a.depth;
     }
     multiply_tile<U, VECS>(weight, packed, units, sums + half * kBlockRows);
   }
   float bias[Vec::N];
   for (int c = 0; c < Vec::N; ++c) {
-    bias[c] = a.bias && c < columns ? to_float(((const T*)a.bias)[column + c]) : 0.f;
+    bias[c] = part.bias && c < columns ? to_float(((const T*)part.bias)[column + c]) : 0.f;
   }
   for (int v = 0; v < VECS; ++v) {
     Vec square[Vec::N];
@@ -98,7 +99,7 @@ void linear_block(const LinearArgs& a, const float* packed, int64_t row, int64_t
     transpose(square);
     for (int r = 0; r < Vec::N && v * Vec::N + r < rows; ++r) {
       const Vec result = square[r] + Vec::load(bias);
-      T* out = (T*)a.out + (row + v * Vec::N + r) * a.columns + column;
+      T* out = (T*)a.out + (row + v * Vec::N + r) * a.columns + part.first + column;
       if (columns == Vec::N) {
         result.store(out);
       } else {
@@ -123,23 +124,29 @@ void linear_pack(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// Groups of Vec::N columns [begin, end) against all rows of the job.
+// A group is up to Vec::N columns of one part.
+inline int64_t groups_of(const LinearPart& part) { return (part.columns + Vec::N - 1) / Vec::N; }
+
+// Groups [begin, end), counted through all parts, against all rows of the job.
 template <class U>
-void linear_columns(int64_t begin, int64_t end, void* context) {
+void linear_groups(int64_t begin, int64_t end, void* context) {
   const LinearJob& job = *(const LinearJob*)context;
   const LinearArgs& a = job.a;
   const int64_t units = a.depth / U::kPerUnit;
-  for (int64_t column = begin * Vec::N; column < end * Vec::N && column < a.columns;
-       column += Vec::N) {
-    const int columns = a.columns - column < Vec::N ? int(a.columns - column) : Vec::N;
+  const LinearPart* part = a.parts;
+  int64_t first_group = 0;  // of the part
+  for (int64_t group = begin; group < end; ++group) {
+    while (group - first_group >= groups_of(*part)) first_group += groups_of(*part++);
+    const int64_t column = (group - first_group) * Vec::N, left = part->columns - column;
+    const int columns = left < Vec::N ? int(left) : Vec::N;
     for (int64_t first = 0; first < job.rows; first += kBlockRows) {
       const int64_t rows = job.rows - first < kBlockRows ? job.rows - first : kBlockRows;
       const float* packed = job.packed + first * units;
       const int64_t row = job.row + first;
-      if (rows > 2 * Vec::N) linear_block<U, 3>(a, packed, row, rows, column, columns);
+      if (rows > 2 * Vec::N) linear_block<U, 3>(a, *part, packed, row, rows, column, columns);
       if (rows > Vec::N && rows <= 2 * Vec::N)
-        linear_block<U, 2>(a, packed, row, rows, column, columns);
-      if (rows <= Vec::N) linear_block<U, 1>(a, packed, row, rows, column, columns);
+        linear_block<U, 2>(a, *part, packed, row, rows, column, columns);
+      if (rows <= Vec::N) linear_block<U, 1>(a, *part, packed, row, rows, column, columns);
     }
   }
 }
@@ -160,7 +167,9 @@ void linear_with(const LinearArgs& a, float* scratch) {
     LinearJob job{a, scratch, row, a.rows - row < step ? a.rows - row : step};
     parallel_for(0, (job.rows + kBlockRows - 1) / kBlockRows, 1, linear_pack<U>, &job);
     const int64_t grain = 65536 / (job.rows * a.depth + 1) + 1;
-    parallel_for(0, (a.columns + Vec::N - 1) / Vec::N, grain, linear_columns<U>, &job);
+    int64_t groups = 0;
+    for (int64_t p = 0; p < a.n_parts; ++p) groups += groups_of(a.parts[p]);
+    parallel_for(0, groups, grain, linear_groups<U>, &job);
   }
 }
 

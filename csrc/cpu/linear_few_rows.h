@@ -8,13 +8,14 @@
 constexpr int few_columns(int64_t rows) { return rows <= 6 ? 4 : int(24 / rows); }
 
 template <class U, int ROWS>
-void dot_tile(const LinearArgs& a, int64_t row, int64_t column, int columns) {
+void dot_tile(const LinearArgs& a, const LinearPart& part, int64_t row, int64_t column,
+              int columns) {
   using T = typename U::Element;
   constexpr int COLUMNS = few_columns(ROWS), kStep = Vec::N * U::kPerUnit;
   const T* x = (const T*)a.x + row * a.x_stride;
   const T* w[COLUMNS];  // past the last column, the last one again
   for (int c = 0; c < COLUMNS; ++c) {
-    w[c] = (const T*)a.weight + (column + (c < columns ? c : columns - 1)) * a.depth;
+    w[c] = (const T*)part.weight + (column + (c < columns ? c : columns - 1)) * a.depth;
   }
   Vec acc[ROWS][4];
   for (int r = 0; r < ROWS; ++r) {
@@ -36,20 +37,19 @@ void dot_tile(const LinearArgs& a, int64_t row, int64_t column, int columns) {
   for (int r = 0; r < ROWS; ++r) {
     float dot[4];
     sum4(acc[r], dot);
-    T* out = (T*)a.out + (row + r) * a.columns + column;
+    T* out = (T*)a.out + (row + r) * a.columns + part.first + column;
     for (int c = 0; c < columns; ++c) {
       for (int64_t t = k; t < a.depth; ++t)
         dot[c] += to_float(x[r * a.x_stride + t]) * to_float(w[c][t]);
-      if (a.bias) dot[c] += to_float(((const T*)a.bias)[column + c]);
+      if (part.bias) dot[c] += to_float(((const T*)part.bias)[column + c]);
       from_float(dot[c], out + c);
     }
   }
 }
 
-// Weight rows [begin, end) against all rows of x: up to 8 in one tile, more in tiles of at most 6.
+// Weight rows [begin, end) of a part against all rows of x: up to 8 in one tile, more in tiles of at most 6.
 template <class U>
-void dot_columns(int64_t begin, int64_t end, void* context) {
-  const LinearArgs& a = *(const LinearArgs*)context;
+void dot_part(const LinearArgs& a, const LinearPart& part, int64_t begin, int64_t end) {
   const int64_t tiles = a.rows <= 8 ? 1 : (a.rows + 5) / 6;
   const int step = tiles == 1 ? few_columns(a.rows) : 4;
   for (int64_t column = begin; column < end; column += step) {
@@ -57,16 +57,28 @@ void dot_columns(int64_t begin, int64_t end, void* context) {
     int64_t row = 0;
     for (int64_t left = tiles; left > 0; --left) {
       const int64_t rows = (a.rows - row + left - 1) / left;
-      if (rows == 1) dot_tile<U, 1>(a, row, column, columns);
-      if (rows == 2) dot_tile<U, 2>(a, row, column, columns);
-      if (rows == 3) dot_tile<U, 3>(a, row, column, columns);
-      if (rows == 4) dot_tile<U, 4>(a, row, column, columns);
-      if (rows == 5) dot_tile<U, 5>(a, row, column, columns);
-      if (rows == 6) dot_tile<U, 6>(a, row, column, columns);
-      if (rows == 7) dot_tile<U, 7>(a, row, column, columns);
-      if (rows == 8) dot_tile<U, 8>(a, row, column, columns);
+      if (rows == 1) dot_tile<U, 1>(a, part, row, column, columns);
+      if (rows == 2) dot_tile<U, 2>(a, part, row, column, columns);
+      if (rows == 3) dot_tile<U, 3>(a, part, row, column, columns);
+      if (rows == 4) dot_tile<U, 4>(a, part, row, column, columns);
+      if (rows == 5) dot_tile<U, 5>(a, part, row, column, columns);
+      if (rows == 6) dot_tile<U, 6>(a, part, row, column, columns);
+      if (rows == 7) dot_tile<U, 7>(a, part, row, column, columns);
+      if (rows == 8) dot_tile<U, 8>(a, part, row, column, columns);
       row += rows;
     }
+  }
+}
+
+// Columns [begin, end) of the result, whichever parts they belong to.
+template <class U>
+void dot_columns(int64_t begin, int64_t end, void* context) {
+  const LinearArgs& a = *(const LinearArgs*)context;
+  for (int64_t p = 0; p < a.n_parts; ++p) {
+    const LinearPart& part = a.parts[p];
+    const int64_t from = begin > part.first ? begin - part.first : 0;
+    const int64_t to = end - part.first < part.columns ? end - part.first : part.columns;
+    if (from < to) dot_part<U>(a, part, from, to);
   }
 }
 

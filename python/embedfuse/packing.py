@@ -114,15 +114,28 @@ def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], device="cpu").cumsum(0, dtype=torch.int32)
 
 
+class Irregular(ValueError):
+    """A batch whose tokens do not stand together in each row. reason: why, whatever the row."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attention_mask") -> Packed:
     """How to pack a (batch, length) batch; padding may stand on either side of each row.
 
     name: of the mask, in errors.
 
-    Raises ValueError for a mask of another shape, a row without tokens, or a row with a hole.
+    Raises Irregular, a ValueError, for ids that are no batch, a mask of another shape, a row without tokens,
+    or a row with a hole.
     """
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids: shape {tuple(input_ids.shape)}; accepted is (batch, length)")
+        shape = tuple(input_ids.shape)
+        raise Irregular(
+            f"input_ids has {len(shape)} dimensions",
+            f"input_ids: shape {shape}; accepted is (batch, length)",
+        )
     batch, length = input_ids.shape
     device = input_ids.device
     if attention_mask is None:
@@ -130,14 +143,18 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attentio
         keep, starts_padded = None, False
     else:
         if attention_mask.shape != input_ids.shape:
-            raise ValueError(
+            raise Irregular(
+                f"{name} has another shape than input_ids",
                 f"{name}: shape {tuple(attention_mask.shape)}; accepted is that of input_ids, "
-                f"{tuple(input_ids.shape)}"
+                f"{tuple(input_ids.shape)}",
             )
         keep = attention_mask.to(device) != 0
         lengths, starts_padded = _count(keep, name)
     if 0 in lengths:
-        raise ValueError(f"{name}: row {lengths.index(0)} has no token; every row needs one")
+        raise Irregular(
+            f"{name} leaves a row without tokens",
+            f"{name}: row {lengths.index(0)} has no token; every row needs one",
+        )
     index = None
     if sum(lengths) != batch * length:
         index = keep.flatten().nonzero().squeeze(1)
@@ -158,8 +175,8 @@ def _count(keep: Tensor, name: str) -> tuple[list[int], bool]:
     counts, stretches, first = torch.stack((keep.sum(1), begins.sum(1), keep[:, 0])).tolist()
     for row, n in enumerate(stretches):
         if n > 1:
-            raise ValueError(
-                f"{name}: row {row} has a hole (0 between ones); accepted is padding at the "
-                "ends. Masks with holes run on the unpatched model, or as a 4-D mask"
+            raise Irregular(
+                f"{name} has a hole, 0 between ones",
+                f"{name}: row {row} has a hole (0 between ones); accepted is padding at the ends",
             )
     return counts, 0 in first

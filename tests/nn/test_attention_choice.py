@@ -15,7 +15,6 @@ from embedfuse.nn import flash
 from embedfuse.nn.attention import KERNEL, SDPA, VARLEN, attention, choose, cuda_answers
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.nn.flash import FLASH_ATTENTION_3, TORCH_VARLEN
-from embedfuse.nn.linear import FusedLinear
 from embedfuse.ops.varlen_attention import varlen_attention
 from embedfuse.packing import unpadded
 from embedfuse.patching.packed_model import attention_in_force
@@ -276,5 +275,5 @@ def test_report_names_what_runs(gpu):
 
 def test_head_dim_of_an_encoder_layer():
     linear = torch.nn.Linear(24, 24)
-    layer = SimpleNamespace(qkv=FusedLinear((linear,) * 3), heads=3)
+    layer = SimpleNamespace(qkv=(linear,) * 3, heads=3)
     assert EncoderLayer.head_dim.fget(layer) == 8

@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaModel
 import embedfuse
 from embedfuse.nn import decoder, tower
 from embedfuse.nn.decoder import DecoderLayer, decode
-from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import unpadded
 
 HIDDEN, HEAD_DIM, MLP = 24, 6, 40
@@ -18,7 +17,7 @@ PACKED = unpadded(LENGTHS, torch.device("cpu"))
 LAST = PACKED.cu_seqlens[1:].long() - 1
 
 
-def make(fuse: bool = True):
+def make():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=10,
@@ -31,19 +30,16 @@ def make(fuse: bool = True):
     model = LlamaModel(config).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
-    return model, [read(i, block, fuse) for i, block in enumerate(model.layers)]
+    return model, [read(i, block) for i, block in enumerate(model.layers)]
 
 
-def read(index: int, block: nn.Module, fuse: bool) -> DecoderLayer:
+def read(index: int, block: nn.Module) -> DecoderLayer:
     attention, mlp = block.self_attn, block.mlp
-    qkv = FusedLinear((attention.q_proj, attention.k_proj, attention.v_proj))
-    gate_up = FusedLinear((mlp.gate_proj, mlp.up_proj))
-    assert not fuse or (qkv.fuse() and gate_up.fuse())
     return DecoderLayer(
         index=index,
         block=block,
         norm1=block.input_layernorm,
-        qkv=qkv,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         head_dim=HEAD_DIM,
         scale=attention.scaling,
         causal=True,
@@ -54,7 +50,7 @@ def read(index: int, block: nn.Module, fuse: bool) -> DecoderLayer:
         key_norm=None,
         out=attention.o_proj,
         norm2=block.post_attention_layernorm,
-        gate_up=gate_up,
+        gate_up=(mlp.gate_proj, mlp.up_proj),
         activation=mlp.act_fn,
         down=mlp.down_proj,
     )
@@ -76,12 +72,11 @@ def x():
 
 
 @pytest.mark.parametrize("backend", ["chosen", "reference"])
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("step", [2048, 10])
-def test_states_are_those_of_transformers(x, monkeypatch, step, grad, fuse, backend):
+def test_states_are_those_of_transformers(x, monkeypatch, step, grad, backend):
     monkeypatch.setattr(tower, "STEP_TOKENS", step)
-    model, layers = make(fuse)
+    model, layers = make()
     expected = by_transformers(model, x)
     with torch.set_grad_enabled(grad):
         if backend == "chosen":
@@ -99,19 +94,20 @@ def test_the_last_layer_computes_keys_and_values_for_all_tokens_and_the_rest_for
     model, layers = make()
     rows, tokens = len(LENGTHS), sum(LENGTHS)
     seen = []
-    linear, call = decoder.linear, FusedLinear.__call__
+    linear, linears = decoder.linear, decoder.linears
 
     def noted_linear(module, x, plain):
         seen.append((module.out_features, len(x)))
         return linear(module, x, plain)
 
-    def noted_call(self, x, plain):
-        seen.append((sum(m.out_features for m in self.linears), len(x)))
-        return call(self, x, plain)
+    def noted_linears(modules, x, plain):
+        seen.append((sum(m.out_features for m in modules), len(x)))
+        return linears(modules, x, plain)
 
     monkeypatch.setattr(decoder, "linear", noted_linear)
     monkeypatch.setattr(tower, "linear", noted_linear)
-    monkeypatch.setattr(FusedLinear, "__call__", noted_call)
+    monkeypatch.setattr(decoder, "linears", noted_linears)
+    monkeypatch.setattr(tower, "linears", noted_linears)
     with torch.no_grad():
         by_tower(model, layers, x, LAST)
     whole = [(n, tokens) for n in (2 * HIDDEN, HIDDEN, 2 * MLP, HIDDEN)]

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 import embedfuse
 from embedfuse.nn import encoder, tower
 from embedfuse.nn.encoder import EncoderLayer, encode
-from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import unpadded
 
 HIDDEN, HEADS, MLP = 24, 3, 40
@@ -18,7 +17,7 @@ FIRST = PACKED.cu_seqlens[:-1].long()
 LAST = PACKED.cu_seqlens[1:].long() - 1
 
 
-def make(layers: int = 3, fuse: bool = True):
+def make(layers: int = 3):
     """torch's encoder layers, and ours on the same values."""
     torch.manual_seed(0)
     originals = [
@@ -28,10 +27,10 @@ def make(layers: int = 3, fuse: bool = True):
     for layer in originals:
         for p in layer.parameters():
             nn.init.normal_(p, std=0.3)
-    return originals, [read(layer, fuse) for layer in originals]
+    return originals, [read(layer) for layer in originals]
 
 
-def read(layer: nn.TransformerEncoderLayer, fuse: bool) -> EncoderLayer:
+def read(layer: nn.TransformerEncoderLayer) -> EncoderLayer:
     attention = layer.self_attn
     projections = []
     for weight, bias in zip(
@@ -40,15 +39,13 @@ def read(layer: nn.TransformerEncoderLayer, fuse: bool) -> EncoderLayer:
         linear = nn.Linear(HIDDEN, HIDDEN)
         linear.load_state_dict({"weight": weight, "bias": bias})
         projections.append(linear)
-    qkv = FusedLinear(tuple(projections))
-    assert not fuse or qkv.fuse()
     out = nn.Linear(HIDDEN, HIDDEN)  # the original's is a subclass of nn.Linear
     out.load_state_dict(attention.out_proj.state_dict())
     block = nn.Module().eval()
     block.dropout = nn.Dropout(0.1).eval()
     return EncoderLayer(
         block=block,
-        qkv=qkv,
+        qkv=tuple(projections),
         heads=HEADS,
         scale=(HIDDEN // HEADS) ** -0.5,
         attention=block,
@@ -84,10 +81,9 @@ def steps(request, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["chosen", "reference"])
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_states_are_those_of_torch(x, steps, grad, fuse, backend):
-    originals, layers = make(fuse=fuse)
+def test_states_are_those_of_torch(x, steps, grad, backend):
+    originals, layers = make()
     expected = by_torch(originals, x)
     with torch.set_grad_enabled(grad):
         if backend == "chosen":
@@ -99,10 +95,9 @@ def test_states_are_those_of_torch(x, steps, grad, fuse, backend):
 
 
 @pytest.mark.parametrize("rows", [FIRST, LAST], ids=["first", "last"])
-@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_one_row_of_each_sequence(x, steps, grad, fuse, rows):
-    originals, layers = make(fuse=fuse)
+def test_one_row_of_each_sequence(x, steps, grad, rows):
+    originals, layers = make()
     with torch.set_grad_enabled(grad):
         found = encode(layers, x, PACKED, rows)
     assert found.shape == (len(LENGTHS), HIDDEN)
@@ -110,7 +105,7 @@ def test_one_row_of_each_sequence(x, steps, grad, fuse, rows):
 
 
 def parameters_of(layer):
-    modules = (*layer.qkv.linears, layer.out, layer.norm1, layer.up, layer.down, layer.norm2)
+    modules = (*layer.qkv, layer.out, layer.norm1, layer.up, layer.down, layer.norm2)
     return [p for module in modules for p in module.parameters()]
 
 
@@ -130,19 +125,19 @@ def test_the_last_layer_computes_keys_and_values_for_all_tokens_and_the_rest_for
     _, layers = make(layers=2)
     rows, tokens = len(LENGTHS), sum(LENGTHS)
     seen = []
-    linear, call = encoder.linear, FusedLinear.__call__
+    linear, linears = encoder.linear, tower.linears
 
     def noted_linear(module, x, plain):
         seen.append((module.out_features, len(x)))
         return linear(module, x, plain)
 
-    def noted_call(self, x, plain):
-        seen.append((sum(m.out_features for m in self.linears), len(x)))
-        return call(self, x, plain)
+    def noted_linears(modules, x, plain):
+        seen.append((sum(m.out_features for m in modules), len(x)))
+        return linears(modules, x, plain)
 
     monkeypatch.setattr(encoder, "linear", noted_linear)
     monkeypatch.setattr(tower, "linear", noted_linear)
-    monkeypatch.setattr(FusedLinear, "__call__", noted_call)
+    monkeypatch.setattr(tower, "linears", noted_linears)
     with torch.no_grad():
         encode(layers, x, PACKED, FIRST)
     whole = [(3 * HIDDEN, tokens), (HIDDEN, tokens), (MLP, tokens), (HIDDEN, tokens)]

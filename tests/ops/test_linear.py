@@ -25,7 +25,7 @@ def test_values_by_hand(backend):
 @pytest.mark.parametrize("rows", range(1, 25))
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_every_tile_height_on_several_threads(backend, rows, dtype):
-    args = (tensor(rows, 301, dtype=dtype), tensor(1001, 301, dtype=dtype, seed=1), None)
+    args = (tensor(rows, 301, dtype=dtype), [tensor(1001, 301, dtype=dtype, seed=1)], [None])
     numerics.assert_close_to_reference(OP, args, backend)
 
 
@@ -35,7 +35,7 @@ def test_every_tile_height_on_several_threads(backend, rows, dtype):
 @pytest.mark.parametrize("depth", [300, 301])
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_blocks_of_rows_on_several_threads(backend, rows, depth, dtype):
-    args = (tensor(rows, depth, dtype=dtype), tensor(1001, depth, dtype=dtype, seed=1), None)
+    args = (tensor(rows, depth, dtype=dtype), [tensor(1001, depth, dtype=dtype, seed=1)], [None])
     numerics.assert_close_to_reference(OP, args, backend)
 
 
@@ -43,21 +43,36 @@ def test_blocks_of_rows_on_several_threads(backend, rows, depth, dtype):
 @pytest.mark.parametrize("depth", [0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 255, 256, 257, 512, 514])
 @pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
 def test_depths_around_a_register_and_a_stretch_of_sums(backend, rows, depth, dtype):
-    shapes = ((rows, depth), (9, depth), (9,))
-    args = tuple(tensor(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    shapes = ((rows, depth), (9, depth), (4, depth))
+    x, *weights = (tensor(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    args = (x, weights, [tensor(9, dtype=dtype, seed=4), None])
     numerics.assert_close_to_reference(OP, args, backend)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 33])
 def test_columns_around_a_tile(backend, columns):
-    args = (tensor(30, 40), tensor(columns, 40, seed=1), tensor(columns, seed=2))
+    args = (tensor(30, 40), [tensor(columns, 40, seed=1)], [tensor(columns, seed=2)])
     numerics.assert_close_to_reference(OP, args, backend)
 
 
 def test_rows_that_are_rearranged_in_several_passes(backend):
     # 8,192 columns of x: about 130 rows at a time.
-    args = (tensor(300, 8192), tensor(20, 8192, seed=1), tensor(20, seed=2))
+    args = (tensor(300, 8192), [tensor(20, 8192, seed=1)], [tensor(20, seed=2)])
     numerics.assert_close_to_reference(OP, args, backend)
+
+
+# Few rows and many; one thread's columns end within a weight.
+@pytest.mark.parametrize("rows", [3, 9, 40])
+@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+def test_several_weights_side_by_side(backend, rows, dtype):
+    columns = (300, 1, 0, 701, 33)
+    weights = [tensor(n, 70, dtype=dtype, seed=i) for i, n in enumerate(columns)]
+    biases = [None if i == 3 else tensor(n, dtype=dtype, seed=9) for i, n in enumerate(columns)]
+    x = tensor(rows, 70, dtype=dtype)
+    numerics.assert_close_to_reference(OP, (x, weights, biases), backend)
+    parts = [linear(x, *part) for part in zip(weights, biases, strict=True)]
+    assert torch.equal(linear(x, weights, biases), torch.cat(parts, 1))
+    assert torch.equal(linear(x, weights), torch.cat([linear(x, w) for w in weights], 1))
 
 
 def test_strided_inputs(backend):
@@ -114,6 +129,9 @@ def test_nan_and_infinity_stay_in_their_row(backend):
             "bias: torch.float32 on meta",
             (torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, device="meta")),
         ),
+        ("weight: 2 of them, bias: 1", (torch.ones(2, 3), [torch.ones(4, 3)] * 2, torch.ones(4))),
+        ("weight: 0 of them, bias: 0", (torch.ones(2, 3), [])),
+        (r"weight: shape \(4, 5\)", (torch.ones(2, 3), [torch.ones(4, 3), torch.ones(4, 5)])),
     ],
 )
 def test_errors_name_the_argument(backend, text, args):

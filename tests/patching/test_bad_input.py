@@ -46,34 +46,58 @@ def test_half_loaded(model):
     assert not hasattr(model, "_embedfuse")
 
 
-BAD_MASKS = {
-    "shape": (torch.ones(2, 4), r"attention_mask: shape \(2, 4\); accepted .*\(2, 5\)"),
-    "zero row": (torch.tensor([[1, 1, 1, 1, 1], [0] * 5]), "attention_mask: row 1 has no token"),
-    "hole": (torch.tensor([[1, 0, 1, 1, 1], [1] * 5]), "attention_mask: row 0 has a hole"),
+IDS = torch.tensor([[7, 8, 9, 10, 11], [12, 13, 14, 15, 16]])
+# Mask, the error of `embed`, the reason in the report.
+IRREGULAR = {
+    "shape": (
+        torch.ones(1, 5, dtype=torch.long),
+        r"attention_mask: shape \(1, 5\); accepted .*\(2, 5\)",
+        "attention_mask has another shape than input_ids",
+    ),
+    "zero row": (
+        torch.tensor([[1, 1, 1, 1, 0], [0] * 5]),
+        "attention_mask: row 1 has no token",
+        "attention_mask leaves a row without tokens",
+    ),
+    "hole": (
+        torch.tensor([[1, 0, 1, 1, 1], [1] * 5]),
+        "attention_mask: row 0 has a hole",
+        "attention_mask has a hole, 0 between ones",
+    ),
     "hole behind left padding": (
         torch.tensor([[1] * 5, [0, 1, 0, 1, 0]]),
         "attention_mask: row 1 has a hole",
+        "attention_mask has a hole, 0 between ones",
     ),
 }
 
 
-@pytest.mark.parametrize("case", BAD_MASKS)
-def test_masks(model, case):
-    mask, message = BAD_MASKS[case]
-    ids = torch.full((2, 5), 7)
-    with pytest.raises(ValueError, match=message):
-        embedfuse.embed(model, ids, mask, pooling="mean")  # unpatched
-    embedfuse.patch(model)
-    with pytest.raises(ValueError, match=message):
-        model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match=message):
-        embedfuse.embed(model, ids, mask, pooling="mean")
+@pytest.mark.parametrize("case", IRREGULAR)
+def test_masks_of_another_kind_run_on_the_original(model, case):
+    mask, message, reason = IRREGULAR[case]
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).last_hidden_state
+        with pytest.raises(ValueError, match=message):
+            embedfuse.embed(model, IDS, mask, pooling="mean")
+    report = embedfuse.patch(model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS, attention_mask=mask).last_hidden_state, expected)
+        with pytest.raises(ValueError, match=message):
+            embedfuse.embed(model, IDS, mask, pooling="mean")
+    assert report.original_calls[reason] >= 1
 
 
-def test_no_columns(model):
+@pytest.mark.parametrize(
+    "call",
+    [{"input_ids": torch.ones(3, dtype=torch.long)}, {"input_ids": torch.empty(2, 0).long()}],
+)
+def test_ids_that_are_no_batch_give_the_originals_error(model, call):
+    with pytest.raises(Exception) as expected:
+        model(**call)
     embedfuse.patch(model)
-    with pytest.raises(ValueError, match="attention_mask: row 0 has no token"):
-        model(torch.empty(2, 0, dtype=torch.long))
+    with pytest.raises(expected.type) as found:
+        model(**call)
+    assert str(found.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("token", [VOCABULARY, -1])
@@ -106,12 +130,6 @@ def test_embed_takes_no_wrapper():
     model = st.SentenceTransformer(str(path), device="cpu")
     with pytest.raises(TypeError, match="model: SentenceTransformer; accepted are transformers"):
         embedfuse.embed(model, torch.ones(1, 3, dtype=torch.long), pooling="mean")
-
-
-def test_input_ids_of_one_dimension(model):
-    embedfuse.patch(model)
-    with pytest.raises(ValueError, match=r"input_ids: shape \(3,\); accepted is \(batch, length\)"):
-        model(torch.ones(3, dtype=torch.long))
 
 
 def test_backend_that_is_not_there(model):

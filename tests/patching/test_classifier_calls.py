@@ -110,9 +110,6 @@ def test_a_head_of_somebody_elses_reads_what_it_did(model):
 def test_bad_input(model):
     embedfuse.patch(model)
     ids = torch.full((2, 5), 7)
-    hole = torch.tensor([[1, 0, 1, 1, 1], [1] * 5])
-    with pytest.raises(ValueError, match="attention_mask: row 0 has a hole"):
-        model(ids, attention_mask=hole)
     with pytest.raises(IndexError, match="input_ids: token 999; accepted are 0 to 210"):
         model(ids + 992)
     with pytest.raises(ValueError, match=r"input_ids: length 80 .* table ends at 69"):

@@ -85,11 +85,7 @@ def test_states(model, lengths, side):
 
 def test_report(model):
     report = embedfuse.patch(model)
-    assert report.fused == [
-        "3 layers without padding",
-        "3 QKV projections as one GEMM",
-        "3 gate and up projections as one GEMM",
-    ]
+    assert report.fused == ["3 layers without padding"]
     assert report.refused == {}
     assert report.memory_bytes == 0
 

@@ -159,7 +159,7 @@ def test_adapters_over_their_base(tmp_path):
         embedder = Embedder(str(folder), device="cpu")
         found = embedder.encode_queries(ALL, "Do this:")
         assert_rules(found, rules, "Do this:", ALL)
-        assert "2 QKV projections as one GEMM" in embedder.report.fused
+        assert "2 layers without padding" in embedder.report.fused
         vectors.append(found.dense)
     assert np.abs(vectors[0] - vectors[1]).max() > 0.1
 

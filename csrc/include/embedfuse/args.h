@@ -24,13 +24,20 @@ struct PoolNormalizeArgs {
   float* norm;  // (batch)
 };
 
-// out = x weight^T + bias; all of one dtype, weight (columns, depth).
-struct LinearArgs {
-  const void* x;
+// out = x weight^T + bias of each part, side by side; all of one dtype, weight (columns, depth).
+struct LinearPart {
   const void* weight;
   const void* bias;  // or null
+  int64_t columns;
+  int64_t first;  // its first column of the result
+};
+
+struct LinearArgs {
+  const void* x;
+  const LinearPart* parts;
+  int64_t n_parts;
   int dtype;
-  int64_t rows, columns, depth;
+  int64_t rows, columns, depth;  // columns: of all parts together
   int64_t x_stride;
   void* out;  // (rows, columns)
 };

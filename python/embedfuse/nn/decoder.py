@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
-from embedfuse.nn.linear import FusedLinear, is_plain, linear
+from embedfuse.nn.linear import is_plain, linear, linears
 from embedfuse.nn.prefixes import Step
 from embedfuse.nn.tower import alike, checkpointed, project, steps
 from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
@@ -30,7 +30,7 @@ class DecoderLayer:
     index: int
     block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
     norm1: nn.Module
-    qkv: FusedLinear  # of query, key and value
+    qkv: tuple[nn.Module, nn.Module, nn.Module]  # of query, key and value
     head_dim: int
     scale: float
     causal: bool
@@ -41,13 +41,9 @@ class DecoderLayer:
     key_norm: nn.Module | None
     out: nn.Module
     norm2: nn.Module
-    gate_up: FusedLinear
+    gate_up: tuple[nn.Module, nn.Module]
     activation: nn.Module
     down: nn.Module
-
-    @property
-    def projections(self) -> dict[str, FusedLinear]:
-        return {"QKV": self.qkv, "gate and up": self.gate_up}
 
     def __call__(
         self,
@@ -70,7 +66,7 @@ class DecoderLayer:
         if rows is not None:
             residual = residual[rows]
         x, residual = add_norm(self.norm2, linear(self.out, y, plain), residual, plain)
-        gate, up = self.gate_up(x, plain)
+        gate, up = linears(self.gate_up, x, plain)
         return linear(self.down, activate(self.activation, gate, up, plain), plain), residual
 
     def attend(
@@ -88,7 +84,7 @@ class DecoderLayer:
         queries, at_query = None if shared is None else shared.queries, (cos, sin)
         if rows is not None:
             queries, at_query = one_each(len(rows), x.device), (cos[rows], sin[rows])
-        to_query, to_key, _ = self.qkv.linears
+        to_query, to_key, _ = self.qkv
         query = turn(to_query, self.query_norm, query, *at_query, plain)
         key = turn(to_key, self.key_norm, key, cos, sin, plain)
         if shared is not None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
-from embedfuse.nn.linear import FusedLinear, is_plain, linear
+from embedfuse.nn.linear import is_plain, linear
 from embedfuse.nn.tower import alike, checkpointed, project, steps
 from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
 from embedfuse.packing import Packed, one_each
@@ -23,7 +23,7 @@ class EncoderLayer:
     """
 
     block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
-    qkv: FusedLinear  # of query, key and value
+    qkv: tuple[nn.Module, nn.Module, nn.Module]  # of query, key and value
     heads: int
     scale: float
     attention: nn.Module  # its training flag and its dropout's rate
@@ -37,12 +37,8 @@ class EncoderLayer:
     norm2: nn.Module
 
     @property
-    def projections(self) -> dict[str, FusedLinear]:
-        return {"QKV": self.qkv}
-
-    @property
     def head_dim(self) -> int:
-        return self.qkv.linears[0].out_features // self.heads
+        return self.qkv[0].out_features // self.heads
 
     def __call__(
         self, x: Tensor, packed: Packed, plain: bool, rows: Tensor | None = None

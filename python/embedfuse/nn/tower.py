@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from embedfuse.nn.linear import FusedLinear, is_plain, linear
+from embedfuse.nn.linear import is_plain, linear, linears
 from embedfuse.packing import Packed
 
 # Bounds the activations of a large batch on the CPU. Speed hardly depends on it: 1,024 to all tokens
@@ -34,13 +34,13 @@ def steps(
 
 
 def project(
-    qkv: FusedLinear, x: Tensor, rows: Tensor | None, plain: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: tuple[nn.Module, ...], x: Tensor, rows: Tensor | None, plain: bool
+) -> tuple[Tensor, ...]:
     """Query, key and value of x (tokens, hidden); with `rows`, the query of these tokens alone."""
     if rows is None:
-        return qkv(x, plain)
-    to_query, *to_key_value = qkv.linears
-    key, value = FusedLinear(tuple(to_key_value))(x, plain)
+        return linears(qkv, x, plain)
+    to_query, *to_key_value = qkv
+    key, value = linears(tuple(to_key_value), x, plain)
     return linear(to_query, x[rows], plain), key, value
 
 

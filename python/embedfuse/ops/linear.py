@@ -1,6 +1,7 @@
-"""Linear layer on the CPU that reads the model's own weight: nothing is prepacked, nothing can be stale."""
+"""Linear layers on the CPU that read the model's own weights: nothing is prepacked, nothing can be stale."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from embedfuse import native
 from embedfuse.registry import Cost, Op
 
-OP = Op("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+# Several weights are read where they lie: x is rearranged once for all, and one set of threads serves them.
+OP = Op("linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
 
 # Up to this many rows the result is computed as dot products along the weight's rows, above in tiles
 # (csrc/cpu/linear_few_rows.h and linear.h). They cross between 20 and 32 rows in fp32 and bf16, for
@@ -36,13 +38,40 @@ def most_rows(dtype: torch.dtype) -> float:
     return FEW_ROWS if dtype == torch.bfloat16 and amx else float("inf")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x weight^T + bias, like torch.nn.functional.linear.
+def linear(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """y = x weight^T + bias, like torch.nn.functional.linear; of several weights, their results side by side.
 
-    x: (rows, depth). weight: (columns, depth). bias: (columns,) or None. All of one dtype; sums are fp32.
-    Returns (rows, columns). No gradient: for inference.
-    Raises ValueError for shapes, dtypes or devices that do not fit, RuntimeError where a gradient is due.
+    x: (rows, depth). weight: (columns, depth), or several of them. bias: (columns,) or None; one for each
+    weight where there are several, or None. All of one dtype; sums are fp32.
+    Returns (rows, columns of all). No gradient: for inference.
+    Raises ValueError for shapes, dtypes, devices or numbers that do not fit, RuntimeError where a gradient is
+    due.
     """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    biases = [bias] * len(weights) if bias is None else [bias]
+    if isinstance(bias, (list, tuple)):
+        biases = list(bias)
+    if not weights or len(biases) != len(weights):
+        raise ValueError(
+            f"weight: {len(weights)} of them, bias: {len(biases)}; accepted are as many of both, from 1 on"
+        )
+    for w, b in zip(weights, biases, strict=True):
+        _check(x, w, b)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights, *biases)
+    ):
+        raise RuntimeError(
+            "x, weight, bias: one requires a gradient, which linear has not; "
+            "call it under torch.no_grad()"
+        )
+    return OP(x, weights, biases)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x: shape {tuple(x.shape)}, weight: shape {tuple(weight.shape)}; "
@@ -55,43 +84,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             raise ValueError(
                 f"{name}: {tensor.dtype} on {tensor.device}; accepted is that of x, {x.dtype} on {x.device}"
             )
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    ):
-        raise RuntimeError(
-            "x, weight, bias: one requires a gradient, which linear has not; "
-            "call it under torch.no_grad()"
-        )
-    return OP(x, weight, bias)
 
 
 @OP.reference
-def _(x, weight, bias):
-    return torch.nn.functional.linear(x, weight, bias)
+def _(x, weights, biases):
+    parts = [torch.nn.functional.linear(x, *part) for part in zip(weights, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @OP.fake
-def _(x, weight, bias):
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x, weights, biases):
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
 
 def _load_cpp():
     kernel = native.cpu().linear
 
-    def run(x, weight, bias):
+    def run(x, weights, biases):
         if x.stride(-1) != 1:
             x = x.contiguous()
-        weight = weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
+        # Held until the kernel has run, where they are copies.
+        weights = [weight.contiguous() for weight in weights]
+        biases = [None if bias is None else bias.contiguous() for bias in biases]
         rows, depth = x.shape
-        out = x.new_empty(rows, weight.shape[0])
+        parts = [
+            (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), len(weight))
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+        out = x.new_empty(rows, sum(columns for _, _, columns in parts))
         kernel(
             x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            parts,
             native.DTYPES[x.dtype],
             rows,
-            weight.shape[0],
             depth,
             x.stride(0),
             out.data_ptr(),
@@ -112,29 +137,35 @@ def _(device, dtype, size):
     def tensor(*shape):
         return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype)
 
+    def sample(rows, depth, *columns):
+        return (
+            tensor(rows, depth),
+            [tensor(n, depth) for n in columns],
+            [tensor(n) for n in columns],
+        )
+
     if size == "bench":
-        return [(tensor(rows, 1024), tensor(4096, 1024), tensor(4096)) for rows in (1, 8, 64, 1024)]
-    shapes = (
-        *((1, 37, 5), (7, 64, 130), (16, 384, 33), (3, 8, 1), (0, 16, 4)),  # rows, depth, columns
+        single = [sample(rows, 1024, 4096) for rows in (1, 8, 64, 1024)]
+        return [*single, *(sample(rows, 1024, 1024, 1024, 1024) for rows in (8, 1024))]
+    shapes = (  # rows, depth, columns of each weight
+        *((1, 37, 5), (7, 64, 130), (16, 384, 33), (3, 8, 1), (0, 16, 4)),
         *((17, 64, 16), (48, 70, 50), (49, 33, 64), (130, 1030, 70), (600, 1024, 40)),
+        *((3, 40, 70, 1, 33), (9, 64, 16, 16, 16), (30, 33, 5, 40, 17), (100, 70, 33, 0, 9)),
     )
-    samples = [
-        (tensor(rows, depth), tensor(columns, depth), tensor(columns))
-        for rows, depth, columns in shapes
-    ]
+    samples = [sample(*shape) for shape in shapes]
     wide = tensor(50, 100)
-    samples.append((wide[:, 20:60], tensor(6, 40), None))
-    samples.append((wide[:5, 20:60], tensor(6, 40), None))
-    samples.append((tensor(4, 12), tensor(12, 9).t(), None))
-    samples.append((tensor(20, 12).t(), tensor(9, 20), tensor(9)))
+    samples.append((wide[:, 20:60], [tensor(6, 40)], [None]))
+    samples.append((wide[:5, 20:60], [tensor(6, 40), tensor(9, 40)], [None, tensor(9)]))
+    samples.append((tensor(4, 12), [tensor(12, 9).t()], [None]))
+    samples.append((tensor(20, 12).t(), [tensor(9, 20)], [tensor(9)]))
     return samples
 
 
 @OP.cost
-def _(x, weight, bias):
-    out_bytes = x.shape[0] * weight.shape[0] * x.element_size()
-    bias_bytes = 0 if bias is None else bias.nbytes
+def _(x, weights, biases):
+    read = [t for t in (x, *weights, *biases) if t is not None]
+    columns = sum(len(weight) for weight in weights)
     return Cost(
-        bytes=x.nbytes + weight.nbytes + bias_bytes + out_bytes,
-        flops=2 * x.shape[0] * weight.numel(),
+        bytes=sum(t.nbytes for t in read) + x.shape[0] * columns * x.element_size(),
+        flops=2 * x.shape[0] * sum(weight.numel() for weight in weights),
     )

@@ -29,10 +29,16 @@ def check_loaded(model: nn.Module) -> None:
         )
 
 
-def check_ids(input_ids: Tensor, packed: Packed, words: int) -> None:
-    """Raise IndexError for a token id that the embedding table does not have."""
+def table_size(table: nn.Module) -> int | None:
+    """Rows of an embedding table that is read as it lies; None for one that computes (LoRA, max_norm)."""
+    read = type(table) is nn.Embedding and table.max_norm is None
+    return table.num_embeddings if read else None
+
+
+def check_ids(input_ids: Tensor, packed: Packed, words: int | None) -> None:
+    """Raise IndexError for a token id that the embedding table does not have. words: its size, if known."""
     ids = input_ids if packed.ids is None else packed.ids
-    if ids.is_cpu and ids.numel():  # on a GPU the look would wait for it
+    if words and ids.is_cpu and ids.numel():  # on a GPU the look would wait for it
         low, high = ids.aminmax()
         if low < 0 or high >= words:
             bad = int(low if low < 0 else high)
@@ -79,7 +85,7 @@ def deviations(
         if not worst <= bound:
             raise PatchError(
                 f"{name}: the patched forward deviates by {worst:.1e} of the longest row, "
-                f"accepted for {dtype} is {bound:.0e}; the model is as before"
+                f"accepted for {dtype} is {bound:.0e}"
             )
         result[name] = worst
     return result

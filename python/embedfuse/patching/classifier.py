@@ -10,9 +10,6 @@ from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.packed_model import padded_call
 from embedfuse.patching.report import PatchError, Report
 
-# Arguments of the head alone; the second comes from transformers' Trainer, and the originals ignore it.
-_HEAD_ARGUMENTS = {"labels", "num_items_in_batch"}
-
 
 class PackedClassifier(PackedEncoder):
     """The head reads the first row of each sequence, so no other row is padded back.
@@ -24,6 +21,9 @@ class PackedClassifier(PackedEncoder):
 
     # Path of the module that takes row 0 of the states.
     first_row_reader: str
+    head_pooling = "cls"
+    # The second comes from transformers' Trainer, and the originals ignore it.
+    head_arguments = frozenset({"labels", "num_items_in_batch"})
 
     @classmethod
     def install(cls, model: nn.Module, options: Options) -> Report:
@@ -42,11 +42,8 @@ class PackedClassifier(PackedEncoder):
             return "left padding: the classifier reads column 0, where a row has no token"
         return None
 
-    def packed_output(self, call: dict):
-        found = self.packed_states(
-            {k: v for k, v in call.items() if k not in _HEAD_ARGUMENTS}, pooling="cls"
-        )
-        return None if found is None else self._head(found[0], **call)
+    def output_of(self, call: dict, states: Tensor, packed: Packed):
+        return self._head(states, **call)
 
     def sequence_logits(self, input_ids: Tensor, packed: Packed) -> Tensor:
         """(batch, labels) of token ids (tokens,) that never were padded."""

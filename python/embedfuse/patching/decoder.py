@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from embedfuse.nn.decoder import DecoderLayer, decode
 from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS, Room
-from embedfuse.nn.linear import FusedLinear, is_plain
+from embedfuse.nn.linear import is_plain
 from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
-from embedfuse.patching.check import Probe, check_ids
+from embedfuse.patching.check import Probe, check_ids, table_size
 from embedfuse.patching.engine import REUSES
 from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import Plan, not_stock
-from embedfuse.patching.replay import Tokens
+from embedfuse.patching.tokens import Tokens
 
 # Rotary positions whose angles depend on the longest text of the batch.
 _ANGLES_BY_LENGTH = ("dynamic", "longrope")
@@ -45,11 +45,23 @@ class PackedDecoder(PackedModel):
         """Tokens that the model was made for."""
         return self.config.max_position_embeddings
 
-    def make_plan(self) -> Plan:
-        if refusal := not_stock(self, self._assumed()):
-            return Plan(self, refusal=refusal)
-        blocks = self.layers[: self.config.num_hidden_layers]
-        return Plan(self, [self._read_layer(i, block) for i, block in enumerate(blocks)])
+    def read_layers(self) -> list[DecoderLayer]:
+        return [self._read_layer(i, block) for i, block in enumerate(self._blocks())]
+
+    def refusal(self) -> str | None:
+        if reason := not_stock(self, self._assumed()):
+            return reason
+        config, blocks = self.config, self._blocks()
+        causal = getattr(config, "is_causal", True) and all(b.self_attn.is_causal for b in blocks)
+        if not causal and not self._both_ways:
+            return "the model is configured to look ahead (is_causal is false)"
+        windowed = any(self.window(i) is not None for i in range(len(blocks)))
+        if windowed and not getattr(self, "has_sliding_layers", True):
+            return "config.layer_types has sliding windows that the model was not made with"
+        return None
+
+    def _blocks(self) -> nn.ModuleList:
+        return self.layers[: self.config.num_hidden_layers]
 
     def _assumed(self) -> Iterator[tuple[str, nn.Module]]:
         """Path and module of all whose class has to be transformers' own."""
@@ -69,7 +81,7 @@ class PackedDecoder(PackedModel):
             index=index,
             block=block,
             norm1=block.input_layernorm,
-            qkv=FusedLinear((attention.q_proj, attention.k_proj, attention.v_proj)),
+            qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
             head_dim=attention.head_dim,
             scale=attention.scaling,
             causal=not self._both_ways,
@@ -80,7 +92,7 @@ class PackedDecoder(PackedModel):
             key_norm=getattr(attention, "k_norm", None),
             out=attention.o_proj,
             norm2=block.post_attention_layernorm,
-            gate_up=FusedLinear((mlp.gate_proj, mlp.up_proj)),
+            gate_up=(mlp.gate_proj, mlp.up_proj),
             activation=mlp.act_fn,
             down=mlp.down_proj,
         )
@@ -91,17 +103,14 @@ class PackedDecoder(PackedModel):
         return self.config.sliding_window if types and types[layer] == "sliding_attention" else None
 
     def _unserved(self, call: dict) -> str | None:
-        config, blocks = self.config, self.layers
-        causal = getattr(config, "is_causal", True) and all(b.self_attn.is_causal for b in blocks)
-        if not causal and not self._both_ways:
-            return "the model is configured to look ahead (is_causal is false)"
+        if self.config._attn_implementation == "eager" and self.norm.weight.dtype == torch.float64:
+            return "eager attention in float64, whose softmax is float32"
         if call.get("position_ids") is not None and call.get("attention_mask") is None:
             return "position_ids without attention_mask: each restart begins a text of its own"
         return super()._unserved(call)
 
     def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
-        if type(self.embed_tokens) is nn.Embedding:
-            check_ids(tokens.input_ids, packed, self.embed_tokens.num_embeddings)
+        check_ids(tokens.input_ids, packed, table_size(self.embed_tokens))
 
     def packed_states(self, call: dict, pooling: str | None = None, count: bool = True):
         # Weights are about to change, and fused optimisers count up no version.
@@ -154,7 +163,7 @@ class PackedDecoder(PackedModel):
 
     def _stamp(self, plan: Plan) -> tuple | None:
         """What the keys of a given prefix depend on; None where that is more than can be told."""
-        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or plan.foreign():
+        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or plan.foreign:
             return None
         parameters = [p for m in plan.modules for p in m._parameters.values() if p is not None]
         # DataParallel's replicas have none, and one with a gradient is about to change.

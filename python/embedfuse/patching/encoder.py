@@ -4,15 +4,15 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm
-from embedfuse.nn.linear import FusedLinear
 from embedfuse.packing import Packed
-from embedfuse.patching.check import Probe, check_ids
+from embedfuse.patching.check import Probe, check_ids, table_size
 from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import Plan, not_stock
-from embedfuse.patching.replay import Tokens
+from embedfuse.patching.tokens import Tokens
 
 
 class PackedEncoder(PackedModel):
@@ -21,26 +21,45 @@ class PackedEncoder(PackedModel):
     @classmethod
     def probe(cls, model: nn.Module) -> Probe:
         padding_idx = model.config.pad_token_id or 0
-        words = model.base_model.embeddings.word_embeddings.num_embeddings
+        words = table_size(model.base_model.embeddings.word_embeddings) or model.config.vocab_size
         return Probe.random(words, padding_idx, model.longest_sequence(), model.device)
 
     def longest_sequence(self) -> int:
         """Tokens that the position table has room for."""
-        tables = self.base_model.embeddings
-        return tables.position_embeddings.num_embeddings - self.first_position(tables)
+        return self._places() - self.first_position(self.base_model.embeddings)
 
-    def make_plan(self) -> Plan:
-        if refusal := self._refusal():
-            return Plan(self, refusal=refusal)
-        return Plan(self, [read_layer(block) for block in self.base_model.encoder.layer])
+    def _places(self) -> int:
+        table = self.base_model.embeddings.position_embeddings
+        return table_size(table) or self.config.max_position_embeddings
 
-    def _refusal(self) -> str | None:
+    def read_layers(self) -> list[EncoderLayer]:
+        return [read_layer(block) for block in self.base_model.encoder.layer]
+
+    def buffers_read(self) -> tuple[Tensor, ...]:
+        return tuple(self.base_model.embeddings.buffers(recurse=False))
+
+    def refusal(self) -> str | None:
         config = self.config
         if config.is_decoder or config.add_cross_attention or getattr(config, "is_causal", False):
             return "the model is configured as a decoder"
         if getattr(config, "position_embedding_type", "absolute") != "absolute":
             return f"config.position_embedding_type is {config.position_embedding_type!r}"
-        return not_stock(self, self.assumed())
+        if reason := not_stock(self, self.assumed()):
+            return reason
+        if any(block.attention.self.is_causal for block in self.base_model.encoder.layer):
+            return "a layer is configured to look back only (is_causal)"
+        tables = self.base_model.embeddings
+        if not self._counts_columns(getattr(tables, "position_ids", None)):
+            return "embeddings.position_ids does not count 0, 1, 2, …"
+        if (types := getattr(tables, "token_type_ids", None)) is not None and types.any():
+            return "embeddings.token_type_ids is not 0"
+        return None
+
+    def _counts_columns(self, position_ids: Tensor | None) -> bool:
+        if position_ids is None:
+            return True
+        columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
+        return bool((position_ids == columns).all())
 
     def assumed(self) -> Iterator[tuple[str, nn.Module]]:
         """Path and module of all whose class has to be transformers' own, from the outside in."""
@@ -83,15 +102,18 @@ class PackedEncoder(PackedModel):
         """How many position ids the longest row runs through."""
 
     def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
-        tables = self.base_model.embeddings
-        places = tables.position_embeddings.num_embeddings
-        last = self.first_position(tables) + self.positions_used(packed) - 1
-        if last >= places and tokens.position_ids is None:
+        tables, places = self.base_model.embeddings, self._places()
+        given = tokens.position_ids
+        if given is None:
+            last = self.first_position(tables) + self.positions_used(packed) - 1
+        else:  # on a GPU the look would wait for it
+            last = int(given.max()) if given.is_cpu and given.numel() else 0
+        if last >= places:
             raise ValueError(
                 f"input_ids: length {packed.shape[1]} (longest sequence {packed.max_seqlen}) needs "
                 f"position {last}; the position table ends at {places - 1}"
             )
-        check_ids(tokens.input_ids, packed, tables.word_embeddings.num_embeddings)
+        check_ids(tokens.input_ids, packed, table_size(tables.word_embeddings))
 
     def run_packed(self, plan: Plan, packed: Packed, tokens: Tokens, rows: Tensor | None) -> Tensor:
         return encode(plan.layers, self._embed(packed, tokens), packed, rows)
@@ -103,9 +125,10 @@ class PackedEncoder(PackedModel):
             positions = self.position_ids(input_ids, packed)
         # The order of the sums is the original's.
         x = tables.word_embeddings(input_ids)
-        if types is None:
+        if types is None and table_size(tables.token_type_embeddings):
             x = x + tables.token_type_embeddings.weight[0]
         else:
+            types = torch.zeros_like(input_ids) if types is None else types
             x = x + tables.token_type_embeddings(types)
         x = x + tables.position_embeddings(positions)
         return tables.dropout(layer_norm(tables.LayerNorm, x))
@@ -124,7 +147,7 @@ def read_layer(block: nn.Module) -> EncoderLayer:
     attention, output = block.attention.self, block.attention.output
     return EncoderLayer(
         block=block,
-        qkv=FusedLinear((attention.query, attention.key, attention.value)),
+        qkv=(attention.query, attention.key, attention.value),
         heads=attention.num_attention_heads,
         scale=attention.scaling,
         attention=attention,

@@ -5,14 +5,14 @@ of the original, so whatever goes by them (save_pretrained, transformers' own re
 before, like hooks, parameters and isinstance. Undoing it is swapping back.
 """
 
+import copyreg
 import threading
-from abc import abstractmethod
+from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
 
 from torch import nn
 
 from embedfuse.nn.graphs import GraphCache
-from embedfuse.nn.linear import FusedLinear
 from embedfuse.nn.prefixes import PrefixCache
 from embedfuse.patching.plan import Plan
 from embedfuse.patching.recipes import recipe
@@ -44,7 +44,14 @@ class Options:
             )
 
 
-class Patched:
+class PatchedType(ABCMeta):
+    """Class of the patched classes: called, one makes a plain object of its original."""
+
+    def __call__(cls, *args, **kwargs):
+        return cls.original(*args, **kwargs)
+
+
+class Patched(metaclass=PatchedType):
     """Mixin of every patched object. `original` is the class that it had."""
 
     original: type
@@ -90,13 +97,27 @@ class Patched:
         model.__class__ = cls
 
     def swap_out(self) -> None:
+        if "original" not in type(self).__dict__:
+            raise ValueError(
+                f"model: its class is {type(self).__qualname__} now; undo first what changed it since it "
+                "was patched"
+            )
         self.__class__ = self.original
         del self._embedfuse
 
 
 def _new_patched(original: type) -> Patched:
-    cls = recipe(original)
-    return cls.__new__(cls)
+    model = original.__new__(original)
+    model.__class__ = recipe(original)
+    return model
+
+
+def _reduced_class(cls: PatchedType):
+    # Under its name stands the original.
+    return (recipe, (cls.original,)) if "original" in cls.__dict__ else cls.__qualname__
+
+
+copyreg.pickle(PatchedType, _reduced_class)
 
 
 class PatchState:
@@ -106,12 +127,12 @@ class PatchState:
         self.report = report
         self.options = options
         self.plan: Plan | None = None
-        self.fused: list[FusedLinear] = []
+        self.trusted: tuple = ()  # foreign modules that the self-check has run with
         self.prefixes = PrefixCache()
         self.graphs = GraphCache()
         self.cache: dict = {}  # what an integration builds once per object
         self.patched_before = False  # of a holder: whether the model inside was
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # the self-check of a new plan runs the model
 
     def __getstate__(self):
         return {"report": self.report, "options": self.options}

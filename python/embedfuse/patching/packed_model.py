@@ -5,19 +5,21 @@ import contextvars
 import functools
 import inspect
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.attention import cuda_answers
-from embedfuse.packing import Packed, one_each, pack
+from embedfuse.nn.decoder import DecoderLayer
+from embedfuse.nn.encoder import EncoderLayer
+from embedfuse.packing import Irregular, Packed, one_each, pack
 from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.plan import Plan, is_hooked
-from embedfuse.patching.replay import Tokens, refusal, replayed, rows_of
-from embedfuse.patching.report import Report
+from embedfuse.patching.replay import refusal, replayed
+from embedfuse.patching.report import PatchError, Report
+from embedfuse.patching.tokens import Tokens, rows_of
 
 # Arguments that the packed forward serves; any other that is not None goes to the original.
 _SERVED = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "return_dict"}
@@ -56,6 +58,9 @@ class PackedModel(Patched):
     # What Options may ask for, attention besides the model's own.
     attentions: tuple[str, ...] = ()
     reuses: tuple[str, ...] = ("off", "batch")
+    # Of a model with a head: the rows that it reads, and arguments that are its alone.
+    head_pooling: str | None = None
+    head_arguments: frozenset[str] = frozenset()
 
     @classmethod
     @abstractmethod
@@ -63,8 +68,16 @@ class PackedModel(Patched):
         """Inputs on which patched and original have to agree."""
 
     @abstractmethod
-    def make_plan(self) -> Plan:
-        """Read the model's layers; a Plan with `refusal` when they are not the stock ones."""
+    def refusal(self) -> str | None:
+        """Why a model of this family, as it is now, has to run on its own forward."""
+
+    @abstractmethod
+    def read_layers(self) -> list[EncoderLayer] | list[DecoderLayer]:
+        """The model's layers, wherever it keeps their modules."""
+
+    def buffers_read(self) -> tuple[Tensor, ...]:
+        """Buffers whose values `refusal` looks at."""
+        return ()
 
     @abstractmethod
     def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
@@ -108,17 +121,13 @@ class PackedModel(Patched):
         before = parameter_bytes(model)
         cls.swap_in(model, report, options)
         try:
-            plan = model._current_plan()
-            if why := plan.refusal or plan.bypassed():
-                report.refused["forward"] = why
+            plan = model._embedfuse.plan = model._make_plan()
+            if plan.refusal:
+                report.refused["forward"] = plan.refusal
             else:
-                probe = cls.probe(model)
-                expected = probe.run(model, model.run_original)
-                report.fused += model.fuse() + attention_in_force(model, plan)
-                report.deviations = deviations(model, expected, probe.run(model, model._serve))
-                if refusal(model._embedfuse.graphs, model.device) is None:
-                    # What came once is captured now.
-                    deviations(model, expected, probe.run(model, model._serve))
+                report.deviations = model._self_check(plan)
+                report.fused.append(f"{len(plan.layers)} layers without padding")
+                report.fused += attention_in_force(model, plan)
         except BaseException:
             model.uninstall()
             raise
@@ -128,8 +137,6 @@ class PackedModel(Patched):
 
     def uninstall(self) -> None:
         self._embedfuse.graphs.forget()
-        for fused in self._embedfuse.fused:
-            fused.part()
         self.swap_out()
 
     def _forward(self, *args, **kwargs):
@@ -148,10 +155,12 @@ class PackedModel(Patched):
 
     def packed_output(self, call: dict):
         """What forward returns, from the packed states; None when the original has to run."""
-        found = self.packed_states(call)
-        if found is None:
-            return None
-        states, packed = found
+        of_tower = {k: v for k, v in call.items() if k not in self.head_arguments}
+        found = self.packed_states(of_tower, self.head_pooling)
+        return None if found is None else self.output_of(call, *found)
+
+    def output_of(self, call: dict, states: Tensor, packed: Packed):
+        """What forward returns for a call whose packed states, or those of head_pooling, these are."""
         return_dict = call.get("return_dict")
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
@@ -169,23 +178,35 @@ class PackedModel(Patched):
         # The original is traced as it is: under a compiler the padding is the compiler's business.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        plan = self._current_plan()
-        reason = plan.refusal or plan.bypassed() or self._unserved(call)
-        if reason is None:
-            packed = pack(call["input_ids"], call.get("attention_mask"))
-            reason = self.misfit(packed)
+        plan, packed, reason = self._admit(call)
         if reason is not None:
             if count and reason:
                 self._embedfuse.report.original(reason)
             return None
-        return self.run(plan, packed, Tokens.of(call, packed), pooling)
+        return self.run(plan, packed, self.tokens_of(call, packed), pooling)
+
+    def _admit(self, call: dict) -> tuple[Plan, Packed | None, str | None]:
+        """The plan, how to pack the call's tokens, and why the original has to run instead, if it has."""
+        plan, packed = self._current_plan(), None
+        reason = plan.refusal or self._unserved(call)
+        if reason is None:
+            try:
+                packed = pack(call["input_ids"], call.get("attention_mask"))
+                reason = self.misfit(packed)
+            except Irregular as error:
+                reason = error.reason
+        return plan, packed, reason
+
+    def tokens_of(self, call: dict, packed: Packed) -> Tokens:
+        """What the embedding layer reads of a call's arguments."""
+        return Tokens.of(call, packed)
 
     def token_states(
         self, input_ids: Tensor, packed: Packed, pooling: str | None = None
     ) -> tuple[Tensor, Packed] | None:
         """The states of token ids (tokens,) that never were padded; otherwise as packed_states."""
         plan = self._current_plan()
-        reason = plan.refusal or plan.bypassed() or self._unserved({"input_ids": input_ids})
+        reason = plan.refusal or self._unserved({"input_ids": input_ids})
         if reason is not None or is_hooked(self):
             return None  # a caller that goes on to `forward` leaves the count to it
         return self.run(plan, packed, Tokens(input_ids), pooling)
@@ -235,6 +256,8 @@ class PackedModel(Patched):
         input_ids = call.get("input_ids")
         if type(input_ids) is not Tensor:
             return f"input_ids is a {type(input_ids).__name__}"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "the call is inside a transform of torch.func"
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             return "the call is captured into a CUDA graph"
         mask = call.get("attention_mask")
@@ -244,56 +267,69 @@ class PackedModel(Patched):
             return f"attention_mask has {mask.dim()} dimensions"
         return None
 
+    def _make_plan(self) -> Plan:
+        plan = Plan(self, self.buffers_read())
+        if plan.refusal is None:
+            plan.refusal = self.refusal()
+        if plan.refusal is None:
+            plan.layers = self.read_layers()
+        return plan
+
     def _current_plan(self) -> Plan:
         state = self._embedfuse
         plan = state.plan
         if plan is not None and plan.model is not self:
-            return self.make_plan()  # a replica (DataParallel, copy.copy) shares the state
+            return self._trusted(
+                self._make_plan()
+            )  # a replica (DataParallel, copy.copy) shares the state
         if plan is None or not plan.is_current():
             with state.lock:
                 if state.plan is plan:
-                    state.plan = self.make_plan()
+                    state.plan = self._trusted(self._make_plan())
                 plan = state.plan
         return plan
 
-    def fuse(self) -> list[str]:
-        """Join the weights that one GEMM can serve, and tell what was fused.
+    def _trusted(self, plan: Plan) -> Plan:
+        """The plan, refused where foreign modules are new in it and the self-check fails with them."""
+        if plan.refusal is None and plan.foreign_kinds not in ((), self._embedfuse.trusted):
+            try:
+                self._self_check(plan)
+            except PatchError as error:
+                plan.refusal = str(error)
+        return plan
 
-        Not called in forward, because other threads may be running the model.
-        """
-        layers = self._current_plan().layers
-        self._embedfuse.fused = []
-        counts = Counter()
-        for layer in layers:
-            for name, projection in layer.projections.items():
-                fused = projection.fuse()
-                counts[name] += fused
-                if fused:
-                    self._embedfuse.fused.append(projection)
-        told = [f"{n} {name} projections as one GEMM" for name, n in counts.items()]
-        return [f"{len(layers)} layers without padding", *told]
+    def _self_check(self, plan: Plan) -> dict[str, float]:
+        """Deviations of the packed forward from the original one on the probe. PatchError if too large."""
+        probe = self.probe(self)
+
+        def packed_output(call: dict):
+            packed = pack(call["input_ids"], call["attention_mask"])
+            tokens = self.tokens_of(call, packed)
+            return self.output_of(call, *self.run(plan, packed, tokens, self.head_pooling))
+
+        expected = probe.run(self, self.run_original)
+        try:
+            found = deviations(self, expected, probe.run(self, packed_output))
+            if refusal(self._embedfuse.graphs, self.device) is None:
+                # What came once is captured now.
+                deviations(self, expected, probe.run(self, packed_output))
+        except PatchError as error:
+            raise PatchError(f"{error}{plan.suspects()}") from None
+        self._embedfuse.trusted = plan.foreign_kinds
+        return found
 
     def train(self, mode: bool = True):
         # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
-        plan = self._current_plan()
-        if self.training is mode and all(child.training is mode for _, _, child, _ in plan.watched):
+        plan = self._embedfuse.plan
+        known = plan is not None and plan.model is self and plan.is_current()
+        if known and all(module.training is mode for module in plan.modules):
             return self
         return super().train(mode)
 
-    # Moving, casting and copying part the joined weights; join them again right there.
     def _apply(self, fn, recurse=True):
         self._embedfuse.prefixes.forget()
         self._embedfuse.graphs.forget()  # before, because they hold the weights that go
-        result = super()._apply(fn, recurse)
-        self.fuse()
-        return result
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        for layer in self._current_plan().layers:
-            for projection in layer.projections.values():
-                projection.part()  # pickle gives each view of a storage the whole of it
-        self.fuse()
+        return super()._apply(fn, recurse)
 
 
 def attention_in_force(model: PackedModel, plan: Plan) -> list[str]:

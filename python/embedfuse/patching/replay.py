@@ -11,39 +11,10 @@ from embedfuse.nn.graphs import GraphCache, Room, Snapshot, bucket, buckets
 from embedfuse.nn.linear import is_plain
 from embedfuse.packing import Packed, unpadded
 from embedfuse.patching.plan import Plan
+from embedfuse.patching.tokens import Tokens, rows_of
 from embedfuse.registry import forced_backend
 
 _IDS = (torch.int64, torch.int32)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the embedding layer reads, each (tokens,); None where the model fills it in."""
-
-    input_ids: Tensor
-    token_type_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    @classmethod
-    def of(cls, call: dict, packed: Packed) -> "Tokens":
-        input_ids = call["input_ids"]
-        others = (call.get("token_type_ids"), call.get("position_ids"))
-        return cls(
-            packed.pack(input_ids),
-            *(None if t is None else packed.pack(t.expand_as(input_ids)) for t in others),
-        )
-
-    @property
-    def given(self) -> dict[str, Tensor]:
-        return {name: t for name, t in vars(self).items() if t is not None}
-
-
-def rows_of(packed: Packed, pooling: str | None) -> Tensor | None:
-    """(sequences,) the row of each that "cls" or "last" pools; None for no pooling."""
-    if pooling is None:
-        return None
-    ends = packed.cu_seqlens
-    return ends[:-1] if pooling == "cls" else ends[1:] - 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +100,7 @@ def warm(model: nn.Module, tokens: int, sequences: int, pooling: str | None) -> 
     """Capture what the model may replay of these buckets; how many graphs there are then."""
     state, plan = model._embedfuse, model._current_plan()
     device = model.device
-    if why := refusal(state.graphs, device) or plan.refusal or plan.bypassed():
+    if why := refusal(state.graphs, device) or plan.refusal:
         state.report.graphs = f"none: {why}"
         return 0
     for path, module in model.named_modules():
@@ -170,8 +141,10 @@ def refusal(graphs: GraphCache, device: torch.device) -> str | None:
 
 def unfit(plan: Plan, device: torch.device, snapshot: Snapshot) -> str | None:
     """Why the model cannot be captured."""
-    if why := plan.foreign():
-        return f"{why}, which may do another thing in another call"
+    if plan.foreign:
+        path, module = plan.foreign[0]
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"{path} is a {kind}, which may do another thing in another call"
     for tensor in snapshot.tensors:
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"weights of type {type(tensor).__name__}"

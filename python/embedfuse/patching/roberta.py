@@ -1,5 +1,7 @@
 """RoBERTa: positions count the tokens that are not the padding token, from padding_idx + 1 on."""
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.roberta import modeling_roberta
@@ -7,9 +9,20 @@ from transformers.models.roberta import modeling_roberta
 from embedfuse.packing import Packed
 from embedfuse.patching.classifier import PackedClassifier
 from embedfuse.patching.encoder import PackedEncoder
+from embedfuse.patching.tokens import Tokens
 
 
 class RobertaPositions(PackedEncoder):
+    def tokens_of(self, call: dict, packed: Packed) -> Tokens:
+        tokens = super().tokens_of(call, packed)
+        if tokens.position_ids is not None or not packed.starts_padded:
+            return tokens
+        # Before a text, ids that the mask leaves out count too, where they are not the padding token.
+        padding_idx = self.base_model.embeddings.padding_idx
+        counted = call["input_ids"] != padding_idx
+        positions = packed.pack(counted.cumsum(1) * counted + padding_idx)
+        return replace(tokens, position_ids=positions)
+
     def position_ids(self, input_ids: Tensor, packed: Packed) -> Tensor:
         padding_idx = self.base_model.embeddings.padding_idx
         tokens = input_ids != padding_idx
