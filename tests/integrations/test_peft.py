@@ -1,10 +1,13 @@
 """LoRA on a decoder: unmerged and merged, patched from outside and from inside."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 import embedfuse
+from tests.patching.conftest import make_model as make_encoder
 from tests.patching.test_decoder import make_batch, make_model
 
 peft = pytest.importorskip("peft")
@@ -109,3 +112,47 @@ def test_embed_takes_no_learned_prompts():
     batch = make_batch(model.get_base_model())
     with pytest.raises(TypeError, match="model: a PEFT model that learns prompts"):
         embedfuse.embed(model, **batch, pooling="last")
+
+
+@pytest.mark.parametrize("first", ["patch", "adapt"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["word_embeddings"]},
+        {"target_modules": ["position_embeddings", "query"]},
+        {"target_modules": ["token_type_embeddings"]},
+        {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [7, 8, 9]}},
+        {"target_modules": ["query"], "modules_to_save": ["LayerNorm", "word_embeddings"]},
+    ],
+    ids=lambda config: "-".join(config["target_modules"] + list(config)[1:]),
+)
+def test_adapters_on_the_embeddings_of_an_encoder(family, config, first):
+    original = make_encoder(family).double()
+    patched = copy.deepcopy(original)
+    if first == "patch":
+        embedfuse.patch(patched)
+    pair = []
+    for model in (original, patched):
+        torch.manual_seed(1)
+        config_ = peft.LoraConfig(r=4, init_lora_weights=False, **config)
+        pair.append(peft.get_peft_model(model, config_).eval())
+    if first == "adapt":
+        embedfuse.patch(patched)
+    batch = make_batch(original)
+    batch["input_ids"][0, 1:4] = torch.tensor([7, 8, 9])
+    gradients = []
+    for model in pair:
+        out = model(**batch).last_hidden_state[batch["attention_mask"] != 0]
+        (out * torch.linspace(-1, 1, out.numel()).double().view_as(out)).sum().backward()
+        named = model.named_parameters()
+        gradients.append(
+            {"out": out.detach()} | {n: p.grad for n, p in named if p.grad is not None}
+        )
+    expected, found = gradients
+    assert found.keys() == expected.keys()
+    assert len(found) > 2
+    for name, value in expected.items():
+        assert value.abs().max() > 1e-3, name
+        assert_close(found[name], value, rtol=1e-8, atol=1e-9, msg=name)
+    assert not embedfuse.report(patched).original_calls

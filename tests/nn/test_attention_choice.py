@@ -13,7 +13,6 @@ from embedfuse.cli import doctor
 from embedfuse.nn import attention as nn_attention
 from embedfuse.nn import flash
 from embedfuse.nn.attention import KERNEL, SDPA, VARLEN, attention, choose, cuda_answers
-from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.nn.flash import FLASH_ATTENTION_3, TORCH_VARLEN
 from embedfuse.ops.varlen_attention import varlen_attention
 from embedfuse.packing import unpadded
@@ -271,9 +270,3 @@ def test_report_names_what_runs(gpu):
     assert attention_in_force(model, plan) == ["attention by varlen_attention in Triton"]
     model.device = CPU
     assert attention_in_force(model, plan) == []
-
-
-def test_head_dim_of_an_encoder_layer():
-    linear = torch.nn.Linear(24, 24)
-    layer = SimpleNamespace(qkv=(linear,) * 3, heads=3)
-    assert EncoderLayer.head_dim.fget(layer) == 8

@@ -46,7 +46,7 @@ def read(layer: nn.TransformerEncoderLayer) -> EncoderLayer:
     return EncoderLayer(
         block=block,
         qkv=tuple(projections),
-        heads=HEADS,
+        head_dim=HIDDEN // HEADS,
         scale=(HIDDEN // HEADS) ** -0.5,
         attention=block,
         out=out,

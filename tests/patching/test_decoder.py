@@ -282,3 +282,17 @@ def test_token_out_of_the_vocabulary(model):
     batch["input_ids"][2, 1] = VOCABULARY
     with pytest.raises(IndexError, match="input_ids: token 211; accepted are 0 to 210"):
         model(**batch)
+
+
+def test_eager_attention_in_fp64_is_the_originals(family):
+    """Its softmax is fp32, whatever the model's dtype."""
+    model = make_model(family).double()
+    model.set_attn_implementation("eager")
+    batch = make_batch(model, (9, 9))
+    expected = states(model, batch)
+    report = embedfuse.patch(model)
+    assert report.refused == {"forward": "eager attention in float64, whose softmax is float32"}
+    assert torch.equal(states(model, batch), expected)
+    embedfuse.unpatch(model)
+    embedfuse.patch(model.float())
+    assert torch.equal(states(model.double(), batch), expected)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import embedfuse
 from embedfuse.nn import tower
-from tests.patching.conftest import make_batch, make_model, states
+from tests.patching.conftest import PLACES, make_batch, make_model, states
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 
@@ -163,3 +163,23 @@ def test_same_vectors_when_patched_copies_disagree_in_shape(model):
     for lengths in ((5, 5), (1,), (30, 2, 2, 2), (64,), (3, 40)):
         batch = make_batch(model, lengths)
         assert_close(states(model, batch), states(reference, batch), **TIGHT)
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm_roberta"])
+def test_ids_that_the_mask_leaves_out_count_as_positions(family):
+    """RoBERTa numbers positions by input_ids, also where the mask hides them."""
+    model = make_model(family, pooler=False)
+    batch = make_batch(model, (12, 12, 12, 12))
+    batch["attention_mask"][0, :3] = 0
+    batch["attention_mask"][1, 9:] = 0
+    batch["attention_mask"][2, :2] = batch["attention_mask"][2, 10:] = 0
+    batch["input_ids"][2, :1] = model.config.pad_token_id
+    expected = states(model, batch)
+    report = embedfuse.patch(model)
+    assert_close(states(model, batch), expected, **TIGHT)
+    hidden = torch.full((1, PLACES), 7)
+    mask = torch.ones_like(hidden)
+    mask[0, :-3] = 0
+    with pytest.raises(ValueError, match="the position table ends at 69"):
+        model(hidden, attention_mask=mask)
+    assert not report.original_calls

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import embedfuse
 from embedfuse.nn import encoder as tower
 from embedfuse.patching import encoder
-from tests.patching.conftest import make_batch, make_model
+from tests.patching.conftest import make_batch, make_model, states
 
 
 def snapshot(model) -> dict:
@@ -126,7 +127,7 @@ def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
         monkeypatch.setattr(tower, "attention", across_sequences)
     elif broken == "heads":
         read = encoder.read_layer
-        monkeypatch.setattr(encoder, "read_layer", lambda b: _with(read(b), heads=2))
+        monkeypatch.setattr(encoder, "read_layer", lambda b: _with(read(b), head_dim=24))
     elif broken == "norm":
         monkeypatch.setattr(tower, "add_norm", lambda norm, dropout, y, x, plain: y + x)
     else:
@@ -143,3 +144,33 @@ def _with(layer, **changes):
     for name, value in changes.items():
         setattr(layer, name, value)
     return layer
+
+
+def test_the_class_makes_originals(family, tmp_path):
+    """type(model)(...) and its class methods give what they gave before."""
+    model = make_model(family)
+    original = type(model)
+    embedfuse.patch(model)
+    model.save_pretrained(tmp_path)
+    made = [
+        type(model)(model.config),
+        type(model)._from_config(model.config),
+        type(model).from_pretrained(tmp_path),
+        model.from_pretrained(tmp_path),
+        pickle.loads(pickle.dumps(type(model).from_pretrained))(tmp_path),
+    ]
+    assert {type(m) for m in made} == {original}
+    batch = make_batch(model)
+    assert torch.allclose(states(made[-1], batch), states(model, batch), rtol=0, atol=2e-5)
+    assert pickle.loads(pickle.dumps(type(model))) is type(model)
+    assert copy.deepcopy(type(model)) is type(model)
+
+
+def test_a_class_changed_since_is_undone_first(model):
+    embedfuse.patch(model)
+    patched = type(model)
+    model.__class__ = type("Sharded", (patched,), {})
+    with pytest.raises(ValueError, match="model: its class is Sharded now; undo first"):
+        embedfuse.unpatch(model)
+    model.__class__ = patched
+    embedfuse.unpatch(model)

@@ -24,7 +24,7 @@ class EncoderLayer:
 
     block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
     qkv: tuple[nn.Module, nn.Module, nn.Module]  # of query, key and value
-    heads: int
+    head_dim: int
     scale: float
     attention: nn.Module  # its training flag and its dropout's rate
     out: nn.Module
@@ -36,16 +36,12 @@ class EncoderLayer:
     dropout2: nn.Module
     norm2: nn.Module
 
-    @property
-    def head_dim(self) -> int:
-        return self.qkv[0].out_features // self.heads
-
     def __call__(
         self, x: Tensor, packed: Packed, plain: bool, rows: Tensor | None = None
     ) -> Tensor:
         """x: (tokens, hidden). With `rows`, the result for these tokens alone (see `encode`)."""
         projections = project(self.qkv, x, rows, plain)
-        query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in projections)
+        query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
         queries = None
         if rows is not None:
             queries = one_each(len(rows), x.device)

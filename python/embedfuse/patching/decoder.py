@@ -52,9 +52,21 @@ class PackedDecoder(PackedModel):
         if reason := not_stock(self, self._assumed()):
             return reason
         config, blocks = self.config, self._blocks()
+        if config._attn_implementation == "eager" and self.norm.weight.dtype == torch.float64:
+            return "eager attention in float64, whose softmax is float32"
         causal = getattr(config, "is_causal", True) and all(b.self_attn.is_causal for b in blocks)
         if not causal and not self._both_ways:
             return "the model is configured to look ahead (is_causal is false)"
+        for i, block in enumerate(blocks):
+            attention, heads = block.self_attn, config.num_attention_heads
+            settings = {
+                "layer_idx": i,
+                "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+                "num_key_value_groups": heads // config.num_key_value_heads,
+            }
+            for name, value in settings.items():
+                if (found := getattr(attention, name)) != value:
+                    return f"layers.{i}.self_attn.{name} is {found}, by the config {value}"
         windowed = any(self.window(i) is not None for i in range(len(blocks)))
         if windowed and not getattr(self, "has_sliding_layers", True):
             return "config.layer_types has sliding windows that the model was not made with"
@@ -103,8 +115,6 @@ class PackedDecoder(PackedModel):
         return self.config.sliding_window if types and types[layer] == "sliding_attention" else None
 
     def _unserved(self, call: dict) -> str | None:
-        if self.config._attn_implementation == "eager" and self.norm.weight.dtype == torch.float64:
-            return "eager attention in float64, whose softmax is float32"
         if call.get("position_ids") is not None and call.get("attention_mask") is None:
             return "position_ids without attention_mask: each restart begins a text of its own"
         return super()._unserved(call)

@@ -46,8 +46,9 @@ class PackedEncoder(PackedModel):
             return f"config.position_embedding_type is {config.position_embedding_type!r}"
         if reason := not_stock(self, self.assumed()):
             return reason
-        if any(block.attention.self.is_causal for block in self.base_model.encoder.layer):
-            return "a layer is configured to look back only (is_causal)"
+        for i, block in enumerate(self.base_model.encoder.layer):
+            if block.attention.is_cross_attention or block.attention.self.is_causal:
+                return f"encoder.layer.{i} is configured as a decoder's"
         tables = self.base_model.embeddings
         if not self._counts_columns(getattr(tables, "position_ids", None)):
             return "embeddings.position_ids does not count 0, 1, 2, …"
@@ -148,7 +149,7 @@ def read_layer(block: nn.Module) -> EncoderLayer:
     return EncoderLayer(
         block=block,
         qkv=(attention.query, attention.key, attention.value),
-        heads=attention.num_attention_heads,
+        head_dim=attention.attention_head_size,
         scale=attention.scaling,
         attention=attention,
         out=output.dense,

@@ -329,6 +329,7 @@ class PackedModel(Patched):
     def _apply(self, fn, recurse=True):
         self._embedfuse.prefixes.forget()
         self._embedfuse.graphs.forget()  # before, because they hold the weights that go
+        self._embedfuse.plan = None  # the dtype may decide
         return super()._apply(fn, recurse)
 
 

@@ -1,0 +1,388 @@
+"""Edits of a live model: the patched one follows its original, or runs it and says why."""
+
+import contextlib
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.testing import assert_close
+
+import embedfuse
+from embedfuse.patching import watch
+from tests.patching import test_decoder as decoders
+from tests.patching.conftest import CLASSIFIERS, FAMILIES, make_batch, make_classifier, make_model
+
+MODELS = {
+    **{name: lambda name=name: make_model(name) for name in FAMILIES},
+    **{f"{name} classifier": lambda name=name: make_classifier(name) for name in CLASSIFIERS},
+    **{name: lambda name=name: decoders.make_model(name) for name in decoders.FAMILIES},
+}
+TIGHT = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request):
+    """A patched model and its unpatched twin."""
+    original = MODELS[request.param]()
+    patched = copy.deepcopy(original)
+    embedfuse.patch(patched)
+    return patched, original
+
+
+def outputs(model):
+    """What the model gives for padded texts and for texts of one length, or the error that it raises."""
+    batch = make_batch(model, (9, 3))
+    alone = {"input_ids": batch["input_ids"][:1]}
+    kept = batch["attention_mask"] != 0
+    try:
+        with torch.no_grad():
+            padded, full = (model(**call)[0] for call in (batch, alone))
+    except Exception as error:
+        return type(error)
+    return torch.cat([padded[kept], full[0]]) if padded.dim() == 3 else torch.cat([padded, full])
+
+
+def assert_alike(patched, original, what=""):
+    found, expected = outputs(patched), outputs(original)
+    if isinstance(expected, type) or isinstance(found, type):
+        assert found is expected, what
+    else:
+        assert_close(found, expected, **TIGHT, msg=lambda text: f"{what}: {text}")
+
+
+def settings(model) -> list[tuple[str, str, object]]:
+    """(path of a module or "config", name, value) of all that says how the model computes."""
+    found = [("config", name, value) for name, value in vars(model.config).items()]
+    own = type(model).__module__
+    for path, module in model.named_modules():
+        if type(module).__module__ == own:
+            attributes = vars(module).items()
+            found += ((path, n, v) for n, v in attributes if watch._is_setting(n, v))
+    return found
+
+
+def owner_of(model, path: str):
+    return model.config if path == "config" else model.get_submodule(path)
+
+
+def others(value) -> list:
+    """Other values of the same kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, max(1, value // 2)]
+    if isinstance(value, float):
+        return [value * 1.5 + 0.01]
+    if value is None:
+        return [2]
+    if isinstance(value, list) and value:
+        changed = "full_attention" if value[0] != "full_attention" else "sliding_attention"
+        return [[changed, *value[1:]]] if isinstance(value[0], str) else []
+    return []
+
+
+def test_every_setting(pair):
+    patched, original = pair
+    tried = 0
+    for path, name, value in settings(original):
+        for other in others(value):
+            for model in pair:
+                setattr(owner_of(model, path), name, copy.copy(other))
+            assert_alike(patched, original, f"{path}.{name} = {other!r}")
+            for model in pair:
+                setattr(owner_of(model, path), name, value)
+            tried += 1
+    assert tried > 30
+    assert_alike(patched, original)
+    assert patched._current_plan().refusal is None
+
+
+def test_lists_of_the_config_edited_in_place(pair):
+    patched, original = pair
+    for model in pair:
+        for value in vars(model.config).values():
+            if isinstance(value, list) and value[:1] == ["sliding_attention"]:
+                value[0] = "full_attention"
+    assert_alike(patched, original)
+
+
+def blocks(model) -> nn.ModuleList:
+    base = model.base_model
+    return base.layers if hasattr(base, "layers") else base.encoder.layer
+
+
+def attention_of(model, layer=1) -> nn.Module:
+    block = blocks(model)[layer]
+    return block.self_attn if hasattr(block, "self_attn") else block.attention.self
+
+
+def query_of(model) -> tuple[nn.Module, str]:
+    attention = attention_of(model)
+    return attention, "q_proj" if hasattr(attention, "q_proj") else "query"
+
+
+class Twice(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        out = self.inner(*args, **kwargs)
+        return tuple(2 * x for x in out) if isinstance(out, tuple) else 2 * out
+
+
+class SumOfRows(Twice):
+    """Mixes rows, as a per-tensor quantisation does."""
+
+    def forward(self, x):
+        return self.inner(x) + x.flatten(0, -2).sum(0).mean()
+
+
+def append_layer(model):
+    blocks(model).append(copy.deepcopy(blocks(model)[0]))
+    if hasattr(model.base_model, "layers"):
+        model.config.num_hidden_layers += 1
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types.append(model.config.layer_types[0])
+
+
+def remove_layer(model):
+    del blocks(model)[1]
+    model.config.num_hidden_layers -= 1
+
+
+def swap_layers(model):
+    layers = blocks(model)
+    layers[0], layers[2] = layers[2], layers[0]
+
+
+def same_layer_twice(model):
+    blocks(model)[2] = blocks(model)[0]
+
+
+def wrap(get):
+    def change(model):
+        parent, name = get(model)
+        setattr(parent, name, Twice(getattr(parent, name)))
+
+    return change
+
+
+def mix_rows(model):
+    parent, name = query_of(model)
+    setattr(parent, name, SumOfRows(getattr(parent, name)))
+
+
+def word_table(model) -> tuple[nn.Module, str]:
+    base = model.base_model
+    return (
+        (base, "embed_tokens") if hasattr(base, "layers") else (base.embeddings, "word_embeddings")
+    )
+
+
+def first_norm(model) -> tuple[nn.Module, str]:
+    block = blocks(model)[0]
+    name = "input_layernorm"
+    return (block, name) if hasattr(block, name) else (block.output, "LayerNorm")
+
+
+def own_forward(model):
+    module = blocks(model)[1]
+    forward = module.forward
+    module.forward = lambda x, *args, **kwargs: forward(2 * x, *args, **kwargs)
+
+
+def forward_of_a_linear(model):
+    parent, name = query_of(model)
+    module = getattr(parent, name)
+    module.forward = lambda x: 2 * nn.Linear.forward(module, x)
+
+
+def a_hook(model):
+    blocks(model)[1].register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+
+
+def an_attention_function(model):
+    from transformers import AttentionInterface
+
+    def half(module, query, key, value, *args, **kwargs):
+        sdpa = AttentionInterface._global_mapping["sdpa"]
+        return sdpa(module, query / 2, key, value, *args, **kwargs)
+
+    AttentionInterface.register("half", half)
+    model.set_attn_implementation("half")
+
+
+def a_parametrization(model):
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    parent, name = query_of(model)
+    parametrize.register_parametrization(getattr(parent, name), "weight", Half())
+
+
+def pruning(model):
+    parent, name = query_of(model)
+    prune.l1_unstructured(getattr(parent, name), "weight", 0.5)
+
+
+def a_tied_weight(model):
+    parent, name = query_of(model)
+    other = getattr(attention_of(model, 2), name)
+    other.weight = getattr(parent, name).weight
+
+
+def another_weight(model):
+    parent, name = query_of(model)
+    module = getattr(parent, name)
+    module.weight = nn.Parameter(module.weight.detach().flip(0))
+
+
+def another_dtype_of_one_module(model):
+    parent, name = query_of(model)
+    getattr(parent, name).half()
+
+
+def a_class_of_its_own(model):
+    block = blocks(model)[1]
+    kind = type(block)
+
+    class Mine(kind):
+        def forward(self, x, *args, **kwargs):
+            return kind.forward(self, 2 * x, *args, **kwargs)
+
+    block.__class__ = Mine
+
+
+CHANGES = {
+    change.__name__: change
+    for change in (
+        *(append_layer, remove_layer, swap_layers, same_layer_twice, own_forward, a_hook),
+        *(forward_of_a_linear, an_attention_function, a_parametrization, pruning, a_tied_weight),
+        *(another_weight, another_dtype_of_one_module, a_class_of_its_own, mix_rows),
+    )
+} | {
+    "wrap_a_query": wrap(query_of),
+    "wrap_the_words": wrap(word_table),
+    "wrap_a_norm": wrap(first_norm),
+    "wrap_a_layer": wrap(lambda model: (blocks(model), "1")),
+    "wrap_an_attention": wrap(
+        lambda m: (blocks(m)[0], "self_attn" if hasattr(blocks(m)[0], "self_attn") else "attention")
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_modules(pair, change):
+    patched, original = pair
+    assert_alike(patched, original)
+    for model in pair:
+        CHANGES[change](model)
+    assert_alike(patched, original)
+    assert_alike(patched, original)
+
+
+@contextlib.contextmanager
+def replaced(owner, name: str, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def replacements(model) -> list[tuple[object, str, object]]:
+    """What Liger and others replace, in one place for all models of a class: owner, name, and another."""
+
+    def twice(forward):
+        def doubled(self, *args, **kwargs):
+            out = forward(self, *args, **kwargs)
+            return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+        return doubled
+
+    parent, name = first_norm(model)
+    kinds = {type(x) for x in (blocks(model)[0], attention_of(model), getattr(parent, name))}
+    kinds.add(nn.Linear)
+    found = [(kind, "forward", twice(kind.forward)) for kind in kinds]
+    names = vars(sys.modules[type(model.base_model).__module__])
+    if "apply_rotary_pos_emb" in names:
+        module = sys.modules[type(model).__module__]
+        found.append((module, "apply_rotary_pos_emb", lambda q, k, *args, **kwargs: (q, k)))
+    return found
+
+
+def test_replaced_for_the_whole_class(pair):
+    patched, original = pair
+    expected = outputs(original)
+    for owner, name, value in replacements(original):
+        with replaced(owner, name, value):
+            assert_alike(patched, original, f"{owner.__name__}.{name}")
+            assert not torch.allclose(outputs(original), expected, **TIGHT)
+            twin = copy.deepcopy(original)
+            report = embedfuse.patch(twin)
+            assert "was replaced by" in report.refused["forward"]
+            assert_alike(twin, original)
+        assert_alike(patched, original)
+    assert patched._current_plan().refusal is None
+
+
+def test_a_hook_comes_and_goes(pair):
+    patched, original = pair
+    report = embedfuse.report(patched)
+    for _ in range(2):
+        handles = [blocks(m)[1].register_forward_hook(lambda *_: None) for m in pair]
+        assert_alike(patched, original)
+        assert report.original_calls.total() == 2
+        report.original_calls.clear()
+        for handle in handles:
+            handle.remove()
+        assert_alike(patched, original)
+        assert not report.original_calls
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_both_comparisons_see_the_same(monkeypatch, native):
+    """The C++ one, and the Python one where it was not built."""
+    model = make_model("bert")
+    if not native:
+        monkeypatch.setattr(watch, "_comparison", lambda: watch._unchanged)
+    seen = watch.Watch(model, type(model))
+    layer = model.encoder.layer[1]
+    for owner, name, value in (
+        (layer.attention.self, "scaling", 7.0),
+        (layer.attention.self, "new", 1),
+        (layer.output, "dense", nn.Linear(80, 48)),
+        (layer.output.dense, "forward", print),
+        (model.config, "hidden_act", "relu"),
+        (model.embeddings, "position_ids", torch.zeros(1, 70)),
+    ):
+        before = getattr(owner, name, None)
+        assert not seen.changed()
+        setattr(owner, name, value)
+        assert seen.changed(), name
+        delattr(owner, name) if before is None or name == "forward" else setattr(
+            owner, name, before
+        )
+    assert not seen.changed()
+    model.encoder.layer.append(layer)
+    assert seen.changed()
+    seen = watch.Watch(model, type(model), tuple(model.embeddings.buffers()))
+    model.embeddings.token_type_ids.fill_(1)
+    assert seen.changed()
+
+
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+def test_buffers_edited_in_place(name):
+    original = make_model("bert", type_vocab_size=2)
+    patched = copy.deepcopy(original)
+    embedfuse.patch(patched)
+    for model in (patched, original):
+        getattr(model.embeddings, name)[0, :3] = torch.tensor([1, 0, 1])
+    assert_alike(patched, original)
+    assert embedfuse.report(patched).original_calls
