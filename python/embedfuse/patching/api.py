@@ -24,9 +24,7 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
         …ForSequenceClassification; a MistralModel, LlamaModel, Qwen2Model or Qwen3Model; a
         SentenceTransformer, CrossEncoder, MultiVectorEncoder, PyLate ColBERT or PEFT model that holds
         one; FlagEmbedding's BGEM3FlagModel, FlagLLMModel or FlagReranker. Its class becomes a subclass
-        of the same name; weights stay where they are, except that query, key and value of a layer move
-        into one storage, as do gate and up of a decoder (other objects that held the same memory, such
-        as a model loaded with assign=True from this one, keep the old).
+        of the same name; no parameter moves.
 
     attention: None, the model's own, or "bidirectional" for a decoder trained to look both ways
         (LLM2Vec): every token sees all tokens of its text, without a window.

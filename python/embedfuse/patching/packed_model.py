@@ -285,6 +285,7 @@ class PackedModel(Patched):
         if plan is None or not plan.is_current():
             with state.lock:
                 if state.plan is plan:
+                    state.prefixes.forget()
                     state.plan = self._trusted(self._make_plan())
                 plan = state.plan
         return plan

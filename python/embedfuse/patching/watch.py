@@ -46,17 +46,20 @@ class Watch:
         owners, keys, values = zip(*slots, strict=True)
         classes, sizes = tuple(map(type, modules)), tuple(map(len, tables))
         self._objects = tuple(modules), classes, tuple(tables), sizes, owners, keys, values
-        self._forwards = [(kind, kind.forward) for kind in {original, *map(type, modules[1:])}]
+        self._kinds = [original, *set(classes[1:])]
+        self._forwards = [kind.forward for kind in self._kinds]
         configs = {id(c): c for m in modules if hasattr(c := m.__dict__.get("config"), "__dict__")}
-        self._configs = [(vars(config), _copied(vars(config))) for config in configs.values()]
-        self._buffers = [(b, b._version) for b in buffers if not b.is_inference()]
+        self._configs = [vars(config) for config in configs.values()]
+        self._settings = list(map(_copied, self._configs))
+        self._buffers = [buffer for buffer in buffers if not buffer.is_inference()]
+        self._versions = [buffer._version for buffer in self._buffers]
 
     def changed(self) -> bool:
         return (
             not _comparison()(*self._objects)
-            or any(config != settings for config, settings in self._configs)
-            or any(kind.forward is not forward for kind, forward in self._forwards)
-            or any(buffer._version != version for buffer, version in self._buffers)
+            or self._configs != self._settings
+            or [kind.forward for kind in self._kinds] != self._forwards
+            or [buffer._version for buffer in self._buffers] != self._versions
             or self._hooks_changed()
         )
 
