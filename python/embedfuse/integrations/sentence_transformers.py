@@ -174,7 +174,7 @@ def _unfused_pooling(pooling: Pooling, features: dict) -> str | None:
     if not pooling.include_prompt and "prompt_length" in features:
         return "include_prompt=False with a prompt"
     mask = features.get("attention_mask")
-    if mode == "weightedmean" and mask is not None and not mask[:, 0].all():
+    if mode == "weightedmean" and mask is not None and not mask[:, :1].all():
         # sentence-transformers before 6.1 counts from column 0 there.
         return "pooling_mode='weightedmean' with padding on the left"
     return None
