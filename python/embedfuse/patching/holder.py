@@ -8,6 +8,9 @@ from embedfuse.patching.engine import Options, Patched
 from embedfuse.patching.recipes import recipe_of
 from embedfuse.patching.report import Report
 
+# In PatchState.cache: the model that install found; the holder may hold another since.
+_HELD = "held"
+
 
 class PatchedHolder(Patched):
     """Mixin of a patched object that holds a transformers model and has it patched too.
@@ -44,10 +47,32 @@ class PatchedHolder(Patched):
             raise
         report.original_calls.clear()  # those of the comparison
         model._embedfuse.patched_before = patched_before
+        model._embedfuse.cache[_HELD] = inner
         return report
 
     def uninstall(self) -> None:
-        inner = self.held(self)
+        inner = self._embedfuse.cache.get(_HELD)
+        inner = self.held_now() if inner is None else inner  # a copy has no cache
         if isinstance(inner, Patched) and not self._embedfuse.patched_before:
             inner.uninstall()
         self.swap_out()
+
+    def held_now(self) -> nn.Module | None:
+        """The model inside; None where it has become one that cannot be patched."""
+        try:
+            return self.held(self)
+        except TypeError:
+            return None
+
+
+def is_of(library: str, method) -> bool:
+    """Whether a function is the library's own: no wrapper can copy where it was defined."""
+    return getattr(method, "__globals__", {}).get("__name__", "").split(".")[0] == library
+
+
+def replaced(thing, library: str, *methods: str) -> str | None:
+    """The first of these methods that is not the library's own, on the object or on its class."""
+    for name in methods:
+        if name in vars(thing) or not is_of(library, getattr(type(thing), name, None)):
+            return name
+    return None

@@ -29,6 +29,10 @@ _NO_WEIGHTS = Csr(
 )
 
 
+class NoTokenError(ValueError):
+    """A text of which the tokenizer makes no token."""
+
+
 class EmbeddingPipeline:
     """A patched model with its tokenizer and heads. Calls from several threads are safe.
 
@@ -83,7 +87,7 @@ class EmbeddingPipeline:
             else:
                 ids, own = self.wrapped(window_texts, prompt, max_length)
             if [] in ids:
-                raise ValueError(
+                raise NoTokenError(
                     f"texts[{start + ids.index([])}]: the tokenizer makes no token of it; accepted is "
                     "text of one token or more"
                 )
