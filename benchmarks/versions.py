@@ -1,8 +1,8 @@
 """This checkout beside another one: `python -m benchmarks.versions OTHER`, built in place, in one run.
 
 Each version has a process of its own, and the two take the same call in turn, so whatever slows the machine
-down meets both. The ratio is the median of OTHER's time over this one's, pair by pair: above 1 this is faster.
-Weights are random where no package holds them; sizes are in the rows' names.
+down meets both. A ratio is the median of OTHER's time over this one's, pair by pair: above 1 this is faster.
+Weights are random where no package holds them; sizes are in the names of the rows.
 """
 
 import argparse
