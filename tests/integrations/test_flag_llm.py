@@ -177,7 +177,7 @@ def test_one_packed_forward_and_no_padded_one(model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(inner), "run_packed", spy)
-        with original_forbidden(inner.original), counted(inner) as tokens:
+        with original_forbidden(), counted(inner) as tokens:
             model.encode(TEXTS[:20])
             assert len(tokens) == 1
             model.encode("one query")
