@@ -273,21 +273,19 @@ void silu_mul(uintptr_t gate, uintptr_t up, int dtype, int64_t rows, int64_t col
                           up_stride, (void*)out});
 }
 
-// Scores, their dtype, rows, columns and first column; own, limit, keys of rows and columns, guide, its limit
-// and dtype; factors of rows and columns; scale, bias, sigmoid.
-using Tile =
-    std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
-               uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, float, float, bool>;
+// Scores, rows, columns and first column; own, limit, keys of rows and columns, guide and its limit; factors
+// of rows and columns; scale, bias, sigmoid.
+using Tile = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                        uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, float, bool>;
 
 InfoNceTile tile_arg(const Tile& x) {
-  const auto& [scores, dtype, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
-               guide_dtype, x_factor, y_factor, scale, bias, sigmoid] = x;
+  const auto& [scores, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
+               x_factor, y_factor, scale, bias, sigmoid] = x;
   if (columns > kInfoNceColumns) {
     throw py::value_error("scores: " + std::to_string(columns) + " columns; accepted are up to " +
                           std::to_string(kInfoNceColumns));
   }
-  return {(void*)scores,
-          dtype,
+  return {(float*)scores,
           rows,
           columns,
           first,
@@ -295,9 +293,8 @@ InfoNceTile tile_arg(const Tile& x) {
           (const float*)limit,
           (const int64_t*)x_keys,
           (const int64_t*)y_keys,
-          (const void*)guide,
+          (const float*)guide,
           (const float*)guide_limit,
-          guide_dtype,
           (const float*)x_factor,
           (const float*)y_factor,
           scale,

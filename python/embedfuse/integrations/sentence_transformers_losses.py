@@ -5,7 +5,8 @@
 Constructor, embedding, gradient caching, config and citation are the original's; from embeddings to the loss
 the score matrix passes a tile at a time. Every option is served; a `similarity_fct` other than cos_sim,
 dot_score and a model's own `similarity` that means one of them runs the original's code, and the log says so
-once. The loss is fp32 (fp64 for fp64 embeddings), also where the original's is rounded to 16 bits.
+once. As there, 16-bit embeddings are widened first, and under autocast 16-bit vectors are multiplied; scores
+and loss are fp32 (fp64 for fp64 embeddings), also where the original's are rounded to 16 bits.
 """
 
 import functools
@@ -85,12 +86,12 @@ def _in_batch_loss(loss, embeddings: list[Tensor]) -> Tensor:
     if len(embeddings) < 2:
         raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
     rows, first = len(embeddings[0]), 0
-    if _similarity(loss) == "cosine":
-        embeddings = [normalize(x, dim=-1) for x in embeddings]
-    embeddings = [as_matmul_input(x) for x in embeddings]
     if loss.gather_across_devices:
         embeddings = [all_gather_with_grad(x) for x in embeddings]
         first = get_rank() * rows
+    embeddings = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in embeddings]
+    if _similarity(loss) == "cosine":
+        embeddings = [normalize(x, dim=-1) for x in embeddings]
     queries, *documents = embeddings
     batch = _Batch(loss, queries, documents, slice(first, first + rows))
     parts = batch.parts()
@@ -98,6 +99,11 @@ def _in_batch_loss(loss, embeddings: list[Tensor]) -> Tensor:
     if loss.partition_mode == "joint":
         return combine(positive, list(itertools.chain(*parts.values()))).loss.mean()
     return torch.stack([combine(positive, part).loss for part in parts.values()]).mean()
+
+
+def _statistics(x: Tensor, y: Tensor, *args, **settings) -> Statistics:
+    # Rounded for each product, as matmul does it: gradients of several then add up in fp32.
+    return statistics(as_matmul_input(x), as_matmul_input(y), *args, **settings)
 
 
 class _Batch:
@@ -108,8 +114,7 @@ class _Batch:
         self.loss, self.queries, self.pool = loss, queries, torch.cat(documents)
         self.q, self.d = queries[local], documents[0][local]
         self.hard = [column[local] for column in documents[1:]]
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        self.scale = torch.as_tensor(loss.scale, dtype=dtype, device=queries.device)
+        self.scale = torch.as_tensor(loss.scale, dtype=queries.dtype, device=queries.device)
         numbers = torch.arange(len(queries), device=queries.device)
         self.own = numbers[local]
         self.same_query = Columns(self.own)
@@ -123,12 +128,12 @@ class _Batch:
         parts = {"query_to_doc": self.query_to_doc()}
         if "query_to_query" in directions:
             columns = Columns(self.own)
-            parts["query_to_query"] = [statistics(self.q, self.queries, self.scale, columns)]
+            parts["query_to_query"] = [_statistics(self.q, self.queries, self.scale, columns)]
         if "doc_to_query" in directions:
             columns = Columns(None if joint else self.own)
-            parts["doc_to_query"] = [statistics(self.d, self.queries, self.scale, columns)]
+            parts["doc_to_query"] = [_statistics(self.d, self.queries, self.scale, columns)]
         if "doc_to_doc" in directions:
-            parts["doc_to_doc"] = [statistics(self.d, self.pool, self.scale, self.same_query)]
+            parts["doc_to_doc"] = [_statistics(self.d, self.pool, self.scale, self.same_query)]
         return parts
 
     def query_to_doc(self) -> list[Statistics]:
@@ -137,9 +142,9 @@ class _Batch:
         of_row = strength if mode in ("hard_negatives", "all_negatives") else 0.0
         if not self.hard or in_batch == of_row:
             own = Columns(self.own)
-            return [statistics(self.q, self.pool, self.scale, own, hardness=in_batch)]
+            return [_statistics(self.q, self.pool, self.scale, own, hardness=in_batch)]
         hard = torch.stack(self.hard, 1)
         return [
-            statistics(self.q, self.pool, self.scale, self.same_query, hardness=in_batch),
+            _statistics(self.q, self.pool, self.scale, self.same_query, hardness=in_batch),
             statistics_of_each(self.q, hard, self.scale, hardness=of_row),
         ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Csr:
     weights: Tensor
 
     def __post_init__(self):
+        check_tensors(indptr=self.indptr, token_ids=self.token_ids, weights=self.weights)
         if self.token_ids.shape != self.weights.shape or self.weights.dim() != 1:
             raise ValueError(
                 f"weights: shape {tuple(self.weights.shape)}; accepted is that of token_ids, (entries,), "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors
 from embedfuse.ops.csr import Csr, running_sum
 from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
 from embedfuse.registry import Cost, Op, triton_function
@@ -99,6 +100,8 @@ def _kept(
 
 
 def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
+    tensors = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+    check_tensors(token_weights=token_weights, **tensors)
     shape = tuple(token_weights.shape)
     if token_weights.dtype not in (*native.DTYPES, torch.float64):
         raise TypeError(
@@ -116,8 +119,7 @@ def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
             raise ValueError(
                 f"{name}: shape {tuple(tensor.shape)}; accepted is that of token_weights, {shape}"
             )
-    named = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    for name, tensor in named.items():
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.device != token_weights.device:
             raise ValueError(
                 f"{name}: on {tensor.device}; accepted is the device of token_weights, {token_weights.device}"
