@@ -11,10 +11,10 @@ them the functions of this module:
 
 functools.partial(..., length_normalize=True) makes them MeanMaxSim. They take what the library's functions
 take and return what these return: masked tokens are excluded; without a mask, rows of zeros in a padded
-tensor are its padding; a document without tokens scores -1e9 (the library also warns). Scores are fp32, of fp64
-vectors fp64, which the library rounds. chunk_elements has no effect, because no similarity of two tokens is
-kept. Where `device` is not the documents' own, or a query mask holds other weights than 0 and 1 (under
-torch.compile: is not bool), the library's own function computes.
+tensor are its padding; a document without tokens scores -1e9 (the library also warns). Scores are fp32, and
+fp64 of fp64 vectors, where the library rounds. chunk_elements has no effect, because no similarity of two
+tokens is kept. Where `device` is not the documents' own, or a query mask holds other weights than 0 and 1
+(under torch.compile: is not bool), the library's own function computes.
 """
 
 import functools

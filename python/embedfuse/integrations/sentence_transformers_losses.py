@@ -5,8 +5,8 @@
 Constructor, embedding, gradient caching, config and citation are the original's; from embeddings to the loss
 the score matrix passes a tile at a time. Every option is served; a `similarity_fct` other than cos_sim,
 dot_score and a model's own `similarity` that means one of them runs the original's code, and the log says so
-once. As there, 16-bit embeddings are widened first, and under autocast 16-bit vectors are multiplied; scores
-and loss are fp32 (fp64 for fp64 embeddings), also where the original's are rounded to 16 bits.
+once. 16-bit embeddings are widened first, as there; all is then fp32 (fp64 for fp64 embeddings) up to the
+embeddings' gradients, also under autocast, where the original rounds to 16 bits.
 """
 
 import functools
@@ -21,7 +21,6 @@ from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score,
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedfuse.integrations.autocast import as_matmul_input
 from embedfuse.ops.info_nce import combine
 from embedfuse.ops.info_nce_statistics import (
     Columns,
@@ -101,11 +100,6 @@ def _in_batch_loss(loss, embeddings: list[Tensor]) -> Tensor:
     return torch.stack([combine(positive, part).loss for part in parts.values()]).mean()
 
 
-def _statistics(x: Tensor, y: Tensor, *args, **settings) -> Statistics:
-    # Rounded for each product, as matmul does it: gradients of several then add up in fp32.
-    return statistics(as_matmul_input(x), as_matmul_input(y), *args, **settings)
-
-
 class _Batch:
     """Statistics of each direction. queries: (batch, d). documents: per column (batch, d), the positives
     first. local: the rows whose loss is taken."""
@@ -120,7 +114,8 @@ class _Batch:
         self.same_query = Columns(self.own)
         if self.hard:
             keys = numbers.repeat(len(documents))
-            self.same_query = Columns(self.own, x_keys=self.own, y_keys=keys)
+            # Not self.own once more: torch.compile takes no tensor twice.
+            self.same_query = Columns(self.own, x_keys=numbers[local], y_keys=keys)
 
     def parts(self) -> dict[str, list[Statistics]]:
         """Negatives by direction; joint, the positive is among doc_to_query's too, as it stands in both."""
@@ -128,12 +123,12 @@ class _Batch:
         parts = {"query_to_doc": self.query_to_doc()}
         if "query_to_query" in directions:
             columns = Columns(self.own)
-            parts["query_to_query"] = [_statistics(self.q, self.queries, self.scale, columns)]
+            parts["query_to_query"] = [statistics(self.q, self.queries, self.scale, columns)]
         if "doc_to_query" in directions:
             columns = Columns(None if joint else self.own)
-            parts["doc_to_query"] = [_statistics(self.d, self.queries, self.scale, columns)]
+            parts["doc_to_query"] = [statistics(self.d, self.queries, self.scale, columns)]
         if "doc_to_doc" in directions:
-            parts["doc_to_doc"] = [_statistics(self.d, self.pool, self.scale, self.same_query)]
+            parts["doc_to_doc"] = [statistics(self.d, self.pool, self.scale, self.same_query)]
         return parts
 
     def query_to_doc(self) -> list[Statistics]:
@@ -142,9 +137,9 @@ class _Batch:
         of_row = strength if mode in ("hard_negatives", "all_negatives") else 0.0
         if not self.hard or in_batch == of_row:
             own = Columns(self.own)
-            return [_statistics(self.q, self.pool, self.scale, own, hardness=in_batch)]
+            return [statistics(self.q, self.pool, self.scale, own, hardness=in_batch)]
         hard = torch.stack(self.hard, 1)
         return [
-            _statistics(self.q, self.pool, self.scale, self.same_query, hardness=in_batch),
+            statistics(self.q, self.pool, self.scale, self.same_query, hardness=in_batch),
             statistics_of_each(self.q, hard, self.scale, hardness=of_row),
         ]

@@ -59,7 +59,8 @@ class ContrastiveLoss(nn.Module):
         documents: Tensor | Rows,
         hard_negatives: Tensor | Rows | None = None,
     ) -> Tensor:
-        sides = [as_rows(side) for side in (queries, documents, hard_negatives)]
+        sides = as_rows(queries=queries, documents=documents)
+        sides += as_rows(optional=True, hard_negatives=hard_negatives)
         with agreed(self.across, sides[0].vectors.device):
             check_sides(sides[0], documents=sides[1], hard_negatives=sides[2])
             if len(sides[0].vectors) != len(sides[1].vectors):

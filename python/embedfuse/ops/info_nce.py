@@ -76,7 +76,8 @@ def info_nce(
     the CPU for labels out of range and a temperature tensor that is not positive; on all ranks where one
     raises, and for pools of different shapes.
     """
-    q, pool, bank, hard = map(as_rows, (q, pool, bank, hard_negatives))
+    q, pool = as_rows(q=q, pool=pool)
+    bank, hard = as_rows(optional=True, bank=bank, hard_negatives=hard_negatives)
     with agreed(across, q.vectors.device):
         check_sides(q, pool=pool, bank=bank, hard_negatives=hard)
         if not 0 <= label_smoothing < 1:

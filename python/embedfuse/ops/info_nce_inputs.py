@@ -91,8 +91,11 @@ class Choice:
         )
 
 
-def as_rows(side: Tensor | Rows | None) -> Rows | None:
-    return side if side is None or isinstance(side, Rows) else Rows(side)
+def as_rows(optional: bool = False, **sides: Tensor | Rows | None) -> list[Rows | None]:
+    for name, side in sides.items():
+        if not isinstance(side, Tensor | Rows) and not (optional and side is None):
+            raise TypeError(f"{name}: {type(side).__name__}; accepted are tensors and ops.Rows")
+    return [Rows(side) if isinstance(side, Tensor) else side for side in sides.values()]
 
 
 def check_sides(q: Rows, **sides: Rows | None) -> None:

@@ -49,8 +49,8 @@ def maxsim(
 
     Returns (Nq, Nd), with pairs (P,), fp32. Differentiable in q and d, with the same bits each time; keeps
     4 Lq bytes a score.
-    Raises ValueError for shapes, dtypes, devices or names that do not fit, on the CPU for pairs that cannot be,
-    for a mask beside a list, and for Int8 if q requires grad; TypeError for what is no tensor or array.
+    Raises ValueError for shapes, dtypes, devices or names that do not fit, on the CPU for pairs that cannot
+    be, for a mask beside a list, and for Int8 if q requires grad; TypeError for what is no tensor or array.
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding={padding!r}: accepted are {', '.join(PADDINGS)}")

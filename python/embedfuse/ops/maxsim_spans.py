@@ -36,7 +36,7 @@ def padded_spans(
     last = torch.cat((torch.where(keep, place + 1, 0), none), 1).amax(1)
     first = torch.cat((torch.where(keep, place, length), none + length), 1).amin(1).minimum(last)
     if torch.compiler.is_compiling():  # no shape may depend on values
-        order = (~keep).long().argsort(1, stable=True)
+        order = (~keep).long().argsort(dim=1, stable=True)
         x = x.gather(1, order[..., None].expand_as(x))
         scale = None if scale is None else scale.gather(1, order)
         first, last = tokens - tokens, tokens
