@@ -4,7 +4,8 @@
 
 or, of a model that a Runner has built, `runner.model.__class__ = BiEncoderOnlyEmbedderModel`. Arguments,
 encoding and losses are the originals', with in-batch and with cross-device negatives, kl_div distillation and
-MRL; nothing is returned in place of the scores. What needs them all (m3_kd_loss, a compute_score_func) runs
+MRL; nothing is returned in place of the scores, and scores and loss are fp32, also where the originals' are
+rounded to 16 bits. What needs them all (m3_kd_loss, a compute_score_func) runs
 the original's code, and the log says so once. Not offered: EncoderOnlyEmbedderM3Model, whose
 self-distillation adds up three matrices of scores.
 """
@@ -18,7 +19,6 @@ from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decode
 from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 from torch import Tensor
 
-from embedfuse.integrations.autocast import as_matmul_input
 from embedfuse.ops.info_nce import info_nce
 from embedfuse.ops.info_nce_statistics import row_products
 
@@ -74,7 +74,6 @@ def _distilled(model, q_reps: Tensor, p_reps: Tensor, targets: Tensor | None) ->
 
 
 def _loss(queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
-    queries, passages = as_matmul_input(queries), as_matmul_input(passages)
     positives = torch.arange(len(queries), device=queries.device)
     positives *= len(passages) // len(queries)
     return info_nce(queries, passages, positives, temperature=temperature).loss.mean()
