@@ -10,11 +10,11 @@ from tests.integrations.late import (
     DOCUMENTS,
     DTYPES,
     QUERIES,
-    assert_as_good,
     holed,
     padded,
     texts,
 )
+from tests.numerics import assert_as_good
 
 pytest.importorskip("sentence_transformers.multi_vector_encoder")
 from sentence_transformers.multi_vector_encoder import scoring

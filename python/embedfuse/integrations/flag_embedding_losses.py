@@ -14,13 +14,16 @@ import functools
 import logging
 
 import torch
-from FlagEmbedding.abc.finetune.embedder import AbsEmbedderModel
-from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
-from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 from torch import Tensor
 
+from embedfuse.compatibility import explained
 from embedfuse.ops.info_nce import info_nce
 from embedfuse.ops.info_nce_statistics import row_products
+
+with explained("FlagEmbedding"):
+    from FlagEmbedding.abc.finetune.embedder import AbsEmbedderModel
+    from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
+    from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 
 logger = logging.getLogger("embedfuse")
 
