@@ -264,7 +264,7 @@ def test_a_negative_max_length_raises_as_before(model):
 
 
 def test_a_text_without_tokens(tmp_path):
-    """The original serves: it pools a padding token there, and of a left-padded batch wrong ones everywhere."""
+    """The original serves, which pools a padding token there, and wrong tokens of a left-padded batch."""
     model = load(make_qwen2(tmp_path))
     model.tokenizer.backend_tokenizer.post_processor = None
     texts = ["a", "", "b"]
