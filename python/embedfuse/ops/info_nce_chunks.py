@@ -82,7 +82,7 @@ def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
 def multiplied(x: Tensor) -> Tensor:
     """As the GEMMs take it. Tensor cores add up 16-bit products in fp32; on the CPU torch's GEMM of 16-bit
     inputs rounds the sums to 16 bits as well."""
-    return x if x.is_cuda else x.float()
+    return x.float() if x.is_cpu else x
 
 
 def tiles(

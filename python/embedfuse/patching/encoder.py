@@ -14,6 +14,11 @@ from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import Plan, not_stock
 from embedfuse.patching.tokens import Tokens
 
+# Buffers of the embeddings as transformers makes them; another one is 0.
+_BUFFERS = {
+    "position_ids": lambda ids: torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+}
+
 
 class PackedEncoder(PackedModel):
     """Its layers are those of transformers' `base_model`: the model itself, or the one under its head."""
@@ -49,18 +54,11 @@ class PackedEncoder(PackedModel):
         for i, block in enumerate(self.base_model.encoder.layer):
             if block.attention.is_cross_attention or block.attention.self.is_causal:
                 return f"encoder.layer.{i} is configured as a decoder's"
-        tables = self.base_model.embeddings
-        if not self._counts_columns(getattr(tables, "position_ids", None)):
-            return "embeddings.position_ids does not count 0, 1, 2, …"
-        if (types := getattr(tables, "token_type_ids", None)) is not None and types.any():
-            return "embeddings.token_type_ids is not 0"
+        for name, buffer in self.base_model.embeddings.named_buffers(recurse=False):
+            made = _BUFFERS.get(name, torch.zeros_like)(buffer)
+            if not (buffer.is_meta or torch.equal(buffer, made)):
+                return f"embeddings.{name} is not as the model was made"
         return None
-
-    def _counts_columns(self, position_ids: Tensor | None) -> bool:
-        if position_ids is None:
-            return True
-        columns = torch.arange(position_ids.shape[-1], device=position_ids.device)
-        return bool((position_ids == columns).all())
 
     def assumed(self) -> Iterator[tuple[str, nn.Module]]:
         """Path and module of all whose class has to be transformers' own, from the outside in."""
