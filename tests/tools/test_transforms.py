@@ -53,7 +53,9 @@ def on_linears(change):
 
 def scaled(kind):
     def act(model, folder):
-        for module in [m for m in model.modules() if type(m).__name__.endswith(kind)]:
+        for module in [
+            m for m in model.modules() if type(m).__name__.endswith(kind) and hasattr(m, "weight")
+        ]:
             parametrize.register_parametrization(module, "weight", Scaled())
         return model
 
