@@ -199,9 +199,11 @@ ROWS = [
         act=added(lambda _: peft.ShadowConfig(task_type="FEATURE_EXTRACTION")),
         families=("mistral",),
     ),
-    Row("peft: Poly, with `task_ids`", before="original", after="original", said="has a hook"),
+    Row("peft: Poly, with `task_ids`", before="refused", after="original", said="has a hook"),
     Row("peft: LoRA with `adapter_names`", before="original", after="original", said="has a hook"),
-    Row("peft: merged, unmerged, switched off", remark="tests/integrations/test_peft.py"),
+    Row(
+        "peft: merged, unmerged, switched off", after="-", remark="tests/integrations/test_peft.py"
+    ),
     Row(
         "peft: X-LoRA, adaption prompt, CPT, multitask prompts",
         before="-",

@@ -1,4 +1,4 @@
-"""Quantised weights: those that round each row by itself are served, those that round by the batch refused."""
+"""Quantised weights: served where each row is rounded by itself, refused where the batch counts."""
 
 import pytest
 import torch

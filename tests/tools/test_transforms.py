@@ -178,7 +178,7 @@ ROWS = [
     Row("torch.func: `functional_call`", act=called_with_others),
     Row(
         "torch.func: `grad`, `vmap` over it",
-        before="original",
+        before="-",
         after="original",
         said="inside a transform of torch.func",
     ),
@@ -211,7 +211,7 @@ ROWS = [
         after="original",
         remark="the original's error: dtypes differ",
     ),
-    Row("`gradient_checkpointing_enable`"),
+    Row("`gradient_checkpointing_enable`", before="-"),
 ]
 
 
