@@ -258,7 +258,7 @@ def test_poly(when):
         torch.manual_seed(3)
         twins.append(moved(peft.get_peft_model(model, config)).eval())
     if when == "before patch":
-        with pytest.raises((PatchError, ValueError), match="task_ids|rows"):
+        with pytest.raises((PatchError, ValueError), match=r"task_ids|rows"):
             embedfuse.patch(twins[0])
         return
     batch = {**batch_for(patched), "task_ids": torch.tensor([0, 1, 1, 0])}
