@@ -14,9 +14,16 @@ from embedfuse.nn.attention import cuda_answers
 from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.packing import Irregular, Packed, one_each, pack
-from embedfuse.patching.check import Probe, check_loaded, deviations, parameter_bytes
+from embedfuse.patching.check import (
+    Probe,
+    check_loaded,
+    deviations,
+    inputs_of,
+    mixes_rows,
+    parameter_bytes,
+)
 from embedfuse.patching.engine import Options, Patched
-from embedfuse.patching.plan import Plan, is_hooked
+from embedfuse.patching.plan import Plan, is_hooked, name_of
 from embedfuse.patching.replay import refusal, replayed
 from embedfuse.patching.report import PatchError, Report
 from embedfuse.patching.tokens import Tokens, rows_of
@@ -308,14 +315,23 @@ class PackedModel(Patched):
             tokens = self.tokens_of(call, packed)
             return self.output_of(call, *self.run(plan, packed, tokens, self.head_pooling))
 
-        expected = probe.run(self, self.run_original)
+        kinds = plan.one_of_each_kind()
+        with inputs_of(kinds) as inputs:
+            expected = probe.run(self, self.run_original)
+        tokens = probe.batches[0]["attention_mask"] != 0
+        for module, x in inputs.items():
+            if mixes_rows(module, x, tokens):
+                raise PatchError(
+                    f"{kinds[module]} is a {name_of(type(module))}, which mixes rows: a token's result "
+                    "depends on the others of its batch"
+                )
         try:
             found = deviations(self, expected, probe.run(self, packed_output))
             if refusal(self._embedfuse.graphs, self.device) is None:
                 # What came once is captured now.
                 deviations(self, expected, probe.run(self, packed_output))
         except PatchError as error:
-            raise PatchError(f"{error}{plan.suspects()}") from None
+            raise PatchError(f"{error}{plan.suspect()}") from None
         self._embedfuse.trusted = plan.foreign_kinds
         return found
 

@@ -42,17 +42,26 @@ class Plan:
         ]
 
     @property
-    def foreign_kinds(self) -> tuple:
-        return tuple((path, type(module)) for path, module in self.foreign)
+    def foreign_kinds(self) -> tuple[tuple[str, type], ...]:
+        """Path and class of modules and of weights that may compute anything."""
+        weights = self.model.named_parameters()
+        other = [(path, weight) for path, weight in weights if type(weight) is not nn.Parameter]
+        return tuple((path, type(thing)) for path, thing in (*self.foreign, *other))
 
-    def suspects(self) -> str:
+    def one_of_each_kind(self) -> dict[nn.Module, str]:
+        """The first foreign module of each class, and its path; of nested ones the outer."""
+        found: dict[type, tuple[nn.Module, str]] = {}
+        outer = "\0"
+        for path, module in self.foreign:
+            if not path.startswith(outer):
+                outer = f"{path}."
+                found.setdefault(type(module), (module, path))
+        return dict(found.values())
+
+    def suspect(self) -> str:
         """For errors: what inside may compute another thing for packed tokens than for padded ones."""
-        if self.foreign:
-            path, module = self.foreign[0]
-            return f"; {path} is a {_name(type(module))}, which may mix rows or round by the batch"
-        for path, weight in self.model.named_parameters():
-            if type(weight) is not nn.Parameter:
-                return f"; {path} is a {_name(type(weight))}, which may round by the batch"
+        for path, kind in self.foreign_kinds:
+            return f"; {path} is a {name_of(kind)}, which may mix rows or round by the batch"
         return ""
 
     def is_current(self) -> bool:
@@ -74,17 +83,17 @@ def obstacle(model: nn.Module) -> str | None:
     kinds = {model.original, *(type(m) for m in model.modules() if m is not model)}
     for kind in kinds:
         if _is_stock(kind.__module__) and not _is_stock_function(kind.forward):
-            return f"{kind.__name__}.forward was replaced by {_name(kind.forward)}"
+            return f"{kind.__name__}.forward was replaced by {name_of(kind.forward)}"
     names, *attentions = tables_of(model.original)
     for name, function in names.items():
         if isinstance(function, FunctionType) and not _is_stock_function(function):
-            return f"{model.original.__module__}.{name} was replaced by {_name(function)}"
+            return f"{model.original.__module__}.{name} was replaced by {name_of(function)}"
     chosen = model.config._attn_implementation
     if chosen not in _ATTENTIONS:
         return f"attention {chosen!r} is not one of transformers' own"
     for table in attentions:
         if chosen in table and not _is_stock_function(table[chosen]):
-            return f"attention {chosen!r} was replaced by {_name(table[chosen])}"
+            return f"attention {chosen!r} was replaced by {name_of(table[chosen])}"
     return None
 
 
@@ -94,7 +103,7 @@ def not_stock(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> str
     for path, module in modules:
         kind = type(module)
         if kind.__module__ != stock:
-            return f"{path} is a {_name(kind)}, not one of {stock}"
+            return f"{path} is a {name_of(kind)}, not one of {stock}"
     return None
 
 
@@ -135,5 +144,5 @@ def _is_stock_function(function) -> bool:
     return True
 
 
-def _name(thing: type | FunctionType) -> str:
+def name_of(thing: type | FunctionType) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
