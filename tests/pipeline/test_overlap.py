@@ -125,7 +125,7 @@ def test_scores_wait_for_nothing(m3_folder, staged):
     passages = scores.Side([[5, 6, 7, 8], [9, 10]], [0, 0, 1, 1])
     with NoTensorOfAList(), NoWait():
         scores.start(pipeline, queries, passages, lambda *tensors: sent.append(tensors), None)
-    lexical = [[(6,), (1,), (6,)], [(4,), (2,), (4,)], [(6,), (2,), (6,)]]
+    lexical = [[(n,), (texts,), (n,), (n,)] for n, texts in ((6, 1), (4, 2), (6, 2))]
     shapes = [[t.shape for t in tensors if t is not None] for tensors in sent]
     assert shapes == [*lexical, [(4,), (4,)]]  # no dense vector, no multi-vector
 

@@ -1,12 +1,11 @@
-"""The self-check: the same probe batch through the original and the patched forward."""
+"""What checks share: probe batches, the deviation of outputs and its bounds, and inputs that are refused."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from embedfuse.packing import Packed
 from embedfuse.patching.plan import has_own_forward
@@ -79,8 +78,8 @@ def deviations(
     for name, reference in expected.items():
         difference = found[name].double() - reference.double()
         both_nan = reference.isnan() & found[name].isnan()
-        scale = _longest_row(reference.double().nan_to_num()).clamp_min(1e-6)
-        worst = (_longest_row(difference.masked_fill(both_nan, 0)) / scale).item()
+        scale = longest_row(reference.double().nan_to_num()).clamp_min(1e-6)
+        worst = (longest_row(difference.masked_fill(both_nan, 0)) / scale).item()
         dtype = max({reference.dtype} | dtypes, key=BOUNDS.__getitem__)
         bound = BOUNDS[dtype]
         if not worst <= bound:
@@ -92,56 +91,7 @@ def deviations(
     return result
 
 
-@contextlib.contextmanager
-def inputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Filled with each module's first input, while a forward runs inside."""
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, args: tuple) -> None:
-        if args and isinstance(args[0], Tensor):
-            inputs.setdefault(module, args[0])
-
-    handles = [m.register_forward_pre_hook(keep) for m in modules]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def mixes_rows(module: nn.Module, x: Tensor, tokens: Tensor) -> bool:
-    """Whether a token's result depends on the others that come with it.
-
-    With parameters drawn anew, because an adapter that was just made adds zero. x: (batch, length, …) or
-    (1, length, …), where tokens (batch, length) are no padding; anything else has no rows of tokens.
-    """
-    if x.shape[:2] not in (tokens.shape, (1, tokens.shape[1])):
-        return False
-    x = x.expand(*tokens.shape, *x.shape[2:])
-    generator = torch.Generator(x.device).manual_seed(0)
-    parameters = dict(module.named_parameters())
-    # In 16 bits, rounding would hide what adapters mix; weights of a class of their own stay as they are.
-    widened = all(type(p) is nn.Parameter for p in parameters.values())
-
-    def wide(dtype: torch.dtype) -> torch.dtype:
-        return torch.promote_types(dtype, torch.float32) if widened else dtype
-
-    drawn = {
-        name: torch.randn(p.shape, generator=generator, dtype=wide(p.dtype), device=p.device)
-        for name, p in parameters.items()
-        if type(p) is nn.Parameter and p.is_floating_point() and p.device == x.device
-    }
-    buffers = module.named_buffers()
-    drawn |= {name: b.to(wide(b.dtype)) for name, b in buffers if b.is_floating_point()}
-    x = x.to(wide(x.dtype)) if x.is_floating_point() else x
-    with evaluating(module):
-        padded, packed = (functional_call(module, drawn, (rows,)) for rows in (x, x[tokens]))
-    reference, found = (t.double().nan_to_num() for t in (padded[tokens], packed))
-    difference = _longest_row(found - reference) / _longest_row(reference).clamp_min(1e-6)
-    return not difference.item() <= BOUNDS.get(packed.dtype, 0)
-
-
-def _longest_row(x: Tensor) -> Tensor:
+def longest_row(x: Tensor) -> Tensor:
     return (x if x.dim() > 1 else x[:, None]).norm(dim=-1).max()
 
 

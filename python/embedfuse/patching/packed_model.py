@@ -14,18 +14,12 @@ from embedfuse.nn.attention import cuda_answers
 from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.packing import Irregular, Packed, one_each, pack
-from embedfuse.patching.check import (
-    Probe,
-    check_loaded,
-    deviations,
-    inputs_of,
-    mixes_rows,
-    parameter_bytes,
-)
+from embedfuse.patching.check import Probe, check_loaded, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
-from embedfuse.patching.plan import Plan, is_hooked, name_of
-from embedfuse.patching.replay import refusal, replayed
+from embedfuse.patching.plan import Plan, is_hooked
+from embedfuse.patching.replay import replayed
 from embedfuse.patching.report import PatchError, Report
+from embedfuse.patching.self_check import self_check
 from embedfuse.patching.tokens import Tokens, rows_of
 
 # Arguments that the packed forward serves; any other that is not None goes to the original.
@@ -132,7 +126,7 @@ class PackedModel(Patched):
             if plan.refusal:
                 report.refused["forward"] = plan.refusal
             else:
-                report.deviations = model._self_check(plan)
+                report.deviations = self_check(model, plan)
                 report.fused.append(f"{len(plan.layers)} layers without padding")
                 report.fused += attention_in_force(model, plan)
         except BaseException:
@@ -301,39 +295,10 @@ class PackedModel(Patched):
         """The plan, refused where foreign modules are new in it and the self-check fails with them."""
         if plan.refusal is None and plan.foreign_kinds not in ((), self._embedfuse.trusted):
             try:
-                self._self_check(plan)
+                self_check(self, plan)
             except PatchError as error:
                 plan.refusal = str(error)
         return plan
-
-    def _self_check(self, plan: Plan) -> dict[str, float]:
-        """Deviations of the packed forward from the original one on the probe. PatchError if too large."""
-        probe = self.probe(self)
-
-        def packed_output(call: dict):
-            packed = pack(call["input_ids"], call["attention_mask"])
-            tokens = self.tokens_of(call, packed)
-            return self.output_of(call, *self.run(plan, packed, tokens, self.head_pooling))
-
-        kinds = plan.one_of_each_kind()
-        with inputs_of(kinds) as inputs:
-            expected = probe.run(self, self.run_original)
-        tokens = probe.batches[0]["attention_mask"] != 0
-        for module, x in inputs.items():
-            if mixes_rows(module, x, tokens):
-                raise PatchError(
-                    f"{kinds[module]} is a {name_of(type(module))}, which mixes rows: a token's result "
-                    "depends on the others of its batch"
-                )
-        try:
-            found = deviations(self, expected, probe.run(self, packed_output))
-            if refusal(self._embedfuse.graphs, self.device) is None:
-                # What came once is captured now.
-                deviations(self, expected, probe.run(self, packed_output))
-        except PatchError as error:
-            raise PatchError(f"{error}{plan.suspect()}") from None
-        self._embedfuse.trusted = plan.foreign_kinds
-        return found
 
     def train(self, mode: bool = True):
         # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
