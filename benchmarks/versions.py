@@ -91,7 +91,7 @@ def info_nce(dtype: torch.dtype) -> Callable:
     q, d = (
         torch.randn(n, 256, generator=generator).to(dtype).requires_grad_() for n in (256, 8192)
     )
-    return lambda: ops.info_nce(q, d, temperature=0.05).sum().backward()
+    return lambda: ops.info_nce(q, d, temperature=0.05).loss.sum().backward()
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -148,7 +148,10 @@ class Version:
 
     def seconds(self, row: str) -> float:
         self.process.stdin.write(row + "\n")
-        return float(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{row}: the process of a version ended; its messages stand above")
+        return float(answer)
 
 
 def work() -> None:
@@ -176,6 +179,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return work()
+    if arguments.other is None:
+        parser.error("OTHER: accepted is the folder of another checkout, built in place")
     versions = Version(arguments.other.resolve()), Version(ROOT)
     print(f"{'':68}{'other ms':>10}{'this ms':>10}{'ratio':>8}  quartiles")
     for row in (name for name in ROWS if arguments.k in name):

@@ -117,7 +117,7 @@ def assert_as_good(
     assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN stands elsewhere"
     errors, own_errors = _difference(got, exact), _difference(own, exact)
     assert own_errors.isfinite().all(), f"{name}: plain torch overflows {got.dtype} on this sample"
-    size = exact.nan_to_num(0)
+    size = exact.nan_to_num(0, 0, 0)
     for measure in (_rms, _largest):
         error, own_error = measure(errors), measure(own_errors)
         bound = 2 * own_error + FLOOR[got.dtype] * (scale or measure(size))

@@ -22,7 +22,7 @@ from embedfuse.ops.info_nce_statistics import statistics
 from embedfuse.registry import use_backend
 
 SCALES = [2.0**k for k in range(-126, 121, 13)]  # of logits: inverse temperatures
-_EDGE = torch.arange(86, 91, 0.25)  # e^z stops to be a number within
+_EDGE = torch.arange(86, 91, 0.25)  # e^z stops being a number of fp32 in there
 LOGITS = torch.cat((torch.arange(-400.0, 400, 8), _EDGE, -_EDGE))
 EXPONENTS = range(-45, 39)  # of ten: subnormal numbers to the largest
 SUBNORMAL = 1e-32  # what steps between subnormal numbers come to, divided by the least norm, 1e-12

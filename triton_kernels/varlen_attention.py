@@ -133,7 +133,7 @@ def varlen_attention_kernel(
         last = tl.minimum(first + (B_M + GROUP - 2) // GROUP, rows - 1)
         end = last + keys - rows + 1
     if window is not None:
-        # From a multiple of B_N, so that the sums of a row do not hang on its tile.
+        # From a multiple of B_N, so that the sums of a row do not depend on its tile.
         start = tl.maximum(first + keys - rows - window + 1, 0) // B_N * B_N
 
     if B_K == B_D:

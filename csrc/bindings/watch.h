@@ -4,8 +4,8 @@
 
 namespace embedfuse {
 
-// True where each object still has its class, each dict its length, and each (dict, key) its value.
-// All are tuples; keys are str.
+// True where each object still has its class, each dict its length, and each (dict, key) its value. Keys are
+// str, owners and dicts are dict, which the caller sees to.
 inline bool unchanged(const pybind11::tuple& objects, const pybind11::tuple& classes,
                       const pybind11::tuple& dicts, const pybind11::tuple& lengths,
                       const pybind11::tuple& owners, const pybind11::tuple& keys,
@@ -15,7 +15,7 @@ inline bool unchanged(const pybind11::tuple& objects, const pybind11::tuple& cla
     if ((PyObject*)Py_TYPE(at(objects, i)) != at(classes, i)) return false;
   }
   for (size_t i = 0; i < dicts.size(); ++i) {
-    if (PyDict_Size(at(dicts, i)) != PyLong_AsSsize_t(at(lengths, i))) return false;
+    if (PyDict_GET_SIZE(at(dicts, i)) != PyLong_AsSsize_t(at(lengths, i))) return false;
   }
   for (size_t i = 0; i < owners.size(); ++i) {
     PyObject* value = PyDict_GetItemWithError(at(owners, i), at(keys, i));

@@ -11,9 +11,7 @@ from range_checks import CHECKS
 @pytest.mark.parametrize("isa", config.CPU_ISAS)
 def test_cpp(name, isa, use_isa):
     use_isa(isa)
-    with (
-        embedfuse.use_backend("cpp") if name != "bias_gelu" else embedfuse.use_backend("reference")
-    ):
+    with embedfuse.use_backend("cpp"):
         CHECKS[name]()
 
 

@@ -162,7 +162,7 @@ def test_options_that_are_not_accepted(model):
 
 
 def test_prefixes_that_cannot_be_kept(model):
-    """What an instruction's tokens see hangs on the text after it."""
+    """What an instruction's tokens see depends on the text after it."""
     message = "reuse_prefixes='stream' with attention='bidirectional'.*accepted are off and batch"
     with pytest.raises(ValueError, match=message):
         embedfuse.patch(model, attention="bidirectional", reuse_prefixes="stream")

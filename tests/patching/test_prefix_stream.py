@@ -152,7 +152,7 @@ def test_threads(model):
 
 
 def test_layers_of_another_kind_are_not_remembered(model, computed):
-    """What a LoRA layer does hangs on more than its parameters."""
+    """What a LoRA layer does depends on more than its parameters."""
 
     class Switched(torch.nn.Linear):
         sign = 1

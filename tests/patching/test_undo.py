@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -174,3 +176,36 @@ def test_a_class_changed_since_is_undone_first(model):
         embedfuse.unpatch(model)
     model.__class__ = patched
     embedfuse.unpatch(model)
+
+
+def test_a_forward_kept_by_a_wrapper_outlives_the_patch(model):
+    """accelerate, autocast and profilers keep the bound method that they found."""
+    batch = make_batch(model)
+    expected = states(model, batch)
+    embedfuse.patch(model)
+    kept = model.forward
+    model.forward = lambda *args, **kwargs: kept(*args, **kwargs)
+    assert torch.allclose(states(model, batch), expected, rtol=0, atol=2e-5)
+    assert not embedfuse.report(model).original_calls
+    embedfuse.unpatch(model)
+    assert torch.equal(states(model, batch), expected)
+    model.forward = kept
+    assert torch.equal(states(model, batch), expected)
+    embedfuse.patch(model)
+    assert torch.allclose(states(model, batch), expected, rtol=0, atol=2e-5)
+
+
+def test_a_patched_model_dies_with_its_last_name(family):
+    model = make_model(family)
+    embedfuse.patch(model)
+    batch = make_batch(model)
+    states(model, batch)
+    gc.collect()
+    gc.disable()
+    try:
+        dead, weight = weakref.ref(model), weakref.ref(model.encoder.layer[0].output.dense.weight)
+        del model
+        assert dead() is None
+        assert weight() is None
+    finally:
+        gc.enable()

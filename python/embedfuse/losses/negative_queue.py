@@ -57,6 +57,8 @@ class NegativeQueue(nn.Module):
             raise ValueError(
                 f"documents.{name}: {came}; this queue holds width {tuple(kept.shape[1:])}"
             )
+        if rows.is_floating_point() != kept.is_floating_point():
+            raise TypeError(f"documents.{name}: {rows.dtype}; this queue holds {kept.dtype}")
         kept[places.to(kept.device)] = rows[len(rows) - len(places) :].to(kept)
 
     def get_extra_state(self) -> dict[str, int]:

@@ -82,7 +82,7 @@ class Room(Packed):
 
 
 class Batch(Protocol):
-    """A batch that a graph may run. key: what its forward hangs on beside weights and inputs."""
+    """A batch that a graph may run. key: what its forward depends on besides weights and inputs."""
 
     key: tuple
 

@@ -44,6 +44,7 @@ def kernel_takes(x: Tensor, *modules: nn.Linear) -> bool:
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return all(
-        type(p) in (Tensor, nn.Parameter) and (p.dtype, p.device) == (x.dtype, x.device)
+        type(p) in (Tensor, nn.Parameter)
+        and (p.dtype, p.device, p.layout) == (x.dtype, x.device, torch.strided)
         for p in (weight, weight if bias is None else bias)
     ) and (x.shape[1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1]))

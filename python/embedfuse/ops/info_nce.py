@@ -68,8 +68,9 @@ def info_nce(
     Vectors are taken as they are: normalise them for cosine similarity. Scores, sums and the loss are fp32
     (fp64 for fp64 input), also under autocast; where 16-bit vectors are on a GPU, the gradient of the scores
     is rounded to 16 bits before it meets them. A row without negatives loses 0. NaN spreads. Memory beyond
-    inputs and gradients: a tile of logits and a few rows of statistics; where `pool` needs no gradient, all
-    is done in one pass; with prefixes a tile for each width, and `bank` is read again in the backward pass.
+    inputs and gradients: a tile of logits and a few rows of statistics, and on the CPU an fp32 copy of a
+    16-bit guide's queries; where `pool` needs no gradient, all is done in one pass; with prefixes a tile for
+    each width, and `bank` is read again in the backward pass.
     Deterministic.
 
     Raises ValueError for shapes, dtypes, devices or numbers that do not fit, for Ring with prefixes, and on

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -166,19 +165,21 @@ def inverse_temperature(temperature: float | Tensor, q: Tensor) -> Tensor:
             )
         scale = 1 / temperature.reshape(()).to(q.device, dtype)
         if is_readable(temperature):
-            _check_scale(temperature.item(), scale.item(), dtype)
+            _inverse(temperature.item(), dtype)
         return scale
-    if not isinstance(temperature, Real):
+    try:
+        temperature = float(temperature)
+    except TypeError:
         raise TypeError(
             f"temperature: {type(temperature).__name__}; accepted are numbers and tensors"
-        )
+        ) from None
+    return torch.tensor(_inverse(temperature, dtype), dtype=dtype, device=q.device)
+
+
+def _inverse(temperature: float, dtype: torch.dtype) -> float:
     scale = 1 / temperature if temperature > 0 else 0.0
-    _check_scale(temperature, scale, dtype)
-    return torch.tensor(scale, dtype=dtype, device=q.device)
-
-
-def _check_scale(temperature: float, scale: float, dtype: torch.dtype) -> None:
     if not 0 < scale <= torch.finfo(dtype).max:
         raise ValueError(
             f"temperature={temperature}: accepted are numbers above 0 whose inverse is finite in {dtype}"
         )
+    return scale

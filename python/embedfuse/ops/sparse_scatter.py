@@ -174,7 +174,7 @@ def _by_id(
     tokens, sequence = len(kept), sequence_of(cu_seqlens, len(kept))
     key, place = ((sequence << 32) + torch.where(kept, input_ids, 2**31)).sort()
     is_entry = kept[place]
-    # Of each entry the first token that counts, which need not be the kept one; past all where there is none.
+    # Of each entry the first token that counts, which need not be the kept one; `tokens` where none counts.
     entry = torch.searchsorted(key, (sequence << 32) + input_ids)
     entry = torch.where(token_weights <= 0, tokens, entry)
     number = torch.arange(tokens, device=kept.device)

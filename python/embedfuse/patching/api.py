@@ -34,7 +34,7 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
         "off" never. What is kept is forgotten when a parameter changes, but an edit through `.data` is
         not seen. Nothing is kept ("stream" is "batch") while the model has modules that are not
         transformers' own (LoRA), parameters with gradients or made under inference_mode, or rotary
-        angles that hang on the batch. Encoders, and attention="bidirectional", accept "off" and "batch",
+        angles that depend on the batch. Encoders, and attention="bidirectional", accept "off" and "batch",
         and run every token.
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask

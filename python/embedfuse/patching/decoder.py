@@ -45,6 +45,9 @@ class PackedDecoder(PackedModel):
         """Tokens that the model was made for."""
         return self.config.max_position_embeddings
 
+    def takes_rows(self, path: str) -> bool:
+        return path.startswith(("embed_tokens", "layers."))
+
     def read_layers(self) -> list[DecoderLayer]:
         return [self._read_layer(i, block) for i, block in enumerate(self._blocks())]
 
@@ -176,13 +179,15 @@ class PackedDecoder(PackedModel):
         if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or plan.foreign:
             return None
         parameters = [p for m in plan.modules for p in m._parameters.values() if p is not None]
+        buffers = [b for m in plan.modules for b in m._buffers.values() if b is not None]
         # DataParallel's replicas have none, and one with a gradient is about to change.
         if not parameters or any(
             type(p) is not nn.Parameter or p.is_inference() or p.grad is not None
             for p in parameters
         ):
             return None
-        return tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
+        known = (t for t in (*parameters, *buffers) if not t.is_inference())
+        return tuple((t.data_ptr(), t._version, t.dtype) for t in known)
 
     @property
     def _both_ways(self) -> bool:

@@ -37,6 +37,10 @@ class PackedEncoder(PackedModel):
         table = self.base_model.embeddings.position_embeddings
         return table_size(table) or self.config.max_position_embeddings
 
+    def takes_rows(self, path: str) -> bool:
+        own = "" if self.base_model is self else f"{self.base_model_prefix}."
+        return path.startswith((f"{own}embeddings.", f"{own}encoder."))
+
     def read_layers(self) -> list[EncoderLayer]:
         return [read_layer(block) for block in self.base_model.encoder.layer]
 
@@ -124,11 +128,11 @@ class PackedEncoder(PackedModel):
             positions = self.position_ids(input_ids, packed)
         # The order of the sums is the original's.
         x = tables.word_embeddings(input_ids)
-        if types is None and table_size(tables.token_type_embeddings):
-            x = x + tables.token_type_embeddings.weight[0]
+        table = tables.token_type_embeddings
+        if types is None and table_size(table) and not torch.is_grad_enabled():
+            x = x + table.weight[0]
         else:
-            types = torch.zeros_like(input_ids) if types is None else types
-            x = x + tables.token_type_embeddings(types)
+            x = x + table(torch.zeros_like(input_ids) if types is None else types)
         x = x + tables.position_embeddings(positions)
         return tables.dropout(layer_norm(tables.LayerNorm, x))
 

@@ -127,7 +127,9 @@ class PatchState:
         self.report = report
         self.options = options
         self.plan: Plan | None = None
-        self.trusted: tuple = ()  # foreign modules that the self-check has run with
+        # Classes of foreign modules that the self-check has passed with, and failed with, for what reason.
+        self.trusted: tuple = ()
+        self.distrusted: dict[tuple, str] = {}
         self.prefixes = PrefixCache()
         self.graphs = GraphCache()
         self.cache: dict = {}  # what an integration builds once per object
@@ -135,7 +137,7 @@ class PatchState:
         self.lock = threading.RLock()  # the self-check of a new plan runs the model
 
     def __getstate__(self):
-        return {"report": self.report, "options": self.options}
+        return {"report": self.report.without_calls(), "options": self.options}
 
     def __setstate__(self, state):
         self.__init__(**state)

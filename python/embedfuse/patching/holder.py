@@ -1,5 +1,6 @@
 """Objects that hold a transformers model: patched together with it."""
 
+import weakref
 from abc import abstractmethod
 
 from torch import nn
@@ -47,12 +48,12 @@ class PatchedHolder(Patched):
             raise
         report.original_calls.clear()  # those of the comparison
         model._embedfuse.patched_before = patched_before
-        model._embedfuse.cache[_HELD] = inner
+        model._embedfuse.cache[_HELD] = weakref.ref(inner)
         return report
 
     def uninstall(self) -> None:
-        inner = self._embedfuse.cache.get(_HELD)
-        inner = self.held_now() if inner is None else inner  # a copy has no cache
+        held = self._embedfuse.cache.get(_HELD, self.held_now)  # a copy has no cache
+        inner = held()
         if isinstance(inner, Patched) and not self._embedfuse.patched_before:
             inner.uninstall()
         self.swap_out()

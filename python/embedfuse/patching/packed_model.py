@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from embedfuse.nn.attention import cuda_answers
 from embedfuse.nn.decoder import DecoderLayer
@@ -16,7 +17,7 @@ from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.packing import Irregular, Packed, one_each, pack
 from embedfuse.patching.check import Probe, check_loaded, parameter_bytes
 from embedfuse.patching.engine import Options, Patched
-from embedfuse.patching.plan import Plan, is_hooked
+from embedfuse.patching.plan import Plan, has_own_forward, is_hooked
 from embedfuse.patching.replay import replayed
 from embedfuse.patching.report import PatchError, Report
 from embedfuse.patching.self_check import self_check
@@ -76,6 +77,10 @@ class PackedModel(Patched):
     def read_layers(self) -> list[EncoderLayer] | list[DecoderLayer]:
         """The model's layers, wherever it keeps their modules."""
 
+    @abstractmethod
+    def takes_rows(self, path: str) -> bool:
+        """Whether the packed forward gives the module of this path tokens without a batch."""
+
     def buffers_read(self) -> tuple[Tensor, ...]:
         """Buffers whose values `refusal` looks at."""
         return ()
@@ -100,6 +105,10 @@ class PackedModel(Patched):
             # Callers read the signature to learn which arguments the model takes.
             @functools.wraps(cls.original.forward)
             def forward(self, *args, **kwargs):
+                if not isinstance(
+                    self, PackedModel
+                ):  # kept by a tool that wrapped it before unpatch
+                    return type(self).forward(self, *args, **kwargs)
                 return self._forward(*args, **kwargs)
 
             cls.forward = forward
@@ -123,7 +132,10 @@ class PackedModel(Patched):
         cls.swap_in(model, report, options)
         try:
             plan = model._embedfuse.plan = model._make_plan()
-            if plan.refusal:
+            if has_own_forward(model):
+                own = "the model has a forward of its own (offloaded, compiled or wrapped)"
+                report.refused["forward"] = plan.refusal = own
+            elif plan.refusal:
                 report.refused["forward"] = plan.refusal
             else:
                 report.deviations = self_check(model, plan)
@@ -259,6 +271,10 @@ class PackedModel(Patched):
             return f"input_ids is a {type(input_ids).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "the call is inside a transform of torch.func"
+        if forward_ad._current_level >= 0:
+            return "the call is inside forward-mode differentiation"
+        if torch.is_grad_enabled() and self.config._attn_implementation == "eager":
+            return "eager attention with gradients, which can be differentiated twice"
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             return "the call is captured into a CUDA graph"
         mask = call.get("attention_mask")
@@ -279,11 +295,10 @@ class PackedModel(Patched):
     def _current_plan(self) -> Plan:
         state = self._embedfuse
         plan = state.plan
-        if plan is not None and plan.model is not self:
-            return self._trusted(
-                self._make_plan()
-            )  # a replica (DataParallel, copy.copy) shares the state
-        if plan is None or not plan.is_current():
+        if plan is not None and not plan.is_of(self):
+            # A replica (DataParallel, copy.copy) shares the state.
+            return self._trusted(self._make_plan())
+        if plan is None or not plan.is_current(self):
             with state.lock:
                 if state.plan is plan:
                     state.prefixes.forget()
@@ -293,18 +308,21 @@ class PackedModel(Patched):
 
     def _trusted(self, plan: Plan) -> Plan:
         """The plan, refused where foreign modules are new in it and the self-check fails with them."""
-        if plan.refusal is None and plan.foreign_kinds not in ((), self._embedfuse.trusted):
-            try:
-                self_check(self, plan)
-            except PatchError as error:
-                plan.refusal = str(error)
+        state, kinds = self._embedfuse, plan.foreign_kinds
+        if plan.refusal is None and kinds not in ((), state.trusted):
+            if kinds not in state.distrusted:
+                try:
+                    self_check(self, plan)
+                except PatchError as error:
+                    state.distrusted = {kinds: str(error)}
+            plan.refusal = state.distrusted.get(kinds)
         return plan
 
     def train(self, mode: bool = True):
         # sentence-transformers calls eval() before every batch: look at the modes, set none anew.
         plan = self._embedfuse.plan
-        known = plan is not None and plan.model is self and plan.is_current()
-        if known and all(module.training is mode for module in plan.modules):
+        known = plan is not None and plan.is_of(self) and plan.is_current(self)
+        if known and all(module.training is mode for module in (self, *plan.modules)):
             return self
         return super().train(mode)
 

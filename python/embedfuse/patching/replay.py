@@ -84,7 +84,7 @@ def replayed(
         size is None
         or plan is not state.plan  # a replica shares the state
         or not is_plain(tokens.input_ids)
-        or any(module.training for module in plan.modules)
+        or any(module.training for module in (model, *plan.modules))
         or any(t.device != model.device or t.dtype not in _IDS for t in tokens.given.values())
         or not model.replays(packed, size[0])
     ):

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 logger = logging.getLogger("embedfuse")
 
@@ -36,6 +36,10 @@ class Report:
         if reason not in self.original_calls:
             logger.warning("%s: the original forward serves this call: %s", self.model, reason)
         self.original_calls[reason] += 1
+
+    def without_calls(self) -> "Report":
+        """As before any call: a copy counts its own, and a hash of the model stays what it is."""
+        return replace(self, original_calls=Counter(), graphs=Report.graphs)
 
     def __str__(self) -> str:
         lines = [f"{self.model}: patched"]

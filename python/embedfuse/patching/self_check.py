@@ -26,23 +26,23 @@ def self_check(model: nn.Module, plan: Plan) -> dict[str, float]:
         tokens = model.tokens_of(call, packed)
         return model.output_of(call, *model.run(plan, packed, tokens, model.head_pooling))
 
-    kinds = plan.one_of_each_kind()
-    with _inputs_of(kinds) as inputs:
+    asked = {m: path for m, path in plan.one_of_each_kind().items() if model.takes_rows(path)}
+    with _inputs_of(asked) as inputs:
         expected = probe.run(model, model.run_original)
     tokens = probe.batches[0]["attention_mask"] != 0
     for module, x in inputs.items():
-        if _mixes_rows(module, x, tokens):
-            raise PatchError(
-                f"{kinds[module]} is a {name_of(type(module))}, which mixes rows: a token's result "
-                "depends on the others of its batch"
-            )
+        if reason := _mixes_rows(module, x, tokens):
+            raise PatchError(f"{asked[module]} is a {name_of(type(module))}, which {reason}")
     try:
         found = deviations(model, expected, probe.run(model, packed_output))
-        if refusal(model._embedfuse.graphs, model.device) is None:
+        state = model._embedfuse
+        if plan is state.plan and refusal(state.graphs, model.device) is None:
             # What came once is captured now.
             deviations(model, expected, probe.run(model, packed_output))
-    except PatchError as error:
-        raise PatchError(f"{error}{plan.suspect()}") from None
+    except Exception as error:
+        if not plan.foreign_kinds:
+            raise
+        raise PatchError(f"{error}{plan.suspect()}") from error
     model._embedfuse.trusted = plan.foreign_kinds
     return found
 
@@ -64,14 +64,14 @@ def _inputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]
             handle.remove()
 
 
-def _mixes_rows(module: nn.Module, x: Tensor, tokens: Tensor) -> bool:
-    """Whether a token's result depends on the others that come with it.
+def _mixes_rows(module: nn.Module, x: Tensor, tokens: Tensor) -> str | None:
+    """What is wrong with a module whose result for a token depends on the others that come with it.
 
     With parameters drawn anew, because an adapter that was just made adds zero. x: (batch, length, …) or
     (1, length, …), where tokens (batch, length) are no padding; anything else has no rows of tokens.
     """
     if x.shape[:2] not in (tokens.shape, (1, tokens.shape[1])):
-        return False
+        return None
     x = x.expand(*tokens.shape, *x.shape[2:])
     generator = torch.Generator(x.device).manual_seed(0)
     parameters = dict(module.named_parameters())
@@ -90,7 +90,20 @@ def _mixes_rows(module: nn.Module, x: Tensor, tokens: Tensor) -> bool:
     drawn |= {name: b.to(wide(b.dtype)) for name, b in buffers if b.is_floating_point()}
     x = x.to(wide(x.dtype)) if x.is_floating_point() else x
     with evaluating(module):
-        padded, packed = (functional_call(module, drawn, (rows,)) for rows in (x, x[tokens]))
+        try:
+            padded = functional_call(module, drawn, (x,))
+        except (
+            Exception
+        ):  # it takes no other parameters (TorchScript); the probe looks at it all the same
+            return None
+        try:
+            packed = functional_call(module, drawn, (x[tokens],))
+        except Exception as error:
+            return f"takes no tokens without a batch: {error}"
+    if not isinstance(padded, Tensor) or padded.shape[:2] != tokens.shape:
+        return None
     reference, found = (t.double().nan_to_num() for t in (padded[tokens], packed))
     difference = longest_row(found - reference) / longest_row(reference).clamp_min(1e-6)
-    return not difference.item() <= BOUNDS.get(packed.dtype, 0)
+    if difference.item() <= BOUNDS.get(packed.dtype, 0):
+        return None
+    return "mixes rows: a token's result depends on the others of its batch"

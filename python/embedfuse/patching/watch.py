@@ -1,64 +1,95 @@
 """Watch: what the forward of a model depends on, and whether all of it still is what it was."""
 
-import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from embedfuse import native
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
+# What the packed forward computes in place of these, which people replace (SageAttention's recipe).
+TORCH_FUNCTIONS = {
+    name: vars(F)[name]
+    for name in (
+        "linear",
+        "layer_norm",
+        "scaled_dot_product_attention",
+        "embedding",
+        "gelu",
+        "silu",
+    )
+}
+# torch's layers that leave each row to itself; others of its modules may not.
+ROW_BY_ROW = (
+    *(nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.ModuleList, nn.Identity),
+    *(nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid),
+)
 
 
 class Watch:
     """What a model's forward depends on, beside its input and the values of its parameters.
 
     Watched are the values of the config; of every module inside its class, its children, its hooks and
-    whether it has a forward of its own; the settings of modules of the modelling file; the forwards of their
-    classes; the functions of that file, and those that it finds attention in; and the buffers that are
-    asked for. All of these, read or not, so that no family can forget one. What a tower looks at in every
-    call is not watched: settings of torch's own layers, parameters, and the training flag.
+    whether it has a forward of its own; the settings of modules of the modelling file, and the methods of
+    their classes; the names of that file, the functions that it finds attention and masks in, and torch's
+    that it calls; and the buffers that are asked for. All of these, read or not, so that no family can forget
+    one. What a tower looks at in every call is not watched: settings of torch's own layers, parameters, and
+    the training flag. A hook that is written into a table by hand, without a handle, is not seen.
     """
 
     def __init__(self, model: nn.Module, original: type, buffers: tuple[Tensor, ...] = ()):
-        modules = list(model.modules())
-        self._handles = RemovableHandle.next_id
-        self._hooks = [*GLOBAL_HOOKS, *(m.__dict__[name] for m in modules for name in HOOKS)]
+        inner = list(model.modules())[1:]
+        own = [m for m in inner if type(m).__module__ == original.__module__]
+        # The model is looked at and not held: it would keep itself alive.
+        self._of_model = len(vars(model)), dict(_settings(vars(model)))
+        self._handles, self._inner = RemovableHandle.next_id, inner
+        self._hooks = self._hook_tables()
         self._hooked = [(table, list(table.values())) for table in self._hooks if table]
-        own = [m for m in modules if type(m).__module__ == original.__module__]
-        tables = [
-            *(m.__dict__ for m in modules),
-            *(m._modules for m in modules if m._modules),
-            *tables_of(original),
-        ]
+        names = [table for _, table in tables_of(original)]
+        children = [t for m in (model, *inner) if type(t := m._modules) is dict]
+        tables = [*map(vars, inner), *filter(None, children), *names]
         slots = [
-            *_slots((m.__dict__ for m in (model, *own)), _is_setting),
-            *_slots(m._modules for m in modules),
-            *_slots(m._buffers for m in own),
-            *_slots(tables_of(original), lambda _, value: isinstance(value, FunctionType)),
+            *((vars(m), name, value) for m in own for name, value in _settings(vars(m))),
+            *((vars(m), "forward", vars(m)["forward"]) for m in inner if "forward" in vars(m)),
+            *_slots((*children, *(m._buffers for m in (model, *own)), *names)),
+            *((vars(F), name, vars(F)[name]) for name in TORCH_FUNCTIONS),
         ]
         owners, keys, values = zip(*slots, strict=True)
-        classes, sizes = tuple(map(type, modules)), tuple(map(len, tables))
-        self._objects = tuple(modules), classes, tuple(tables), sizes, owners, keys, values
-        self._kinds = [original, *set(classes[1:])]
-        self._forwards = [kind.forward for kind in self._kinds]
-        configs = {id(c): c for m in modules if hasattr(c := m.__dict__.get("config"), "__dict__")}
-        self._configs = [vars(config) for config in configs.values()]
-        self._settings = list(map(_copied, self._configs))
+        classes, sizes = tuple(map(type, inner)), tuple(map(len, tables))
+        self._objects = tuple(inner), classes, tuple(tables), sizes, owners, keys, values
+        self._classes = [vars(kind) for kind in {original, *map(type, own)}]
+        self._class_sizes = list(map(len, self._classes))
+        self._methods = [
+            (vars(kind), name)
+            for kind in (original, nn.Module, *dict.fromkeys(classes))
+            for name in methods_of(kind, original)
+        ]
+        self._code = [table[name] for table, name in self._methods]
+        configs = [c for m in (model, *own) if hasattr(c := vars(m).get("config"), "__dict__")]
+        self._configs = [
+            vars(c) for c in dict(zip(map(id, configs), configs, strict=True)).values()
+        ]
+        self._values = list(map(_copied, self._configs))
         self._buffers = [buffer for buffer in buffers if not buffer.is_inference()]
         self._versions = [buffer._version for buffer in self._buffers]
 
-    def changed(self) -> bool:
+    def changed(self, model: nn.Module) -> bool:
+        """model: the one that this was made of."""
+        attributes, (size, settings) = vars(model), self._of_model
         return (
-            not _comparison()(*self._objects)
-            or self._configs != self._settings
-            or [kind.forward for kind in self._kinds] != self._forwards
+            len(attributes) != size
+            or any(attributes.get(name, self) is not value for name, value in settings.items())
+            or not _comparison()(*self._objects)
+            or differ(self._configs, self._values)
+            or [table.get(name) for table, name in self._methods] != self._code
+            or list(map(len, self._classes)) != self._class_sizes
             or [buffer._version for buffer in self._buffers] != self._versions
             or self._hooks_changed()
         )
@@ -67,42 +98,75 @@ class Watch:
         # torch gives each hook a handle with the next number: without new numbers there are no new hooks.
         handles = RemovableHandle.next_id
         if handles != self._handles:
-            if sum(map(len, self._hooks)) != sum(len(hooks) for _, hooks in self._hooked):
+            tables = self._hook_tables()
+            if any(now is not then for now, then in zip(tables, self._hooks, strict=True)):
+                return True
+            if sum(map(len, tables)) != sum(len(hooks) for _, hooks in self._hooked):
                 return True
             self._handles = handles  # of hooks elsewhere
         return any(list(table.values()) != hooks for table, hooks in self._hooked)
 
+    def _hook_tables(self) -> list[dict]:
+        return [
+            *GLOBAL_HOOKS,
+            *(vars(m).get(name, _NO_HOOKS) for m in self._inner for name in HOOKS),
+        ]
 
-def _is_setting(name: str, value) -> bool:
-    """Whether a module's attribute of this name says how it computes."""
-    return not name.startswith("_") and name != "training"
+
+_NO_HOOKS: dict = {}
 
 
-def _slots(
-    tables: Iterable[dict], chosen: Callable[[str, object], bool] = lambda name, value: True
-) -> Iterator[tuple[dict, str, object]]:
+def tables_of(original: type) -> list[tuple[str, dict]]:
+    """What a modelling file finds by name, and where: its own names, attention functions, masks."""
+    names = vars(sys.modules[original.__module__])
+    found = [(original.__module__, names)]
+    for registry in (names.get("ALL_ATTENTION_FUNCTIONS"), ALL_MASK_ATTENTION_FUNCTIONS):
+        if hasattr(registry, "_global_mapping"):
+            kind = type(registry).__name__
+            found += ((kind, registry._global_mapping), (kind, registry._local_mapping))
+    return found
+
+
+def methods_of(kind: type, original: type) -> dict[str, object]:
+    """What of a class's own code the packed forward takes the place of: all of the modelling file's, the
+    forward of layers that are known; nothing of foreign ones, which are called."""
+    if kind is nn.Module:
+        return {"__call__": vars(kind)["__call__"]}
+    if kind.__module__ == original.__module__:
+        return {n: m for n, m in vars(kind).items() if callable(m) or isinstance(m, _WRAPPED)}
+    known = kind in ROW_BY_ROW or kind.__module__ == "transformers.activations"
+    return {"forward": vars(kind)["forward"]} if known and "forward" in vars(kind) else {}
+
+
+_WRAPPED = (staticmethod, classmethod, property)
+
+
+def differ(values: list[dict], others: list[dict]) -> bool:
+    try:
+        return values != others
+    except (RuntimeError, ValueError):  # tensors and arrays, which do not say yes or no
+        return True
+
+
+def _settings(attributes: dict) -> Iterator[tuple[str, object]]:
+    """A module's attributes that say how it computes."""
+    for name, value in attributes.items():
+        if not name.startswith("_") and name != "training":
+            yield name, value
+
+
+def _slots(tables: Iterable[dict]) -> Iterator[tuple[dict, str, object]]:
     for table in tables:
-        for name, value in table.items():
-            if chosen(name, value):
+        if type(table) is dict:
+            for name, value in table.items():
                 yield table, name, value
 
 
-def tables_of(original: type) -> list[dict]:
-    """Names of the modelling file and of the attention functions that it chooses from."""
-    names = vars(sys.modules[original.__module__])
-    attentions = names.get("ALL_ATTENTION_FUNCTIONS")
-    if attentions is None:
-        return [names]
-    return [names, attentions._global_mapping, attentions._local_mapping]
-
-
-def _copied(settings: dict) -> dict:
-    """Containers are copied, because edits in place count too."""
-    containers = (list, dict, set)
-    return {
-        name: copy.deepcopy(value) if isinstance(value, containers) else value
-        for name, value in settings.items()
-    }
+def _copied(value):
+    """Containers are copied, because edits in place count too; what they hold stays what it is."""
+    if type(value) is dict:
+        return {name: _copied(item) for name, item in value.items()}
+    return [_copied(item) for item in value] if type(value) is list else value
 
 
 @functools.cache
