@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from tokenizers.processors import ByteLevel
 
 import embedfuse
 from tests.integrations.flag_llm import load as load_flag
@@ -61,6 +62,16 @@ def test_repaired_and_undone(mistral, caplog):
     assert model.tokenizer.backend_tokenizer.to_str() == state
     assert np.array_equal(model.encode(TEXTS), before)
     assert "_embedfuse_end" not in vars(model)
+
+
+def test_a_post_processor_set_since_stays(mistral):
+    model = load(mistral)
+    embedfuse.patch(model)
+    backend = model.tokenizer.backend_tokenizer
+    backend.post_processor = ByteLevel(trim_offsets=False)
+    state = backend.to_str()
+    embedfuse.unpatch(model)
+    assert backend.to_str() == state
 
 
 def test_a_cut_text_ends_in_it_too(mistral):

@@ -262,6 +262,18 @@ def test_unpatch_is_exact(model):
         embedfuse.unpatch(model)
 
 
+def test_a_forward_kept_by_a_wrapper_outlives_the_patch(model):
+    """As accelerate keeps it where training runs in bf16."""
+    expected = model.encode(TEXTS)
+    embedfuse.patch(model)
+    kept = model.forward
+    model.forward = lambda *args, **kwargs: kept(*args, **kwargs)
+    assert_close(model.encode(TEXTS), expected, rtol=0, atol=2e-6)
+    embedfuse.unpatch(model)
+    assert (model.encode(TEXTS) == expected).all()
+    del model.forward
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies(model, how):
     embedfuse.patch(model)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embedfuse.ops import maxsim_packed
 from embedfuse.patching.check import deviations, evaluating
-from embedfuse.patching.engine import Options
+from embedfuse.patching.engine import Options, outlives_patch
 from embedfuse.patching.holder import PatchedHolder
 from embedfuse.patching.packed_model import on_original
 from embedfuse.patching.report import Report
@@ -51,6 +51,7 @@ class LateInteractionModel(PatchedHolder):
         vectors = {"query_vectors": torch.cat(queries), "document_vectors": torch.cat(documents)}
         return vectors | {"similarity": torch.cat(scores)}
 
+    @outlives_patch
     def forward(self, input, **kwargs):
         reason = "states of query expansion tokens that no token attends to"
         scored = self.scores_padding(input)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from embedfuse.integrations.end_token import EndsTexts
 from embedfuse.ops import pool_normalize
 from embedfuse.patching.check import deviations, evaluating
-from embedfuse.patching.engine import Options
+from embedfuse.patching.engine import Options, outlives_patch
 from embedfuse.patching.holder import is_of, replaced
 from embedfuse.patching.packed_model import PackedModel
 from embedfuse.patching.plan import is_hooked
@@ -83,6 +83,7 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
                 found = model.forward(dict(features))
         report.deviations |= deviations(model, {_VECTOR: expected[_VECTOR]}, found)
 
+    @outlives_patch
     @functools.wraps(_ORIGINAL.forward)
     def forward(self, input, **kwargs):
         if _pooled_only.get() is not self or torch.compiler.is_compiling():

@@ -6,8 +6,10 @@ before, like hooks, parameters and isinstance. Undoing it is swapping back.
 """
 
 import copyreg
+import functools
 import threading
 from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -104,6 +106,19 @@ class Patched(metaclass=PatchedType):
             )
         self.__class__ = self.original
         del self._embedfuse
+
+
+def outlives_patch(method: Callable) -> Callable:
+    """A patched class's method that tools may have kept, as accelerate keeps `model.forward` when it wraps
+    it: once the object is put back, it is the original's."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        if not isinstance(self, Patched):
+            return getattr(type(self), method.__name__)(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 def _new_patched(original: type) -> Patched:

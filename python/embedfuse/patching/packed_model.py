@@ -16,7 +16,7 @@ from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.packing import Irregular, Packed, one_each, pack
 from embedfuse.patching.check import Probe, check_loaded, parameter_bytes
-from embedfuse.patching.engine import Options, Patched
+from embedfuse.patching.engine import Options, Patched, outlives_patch
 from embedfuse.patching.plan import Plan, has_own_forward, is_hooked
 from embedfuse.patching.replay import replayed
 from embedfuse.patching.report import PatchError, Report
@@ -103,12 +103,9 @@ class PackedModel(Patched):
             cls._argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
 
             # Callers read the signature to learn which arguments the model takes.
+            @outlives_patch
             @functools.wraps(cls.original.forward)
             def forward(self, *args, **kwargs):
-                if not isinstance(
-                    self, PackedModel
-                ):  # kept by a tool that wrapped it before unpatch
-                    return type(self).forward(self, *args, **kwargs)
                 return self._forward(*args, **kwargs)
 
             cls.forward = forward

@@ -19,14 +19,18 @@ _PROBES = ("a", "")
 
 @dataclass(frozen=True)
 class AppendedEnd:
-    """A tokenizer that was made to append a token. before: its post-processor, as JSON or None."""
+    """A tokenizer that was made to append a token. before, after: its post-processor, as JSON or None."""
 
     tokenizer: object
     token: str
     before: dict | None
+    after: dict
 
     def undo(self) -> None:
-        self.tokenizer.backend_tokenizer.post_processor = _post_processor(self.before)
+        """Put the post-processor back, unless somebody has set another since."""
+        backend = self.tokenizer.backend_tokenizer
+        if _settings_of(backend.post_processor) == self.after:
+            backend.post_processor = _post_processor(self.before)
 
 
 def says_add_eos(name_or_path: str, hub: dict) -> bool:
@@ -63,7 +67,7 @@ def append_end(tokenizer, token: str) -> AppendedEnd:
             "accepted is a fast tokenizer, or one that does"
         )
     own = backend.post_processor
-    before = None if own is None else json.loads(own.__getstate__())
+    before = _settings_of(own)
     end = {"id": token, "ids": [tokenizer.get_vocab()[token]], "tokens": [token]}
     backend.post_processor = _post_processor(_with_end(before, end))
     if lacks_end(tokenizer, token):
@@ -74,7 +78,7 @@ def append_end(tokenizer, token: str) -> AppendedEnd:
         tokenizer.name_or_path,
         token,
     )
-    return AppendedEnd(tokenizer, token, before)
+    return AppendedEnd(tokenizer, token, before, _settings_of(backend.post_processor))
 
 
 def _with_end(settings: dict | None, end: dict) -> dict:
@@ -121,6 +125,10 @@ def _piece(end: dict, type_id: int) -> dict:
 
 def _flat(settings: dict) -> list[dict]:
     return settings["processors"] if settings["type"] == "Sequence" else [settings]
+
+
+def _settings_of(post_processor) -> dict | None:
+    return None if post_processor is None else json.loads(post_processor.__getstate__())
 
 
 def _post_processor(settings: dict | None):
