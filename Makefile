@@ -1,4 +1,4 @@
-# demo · test · bench · gpu · lint: each sets up what it needs.
+# demo · test · test-all · test-newest · bench · gpu · lint: each sets up what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +6,28 @@ OUT ?= out
 SHELL := bash
 SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test bench gpu lint clean
+# A process per core, of one thread each; the files that take minutes begin first (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all test-newest bench gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/embedfuse demo $(ARGS)
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed lint
+	$(PYTEST) $(ARGS)
+
+# What wraps other libraries, on their newest releases; not part of CI, since these come out at any time.
+test-newest: $(VENV)/installed
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check $$(grep '^torch==' requirements-dev.txt)
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check -U -r requirements-newest.txt
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check -U --no-deps $$(sed -n 's/^# --no-deps //p' requirements-newest.txt)
+	PYTHONPATH=python .venv-newest/bin/python -m embedfuse doctor
+	OMP_NUM_THREADS=1 PYTHONPATH=python .venv-newest/bin/python -m pytest -q tests/patching tests/integrations $(ARGS)
 
 bench: $(VENV)/installed
 	mkdir -p $(OUT)
@@ -43,5 +58,5 @@ $(VENV)/installed: $(VENV)/packages $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out python/embedfuse.egg-info python/embedfuse/_build.json
+	rm -rf $(VENV) .venv-newest build dist out python/embedfuse.egg-info python/embedfuse/_build.json
 	find python triton_kernels -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +

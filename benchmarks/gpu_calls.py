@@ -41,7 +41,7 @@ class OpCall:
         """AssertionError where values lie outside the bound."""
         with numerics.poisoned_empty():
             outputs = self()
-        numerics.assert_within_bounds(self.op, "triton", outputs, self.references)
+        numerics.assert_within_bounds(self.op, self.args, "triton", outputs, self.references)
 
 
 def header(chip: str) -> dict:

@@ -1,8 +1,10 @@
 """The bound every fast version is held to: at most twice plain torch's own error, plus a floor.
 
-    |backend - ref64|max <= 2 |ref - ref64|max + FLOOR[dtype] * |ref64|max
+    |got - ref64| <= 2 |ref - ref64| + FLOOR[dtype] * |ref64|
 
-ref64 is the op's reference on the same inputs widened to fp64, ref the reference in the op's own dtype.
+in the root mean square, which hardly depends on chance, and in the largest, which one wrong number moves.
+ref64 is the reference on the same inputs widened to fp64, ref the reference in its own dtype. The floor is
+for references that happen to round to the right value.
 """
 
 import contextlib
@@ -10,7 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize as normalize_rows
 
+from embedfuse.ops.maxsim_op import EPS
+from embedfuse.ops.maxsim_op import _pairs as every_pair
 from embedfuse.registry import Op, use_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,12 +53,12 @@ def run(op: Op, args: tuple, function=None):
 def assert_close_to_reference(op: Op, args: tuple, backend: str, scale: float | None = None):
     """Run op(*args) on `backend` and hold every output to the bound above.
 
-    scale: what FLOOR is relative to instead of |ref64|max, where outputs cancel (a loss near zero).
+    scale: what FLOOR is relative to instead of the size of ref64, where outputs cancel (a loss near zero).
     Returns the backend's outputs as a tuple, for further checks.
     """
     with use_backend(backend), poisoned_empty():
         got = run(op, args)
-    return assert_within_bounds(op, backend, got, references(op, args), scale)
+    return assert_within_bounds(op, args, backend, got, references(op, args), scale)
 
 
 def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
@@ -62,32 +67,74 @@ def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
     return _tuple(run(op, args, op._reference)), _tuple(exact)
 
 
-def assert_within_bounds(op: Op, backend: str, got, references, scale: float | None = None):
-    """Hold what the op gave on `backend` to its references(op, args); as assert_close_to_reference."""
+def assert_within_bounds(op: Op, args: tuple, backend: str, got, references, scale=None):
+    """Hold what op(*args) gave on `backend` to its references(op, args); as assert_close_to_reference."""
     got = _tuple(got)
     assert len(got) == len(references[0])
-    for index, outputs in enumerate(zip(got, *references, strict=True)):
-        _assert_within_bound(f"{op.name}[{backend}] output {index}", *outputs, scale)
+    for index, (x, own, exact) in enumerate(zip(got, *references, strict=True)):
+        name = f"{op.name}[{backend}] output {index}"
+        assert (x.dtype, x.shape) == (own.dtype, own.shape), name
+        if x.is_floating_point():
+            assert_as_good(x, own, exact, scale=scale, name=name)
+        elif op.name == "maxsim" and x.numel():
+            chosen = [_chosen_products(args, argmax) for argmax in (x, own, exact)]
+            assert_as_good(chosen[0].float(), chosen[1].float(), chosen[2], name=name)
+        else:
+            assert torch.equal(x, exact), name
     return got
 
 
-def _assert_within_bound(name: str, got: Tensor, own: Tensor, exact: Tensor, scale: float | None):
+def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
+    """In fp64 the products that maxsim's argmax stands for, 0 for none.
+
+    An argmax is held to the bound by these: of products that fp32 cannot tell apart either may be chosen.
+    """
+    query, query_spans, documents, document_spans, scale, _, pairs, normalize, width = args
+    query, document = query.double(), torch.cat(documents).double()
+    document = document if scale is None else document * scale[:, None].double()
+    if normalize:
+        query, document = (normalize_rows(x, dim=1, eps=EPS) for x in (query, document))
+    pairs = every_pair(query_spans, document_spans, pairs)
+    lengths = document_spans.diff(dim=1)[pairs[:, 1]]
+    assert ((argmax >= -1) & (argmax < lengths.clamp_min(0))).all(), "argmax leaves its document"
+    i_q = query_spans[pairs[:, 0], :1] + torch.arange(width, device=query.device)
+    i_d = document_spans[pairs[:, 1], :1] + argmax
+    found = argmax >= 0
+    products = query.new_zeros(argmax.shape)
+    products[found] = (query[i_q[found]] * document[i_d[found]]).sum(1)
+    return products
+
+
+def assert_as_good(
+    got: Tensor, own: Tensor, exact: Tensor, *, scale: float | None = None, name: str = "value"
+):
+    """Hold `got` to the bound above, where plain torch gives `own`, and in fp64 `exact`.
+
+    scale: what FLOOR is relative to instead of the size of `exact`, where that cancels.
+    """
     assert (got.dtype, got.shape) == (own.dtype, own.shape), name
-    if not got.is_floating_point():
-        assert torch.equal(got, exact), name
-        return
+    got, own, exact = got.detach(), own.detach(), exact.detach().double()
     assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN stands elsewhere"
-    error, own_error = _error(got, exact), _error(own, exact)
-    assert own_error < float("inf"), f"{name}: plain torch overflows {got.dtype} on this sample"
-    scale = scale or _largest(exact.nan_to_num(0))
-    bound = 2 * own_error + FLOOR[got.dtype] * scale
-    assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}, torch {own_error:.3g}"
+    errors, own_errors = _difference(got, exact), _difference(own, exact)
+    assert own_errors.isfinite().all(), f"{name}: plain torch overflows {got.dtype} on this sample"
+    size = exact.nan_to_num(0)
+    for measure in (_rms, _largest):
+        error, own_error = measure(errors), measure(own_errors)
+        bound = 2 * own_error + FLOOR[got.dtype] * (scale or measure(size))
+        assert error <= bound, (
+            f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {own_error:.3g}"
+        )
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
-    difference = got.double() - exact.double()
+def _difference(got: Tensor, exact: Tensor) -> Tensor:
     # Equal infinities differ by NaN; NaN against NaN was checked before.
-    return _largest(torch.where((got == exact) | exact.isnan(), 0, difference))
+    return torch.where((got == exact) | exact.isnan(), 0, got.double() - exact)
+
+
+def _rms(x: Tensor) -> float:
+    # Scaled, so that no square leaves the range.
+    largest = _largest(x)
+    return largest * (x / largest).square().mean().sqrt().item() if largest > 0 else 0.0
 
 
 def _largest(x: Tensor) -> float:

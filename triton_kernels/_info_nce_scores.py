@@ -45,6 +45,14 @@ def sigmoid_parts(b_z):
 
 
 @triton.jit
+def softmax_weight(b_z, b_stat):
+    """e^(z - statistic) of a row, whose statistic without columns is -inf."""
+    b_d = b_z - tl.where(b_stat == float("-inf"), 0.0, b_stat)
+    # No weight is above 1; of large logits the statistic's rounding would make it so. NaN stays.
+    return tl.exp(tl.where(b_d > 0, 0.0, b_d))
+
+
+@triton.jit
 def place(rows, columns, B_Q: tl.constexpr, B_N: tl.constexpr):
     """A program's block of rows and tile of columns. Neighbours in time share what they read."""
     blocks, tiles = tl.cdiv(rows, B_Q), tl.cdiv(columns, B_N)

@@ -125,7 +125,9 @@ def best_products(
     b_place = tl.zeros([B_Q], tl.int32)
     if PLACES:
         b_is = b_nan | (b_best == b_top[:, None])
-        b_at = tl.where(b_block < 0, -1, b_block + o_c[None, :])
+        # The last row again counts as that row, also where its product rounds otherwise there.
+        b_row = tl.minimum(b_block + o_c[None, :], d_rows - 1)
+        b_at = tl.where(b_block < 0, -1, b_row)
         b_place = tl.min(tl.where(b_is, b_at, 2147483647), 1)
         b_place = tl.where(d_rows > 0, b_place, -1)
     return tl.where(d_rows > 0, b_top, 0), b_place

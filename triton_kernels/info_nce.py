@@ -16,7 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from embedfuse.triton_kernels import info_nce_fused
-from embedfuse.triton_kernels._info_nce_scores import counting_columns, sigmoid_parts
+from embedfuse.triton_kernels._info_nce_scores import (
+    counting_columns,
+    sigmoid_parts,
+    softmax_weight,
+)
 from embedfuse.triton_kernels.info_nce_fused import op_calls
 from embedfuse.triton_kernels.tuned import Tunable
 
@@ -172,8 +176,7 @@ def gradient_kernel(
     if SIGMOID:
         b_weight, _ = sigmoid_parts(b_z)
     else:
-        statistic = tl.load(p_stat + i_r)
-        b_weight = tl.exp(b_z - tl.where(statistic == float("-inf"), 0.0, statistic))
+        b_weight = softmax_weight(b_z, tl.load(p_stat + i_r))
     b_grad = tl.where(b_keep, b_weight * tl.load(p_gs + i_r) + tl.load(p_gt + i_r), 0)
     if p_own is not None:
         is_own = o_c == (tl.load(p_own + i_r) - first).to(tl.int32)

@@ -14,7 +14,13 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from embedfuse.triton_kernels._info_nce_scores import place, score_tile, sigmoid_parts, tile_logits
+from embedfuse.triton_kernels._info_nce_scores import (
+    place,
+    score_tile,
+    sigmoid_parts,
+    softmax_weight,
+    tile_logits,
+)
 from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.ops import info_nce_chunks
@@ -152,8 +158,7 @@ def fused_gradient_kernel(
     if SIGMOID:
         b_weight, _ = sigmoid_parts(b_z)
     else:
-        b_stat = tl.load(p_stat + o_r)
-        b_weight = tl.exp(b_z - tl.where(b_stat == float("-inf"), 0.0, b_stat)[:, None])
+        b_weight = softmax_weight(b_z, tl.load(p_stat + o_r)[:, None])
     b_grad = b_weight * tl.load(p_gs + o_r)[:, None] + tl.load(p_gt + o_r)[:, None]
     b_grad = tl.where(b_keep, b_grad, 0)
     if p_own is not None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from embedfuse.triton_kernels.tuned import Tunable
 
 EPS = tl.constexpr(1e-12)
+UNIT = tl.constexpr(2.0**-96)
 
 
 # The padded length changes from call to call: no recompilation when it is 1 or a multiple of 16.
@@ -87,11 +88,14 @@ def pool_normalize_kernel(
             b_total += tl.where(m_t, b_w, 0)
         b_p = tl.sum(b_acc, 0) / tl.where(rows > 0, tl.sum(b_total, 0), 1)
 
-    norm = tl.sqrt(tl.sum(b_p * b_p, 0))
-    tl.store(p_n + i_b, norm)
+    norm, unit = tl.sqrt(tl.sum(b_p * b_p, 0)), 1.0
+    if norm == float("inf"):  # squares from 2^128 on are none of fp32
+        unit = UNIT
+        norm = tl.sqrt(tl.sum(b_p * UNIT * (b_p * UNIT), 0))
+    tl.store(p_n + i_b, norm / unit)
     if NORMALIZE:
         # tl.maximum would drop a NaN norm.
-        b_p = b_p / tl.where(norm < EPS, EPS, norm)
+        b_p = b_p * unit / tl.where(norm < EPS, EPS, norm)
     tl.store(p_o + i_b * hidden + o_d, b_p.to(p_o.dtype.element_ty), mask=o_d < hidden)
 
 

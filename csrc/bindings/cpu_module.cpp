@@ -77,11 +77,12 @@ void token_weights(uintptr_t hidden_states, uintptr_t weight, uintptr_t bias, in
 }
 
 void sparse_scatter(uintptr_t token_weights, uintptr_t input_ids, uintptr_t cu_seqlens,
-                    int64_t tokens, int64_t batch, uintptr_t index, uintptr_t counts) {
+                    int64_t tokens, int64_t batch, uintptr_t index, uintptr_t counts,
+                    uintptr_t order) {
   const SparseScatterArgs args{(const float*)token_weights, (const int64_t*)input_ids,
                                (const int32_t*)cu_seqlens, tokens, batch};
   check_cu_seqlens("cu_seqlens", args.cu_seqlens, batch, tokens);
-  if (!cpu::sparse_scatter(args, (int64_t*)index, (int64_t*)counts)) {
+  if (!cpu::sparse_scatter(args, (int64_t*)index, (int64_t*)counts, (int64_t*)order)) {
     throw py::value_error("input_ids: an id is out of range; accepted are 0 to 2^31 - 1");
   }
 }
@@ -109,10 +110,11 @@ void lexical_scores(uintptr_t query_weights, uintptr_t query_ids, uintptr_t quer
        aligned, (float*)scores});
 }
 
-// One {keys[id]: weight} per row. Keys are fetched ahead, first where the list points, then what it
+// One {keys[id]: weight} per row, whose entries go in as `places` has them. Keys are fetched ahead, first where the list points, then what it
 // points to: those of a large vocabulary do not fit into the caches.
 py::list csr_dicts(const py::list& keys, const py::array_t<int64_t>& indptr,
-                   const py::array_t<int64_t>& token_ids, const py::array_t<double>& weights) {
+                   const py::array_t<int64_t>& token_ids, const py::array_t<double>& weights,
+                   const py::array_t<int64_t>& places) {
   const int64_t rows = indptr.size() - 1, entries = token_ids.size();
   const int64_t *bounds = indptr.data(), *ids = token_ids.data();
   csr("indptr, token_ids", 0, (uintptr_t)ids, (uintptr_t)bounds, rows, entries);
@@ -120,9 +122,14 @@ py::list csr_dicts(const py::list& keys, const py::array_t<int64_t>& indptr,
   py::list dicts(rows);
   for (int64_t row = 0; row < rows; ++row) {
     py::dict dict;
-    for (int64_t i = bounds[row]; i < bounds[row + 1]; ++i) {
-      if (i + 32 < entries) __builtin_prefetch(key + ids[i + 32]);
-      if (i + 16 < entries) __builtin_prefetch(key[ids[i + 16]], 1);
+    const int64_t first = bounds[row], last = bounds[row + 1];
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t i = places.data()[n];
+      if (i < first || i >= last) {
+        throw py::value_error("order: accepted are the numbers of each row's entries");
+      }
+      if (n + 32 < entries) __builtin_prefetch(key + ids[n + 32]);
+      if (n + 16 < entries) __builtin_prefetch(key[ids[n + 16]], 1);
       const py::float_ weight(weights.data()[i]);
       const int error = PyDict_SetItem(dict.ptr(), key[ids[i]], weight.ptr());
       if (error) throw py::error_already_set();
@@ -281,21 +288,19 @@ void silu_mul(uintptr_t gate, uintptr_t up, int dtype, int64_t rows, int64_t col
                           up_stride, (void*)out});
 }
 
-// Scores, their dtype, rows, columns and first column; own, limit, keys of rows and columns, guide, its limit
-// and dtype; factors of rows and columns; scale, bias, sigmoid.
-using Tile =
-    std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
-               uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, float, float, bool>;
+// Scores, rows, columns and first column; own, limit, keys of rows and columns, guide and its limit; factors
+// of rows and columns; scale, bias, sigmoid.
+using Tile = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
+                        uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, float, bool>;
 
 InfoNceTile tile_arg(const Tile& x) {
-  const auto& [scores, dtype, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
-               guide_dtype, x_factor, y_factor, scale, bias, sigmoid] = x;
+  const auto& [scores, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
+               x_factor, y_factor, scale, bias, sigmoid] = x;
   if (columns > kInfoNceColumns) {
     throw py::value_error("scores: " + std::to_string(columns) + " columns; accepted are up to " +
                           std::to_string(kInfoNceColumns));
   }
-  return {(void*)scores,
-          dtype,
+  return {(float*)scores,
           rows,
           columns,
           first,
@@ -303,9 +308,8 @@ InfoNceTile tile_arg(const Tile& x) {
           (const float*)limit,
           (const int64_t*)x_keys,
           (const int64_t*)y_keys,
-          (const void*)guide,
+          (const float*)guide,
           (const float*)guide_limit,
-          guide_dtype,
           (const float*)x_factor,
           (const float*)y_factor,
           scale,

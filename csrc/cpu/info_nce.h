@@ -4,7 +4,7 @@
 //             | into a sum: sum_j += a_i b_j w'_j, c_j = w'_j c_j, with w' that gradient
 // where c is what is stored times a_i b_j (x_factor, y_factor), if these are given.
 //
-// A row is widened, masked and scaled once into a buffer of the L1 cache, where columns that do not count are
+// A row is masked and scaled once into a buffer of the L1 cache, where columns that do not count are
 // -inf. Rows are dealt out to threads, so no sum depends on how many there are. Included once per ISA (no
 // include guard).
 
@@ -17,46 +17,37 @@ struct InfoNceJob {
 };
 
 // The first n of a register's elements; zero beyond them.
-template <class T>
-Vec load_first(const T* p, int64_t n) {
+inline Vec load_first(const float* p, int64_t n) {
   if (n >= Vec::N) return Vec::load(p);
   float part[Vec::N] = {};
-  for (int64_t i = 0; i < n; ++i) part[i] = to_float(p[i]);
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
   return Vec::load(part);
 }
 
-template <class T>
-void store_first(Vec v, T* p, int64_t n) {
+inline void store_first(Vec v, float* p, int64_t n) {
   if (n >= Vec::N) return v.store(p);
   float part[Vec::N];
   v.store(part);
-  for (int64_t i = 0; i < n; ++i) from_float(part[i], p + i);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
 }
 
-inline Vec load_guide(const InfoNceTile& t, int64_t at, int64_t n) {
-  if (t.guide_dtype == kFloat32) return load_first((const float*)t.guide + at, n);
-  return load_first((const bf16*)t.guide + at, n);
-}
-
-template <class T>
-Vec load_scores(const InfoNceTile& t, int64_t row, int64_t j) {
+inline Vec load_scores(const InfoNceTile& t, int64_t row, int64_t j) {
   const int64_t n = t.columns - j;
-  const Vec c = load_first((const T*)t.scores + row * t.columns + j, n);
+  const Vec c = load_first(t.scores + row * t.columns + j, n);
   return t.y_factor ? c * Vec::all(t.x_factor[row]) * load_first(t.y_factor + j, n) : c;
 }
 
 // logits[j] = scale c_j + bias where j counts, -inf elsewhere and up to a whole number of registers. The one
 // place that knows which columns count.
-template <class T>
-void fill_logits(const InfoNceTile& t, int64_t row, float* logits) {
+inline void fill_logits(const InfoNceTile& t, int64_t row, float* logits) {
   const Vec none = Vec::all(-__builtin_inff());
   for (int64_t j = 0; j < t.columns; j += Vec::N) {
     const int64_t n = t.columns - j;
-    const Vec c = load_scores<T>(t, row, j);
+    const Vec c = load_scores(t, row, j);
     Vec z = fma(c, Vec::all(t.scale), Vec::all(t.bias));
     if (t.limit) z = where_greater(c, Vec::all(t.limit[row]), none, z);
     if (t.guide) {
-      const Vec g = load_guide(t, row * t.columns + j, n);
+      const Vec g = load_first(t.guide + row * t.columns + j, n);
       z = where_greater(g, Vec::all(t.guide_limit[row]), none, z);
     }
     if (t.x_keys) {
@@ -106,10 +97,9 @@ inline float exp(float x) {
 // A row without columns has the maximum or statistic -inf, which no logit is to be compared with.
 inline float finite_base(float x) { return x == -__builtin_inff() ? 0.f : x; }
 
-template <class T>
-void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row, float* logits) {
+inline void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row, float* logits) {
   const Vec lowest = Vec::all(kLowest);
-  fill_logits<T>(t, row, logits);
+  fill_logits(t, row, logits);
   const float before = s.maximum[row];
   float now = before, base = 0.f;
   if (!t.sigmoid) {
@@ -132,9 +122,10 @@ void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row, float*
       total = total + where_greater(lowest, z, Vec::zero(), z);
     }
     count = count + where_greater(lowest, z, Vec::zero(), Vec::all(1.f));
-    if (s.factor) store_first(weight, (T*)t.scores + row * t.columns + j, t.columns - j);
+    if (s.factor) store_first(weight, t.scores + row * t.columns + j, t.columns - j);
   }
-  const float factor = t.sigmoid ? 1.f : exp(finite_base(before) - base);
+  // The sum of a row without columns so far is 0: no difference to a maximum that is none.
+  const float factor = t.sigmoid ? 1.f : before == -__builtin_inff() ? 0.f : exp(before - base);
   s.maximum[row] = now;
   s.sum[row] = s.sum[row] * factor + sum(sums);
   s.total[row] += sum(total);
@@ -143,25 +134,25 @@ void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row, float*
 }
 
 // out = G; it may be `logits`.
-template <class T>
-void weigh_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, const float* logits,
-               T* out) {
+inline void weigh_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row,
+                      const float* logits, float* out) {
   const Vec base = Vec::all(finite_base(g.statistic[row]));
   const Vec scale = Vec::all(g.g_statistic[row]), offset = Vec::all(g.g_total[row]);
   for (int64_t j = 0; j < t.columns; j += Vec::N) {
     const Vec z = Vec::load(logits + j);
-    const Vec weight = t.sigmoid ? sigmoid(z, nullptr) : exp(z - base);
+    // No weight is above 1; of large logits the statistic's rounding would make it so.
+    const Vec weight = t.sigmoid ? sigmoid(z, nullptr) : exp(min(Vec::zero(), z - base));
     const Vec grad = fma(weight, scale, offset);
     store_first(where_greater(Vec::all(kLowest), z, Vec::zero(), grad), out + j, t.columns - j);
   }
   const int64_t own = t.own ? t.own[row] - t.first : -1;
-  if (own >= 0 && own < t.columns) from_float(g.g_own[row], out + own);
+  if (own >= 0 && own < t.columns) out[own] = g.g_own[row];
 }
 
-template <class T>
-void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, float* logits) {
-  fill_logits<T>(t, row, logits);
-  T* out = (T*)t.scores + row * t.columns;
+inline void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row,
+                         float* logits) {
+  fill_logits(t, row, logits);
+  float* out = t.scores + row * t.columns;
   if (!g.sum) return weigh_row(t, g, row, logits, out);
   weigh_row(t, g, row, logits, logits);
   float* sums = g.sum + row * t.columns;
@@ -171,25 +162,22 @@ void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row, f
     const Vec of_stored =
         t.y_factor ? grad * Vec::all(t.x_factor[row]) * load_first(t.y_factor + j, n) : grad;
     store_first(load_first(sums + j, n) + of_stored, sums + j, n);
-    store_first(grad * load_scores<T>(t, row, j), out + j, n);
+    store_first(grad * load_scores(t, row, j), out + j, n);
   }
 }
 
-template <class T>
-void info_nce_rows(int64_t begin, int64_t end, void* context) {
+inline void info_nce_rows(int64_t begin, int64_t end, void* context) {
   const InfoNceJob& job = *(const InfoNceJob*)context;
   alignas(64) float logits[kInfoNceColumns + Vec::N];
   for (int64_t row = begin; row < end; ++row) {
-    if (job.state) update_row<T>(job.tile, *job.state, row, logits);
-    if (job.gradient) gradient_row<T>(job.tile, *job.gradient, row, logits);
+    if (job.state) update_row(job.tile, *job.state, row, logits);
+    if (job.gradient) gradient_row(job.tile, *job.gradient, row, logits);
   }
 }
 
 inline void info_nce_all(InfoNceJob job) {
   const int64_t grain = 8192 / (job.tile.columns + 1) + 1;
-  if (job.tile.dtype == kFloat32)
-    return parallel_for(0, job.tile.rows, grain, info_nce_rows<float>, &job);
-  parallel_for(0, job.tile.rows, grain, info_nce_rows<bf16>, &job);
+  parallel_for(0, job.tile.rows, grain, info_nce_rows, &job);
 }
 
 void info_nce_update(const InfoNceTile& tile, const InfoNceState& state) {

@@ -37,7 +37,7 @@ bool larger(float a, float b) { return a > b || (a != a && b == b); }
 
 struct ScatterJob {
   const SparseScatterArgs& a;
-  int64_t *index, *counts;
+  int64_t *index, *counts, *order;
   std::atomic<bool> valid{true};
 };
 
@@ -45,6 +45,7 @@ void scatter_sequences(int64_t begin, int64_t end, void* context) {
   ScatterJob& job = *static_cast<ScatterJob*>(context);
   const SparseScatterArgs& a = job.a;
   std::vector<Token> tokens, scratch;
+  std::vector<int64_t> entry_at;  // of each token that is its id's first; -1 elsewhere
   for (int64_t b = begin; b < end; ++b) {
     tokens.clear();
     for (int32_t t = a.cu_seqlens[b]; t < a.cu_seqlens[b + 1]; ++t) {
@@ -53,18 +54,25 @@ void scatter_sequences(int64_t begin, int64_t end, void* context) {
       tokens.push_back({uint32_t(a.input_ids[t]), t});
     }
     sort_by_id(tokens, scratch);
-    int64_t* out = job.index + a.cu_seqlens[b];
+    const int32_t first = a.cu_seqlens[b], last = a.cu_seqlens[b + 1];
+    entry_at.assign(last - first, -1);
+    int64_t *out = job.index + first, *order = job.order + first;
     for (size_t i = 0; i < tokens.size();) {
       const uint32_t id = tokens[i].id;
       int32_t best = tokens[i].position;
+      entry_at[best - first] = out - (job.index + first);
       for (++i; i < tokens.size() && tokens[i].id == id; ++i) {
         const int32_t t = tokens[i].position;
         if (larger(a.token_weights[t], a.token_weights[best])) best = t;
       }
       *out++ = best;
     }
-    job.counts[b] = out - (job.index + a.cu_seqlens[b]);
-    std::fill(out, job.index + a.cu_seqlens[b + 1], -1);
+    job.counts[b] = out - (job.index + first);
+    std::fill(out, job.index + last, -1);
+    for (const int64_t entry : entry_at) {
+      if (entry >= 0) *order++ = entry;
+    }
+    std::fill(order, job.order + last, -1);
   }
 }
 
@@ -126,8 +134,8 @@ int64_t grain(int64_t rows, int64_t entries) { return 4096 / (entries / (rows + 
 
 }  // namespace
 
-bool sparse_scatter(const SparseScatterArgs& a, int64_t* index, int64_t* counts) {
-  ScatterJob job{a, index, counts};
+bool sparse_scatter(const SparseScatterArgs& a, int64_t* index, int64_t* counts, int64_t* order) {
+  ScatterJob job{a, index, counts, order};
   parallel_for(0, a.batch, grain(a.batch, a.tokens), scatter_sequences, &job);
   return job.valid;
 }

@@ -69,21 +69,30 @@ void pool_sequence(const PoolNormalizeArgs& a, int64_t b, int64_t begin, int64_t
   for (int64_t j = 0; j < n; ++j) acc[j] *= scale;
 }
 
-template <class Out>
-void normalize_and_store(const PoolNormalizeArgs& a, int64_t b, const float* pooled) {
+// |unit x|
+inline float scaled_norm(const float* x, int64_t n, float unit) {
+  const Vec units = Vec::all(unit);
   Vec squares = Vec::zero();
   float square = 0.f;
   int64_t j = 0;
-  for (; j + Vec::N <= a.hidden; j += Vec::N) {
-    squares = fma(Vec::load(pooled + j), Vec::load(pooled + j), squares);
+  for (; j + Vec::N <= n; j += Vec::N) {
+    const Vec v = Vec::load(x + j) * units;
+    squares = fma(v, v, squares);
   }
-  for (; j < a.hidden; ++j) square += pooled[j] * pooled[j];
-  const float norm = __builtin_sqrtf(sum(squares) + square);
-  a.norm[b] = norm;
+  for (; j < n; ++j) square += x[j] * unit * (x[j] * unit);
+  return __builtin_sqrtf(sum(squares) + square);
+}
+
+template <class Out>
+void normalize_and_store(const PoolNormalizeArgs& a, int64_t b, const float* pooled) {
+  float unit = 1.f, norm = scaled_norm(pooled, a.hidden, unit);
+  // Squares from 2^128 on are none of fp32.
+  if (norm == __builtin_inff()) norm = scaled_norm(pooled, a.hidden, unit = 0x1p-96f);
+  a.norm[b] = norm / unit;
   // Written so that a NaN norm stays NaN.
-  const float scale = a.normalize ? 1.f / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
+  const float scale = a.normalize ? unit / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
   Out* out = (Out*)a.out + b * a.hidden;
-  for (j = 0; j < a.hidden; ++j) from_float(pooled[j] * scale, out + j);
+  for (int64_t j = 0; j < a.hidden; ++j) from_float(pooled[j] * scale, out + j);
 }
 
 inline void store(const PoolNormalizeArgs& a, int64_t b, const float* pooled) {

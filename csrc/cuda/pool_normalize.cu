@@ -7,6 +7,7 @@
 // memory, about 36,000 on sm_80 and 53,000 on sm_90. Rows that are not 16-byte aligned load by element.
 #include "cuda/kernels.h"
 
+#include <cfloat>
 #include <climits>
 
 #include "embedfuse/cuda.cuh"
@@ -126,10 +127,18 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  const float norm = sqrtf(block_reduce(square, 0.f, Add{}, squares));
-  if (threadIdx.x == 0) a.norm[b] = norm;
+  float unit = 1.f, norm = sqrtf(block_reduce(square, 0.f, Add{}, squares));
+  if (norm > FLT_MAX) {  // squares from 2^128 on are none of fp32
+    unit = 0x1p-96f, square = 0.f;
+    for (int64_t c = threadIdx.x; c < a.hidden; c += blockDim.x) {
+      square += pooled[c] * unit * (pooled[c] * unit);
+    }
+    __syncthreads();  // all have read `squares`
+    norm = sqrtf(block_reduce(square, 0.f, Add{}, squares));
+  }
+  if (threadIdx.x == 0) a.norm[b] = norm / unit;
   // Written so that a NaN norm stays NaN.
-  const float scale = a.normalize ? 1.f / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
+  const float scale = a.normalize ? unit / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
   const int out_bytes = a.out_dtype == kFloat32 ? 4 : 2;
   void* out = static_cast<char*>(a.out) + b * a.hidden * out_bytes;
   for (int64_t c = threadIdx.x * N; c < a.hidden; c += blockDim.x * N) {

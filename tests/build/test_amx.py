@@ -33,6 +33,7 @@ def compiler(tmp_path):
     return str(script)
 
 
+@pytest.mark.slow
 def test_maxsim_by_emulated_tiles(isas, compiler, build, run_with):
     if "avx512_bf16" not in isas:
         pytest.skip("the tiles' kernels also use AVX-512 with bf16 and VNNI")

@@ -62,16 +62,17 @@ def test_wheel_works_and_notes_how_it_was_built(wheel, run_with, tmp_path):
     assert lines[2] == str([[0.6000000238418579, 0.800000011920929]])
 
 
-def test_pip_install_with_build_isolation_and_without_torch(make_source, environment, tmp_path):
-    """Needs the package index, for setuptools, pybind11 and ninja."""
+def test_the_wheel_was_built_in_isolation(build_wheel):
+    if not build_wheel[1]:
+        pytest.skip("no package index in reach")
+
+
+def test_the_wheel_installs_without_torch(wheel, environment, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     env = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
-    command = [python, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", "."]
-    process = subprocess.run(command, cwd=make_source(), env=env, capture_output=True, text=True)
-    if "No matching distribution found for setuptools" in process.stderr:
-        pytest.skip("no package index in reach")
-    assert process.returncode == 0, process.stdout + process.stderr
+    command = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel]
+    subprocess.run(command, env=env, check=True)
     # The package itself needs torch; its C++ module does not.
     script = (
         "import importlib.util, glob, sysconfig\n"

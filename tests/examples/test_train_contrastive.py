@@ -99,6 +99,7 @@ def test_lora_trains_adapters_alone_and_resumes(tmp_path):
     assert_equal(weights(resumed, "adapter_model"), found)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(four_steps, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     program = Path(example.__file__)

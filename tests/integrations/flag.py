@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from embedfuse.cli.corpus import stdlib_docstrings
+from embedfuse.patching.packed_model import PackedModel
 
 DOCSTRINGS = [text for text in stdlib_docstrings(100) if len(text) < 800][:60]
 ODD = ["", " ", "emoji 🎉", "日本語のテキストです", "word " * 300, "<s> </s>", "a\nb\tc"]
@@ -13,14 +14,14 @@ TEXTS = [*DOCSTRINGS, *ODD]
 
 
 @contextmanager
-def original_forbidden(original: type[torch.nn.Module]):
-    """Inside, the padded forward of this class of transformers raises."""
+def original_forbidden():
+    """Inside, patched models whose call goes to the original's padded forward raise."""
 
-    def forbidden(self, *args, **kwargs):
+    def forbidden(self, call):
         pytest.fail("the original's padded forward was called")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(original, "forward", forbidden)
+        patch.setattr(PackedModel, "run_original", forbidden)
         yield
 
 

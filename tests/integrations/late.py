@@ -1,9 +1,7 @@
-"""Token vectors for the tests of late interaction, and the bound that scores are held to."""
+"""Token vectors for the tests of late interaction."""
 
 import torch
 from torch import Tensor
-
-from tests.numerics import FLOOR
 
 QUERIES, DOCUMENTS = [5, 1, 9, 3], [7, 12, 1, 4]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,11 +36,3 @@ def holed(rows: list[Tensor], seed: int = 0, fill: float = 0.5) -> tuple[Tensor,
     drop = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 1 / 3
     drop[:, 0] = False
     return x, mask & ~drop
-
-
-def assert_as_good(found: Tensor, own: Tensor, exact: Tensor) -> None:
-    """tests/numerics.py's bound: at most twice the library's own error, plus a floor."""
-    assert (found.dtype, found.shape, found.device) == (own.dtype, own.shape, own.device)
-    largest = exact.abs().max().item()
-    error, own_error = ((x.double() - exact.double()).abs().max().item() for x in (found, own))
-    assert error <= 2 * own_error + FLOOR[found.dtype] * largest, (error, own_error)

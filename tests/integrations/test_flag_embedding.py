@@ -184,7 +184,7 @@ def test_tokenizer_arguments_go_to_the_original(pair):
 
 def test_one_packed_forward_and_no_padded_one(model):
     inner = model.model.model
-    with original_forbidden(inner.original), counted(inner) as tokens:
+    with original_forbidden(), counted(inner) as tokens:
         model.encode(TEXTS[:20], **ALL)
         assert len(tokens) == 1
         model.encode("one query")

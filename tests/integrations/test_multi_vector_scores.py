@@ -10,11 +10,11 @@ from tests.integrations.late import (
     DOCUMENTS,
     DTYPES,
     QUERIES,
-    assert_as_good,
     holed,
     padded,
     texts,
 )
+from tests.numerics import assert_as_good
 
 pytest.importorskip("sentence_transformers.multi_vector_encoder")
 from sentence_transformers.multi_vector_encoder import scoring
@@ -293,3 +293,37 @@ def test_a_partial_is_named_in_a_models_card():
 
     fct = functools.partial(ours.colbert_scores, length_normalize=True)
     assert similarity_fct_name(fct) == "colbert_scores(length_normalize=True)"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_fp64_is_kept(name):
+    q = torch.randn(3, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    d = torch.randn(3, 7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    best = torch.einsum("ash,bth->abst", q, d).amax(-1).sum(-1)
+    if name.startswith("colbert") and "pairwise" not in name:
+        d = d[:, None]
+    if name not in ("maxsim", "colbert_scores"):
+        best = best.diagonal()
+    found = OURS[name](q, d)
+    assert found.dtype == torch.float64
+    assert_close(found.flatten(), best.flatten(), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_compiles_in_one_graph(name):
+    """With masks of holes and without, lists of texts, gradients."""
+    (q, q_mask), (d, d_mask) = (holed(texts(QUERIES, seed=2)), holed(texts(DOCUMENTS, seed=3), 1))
+    if name.startswith("colbert") and "pairwise" not in name:
+        d, d_mask = d[:, None], d_mask[:, None]
+    q, d = q.requires_grad_(), d.requires_grad_()
+    calls = [lambda q, d: OURS[name](q, d, q_mask, d_mask), OURS[name]]
+    if name.startswith("maxsim"):
+        calls.append(lambda q, d: OURS[name](list(q), list(d), length_normalize=True))
+    for call in calls:
+        torch.compiler.reset()
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, d)
+        expected = call(q, d)
+        assert_close(found, expected)
+        gradients = (torch.autograd.grad(x.sum(), (q, d)) for x in (found, expected))
+        for got, wanted in zip(*gradients, strict=True):
+            assert_close(got, wanted)

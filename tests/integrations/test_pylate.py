@@ -10,11 +10,11 @@ from tests.integrations.late import (
     DOCUMENTS,
     DTYPES,
     QUERIES,
-    assert_as_good,
     holed,
     padded,
     texts,
 )
+from tests.numerics import assert_as_good
 
 pytest.importorskip("pylate.models")
 from pylate import losses, rank, scores
@@ -297,3 +297,18 @@ def test_losses(kind, metric, settings, expansion, alone):
     assert_close(value, expected[0], rtol=1e-5, atol=1e-6)
     assert_close(gradient, expected[1], rtol=1e-4, atol=1e-6)
     assert gradient.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_in_one_graph(masked):
+    (q, q_mask), (d, d_mask) = (holed(texts(QUERIES, seed=2)), holed(texts(DOCUMENTS, seed=3), 1))
+    masks = (q_mask, d_mask) if masked else ()
+    grouped = (q_mask, d_mask[:, None]) if masked else ()
+    for call in (
+        lambda q, d: ours.colbert_scores(q, d, *masks),
+        lambda q, d: ours.colbert_kd_scores(q, d[:, None], *grouped),
+        ours.colbert_scores_pairwise,
+    ):
+        torch.compiler.reset()
+        found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, d)
+        torch.testing.assert_close(found, call(q, d))

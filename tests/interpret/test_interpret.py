@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CASES = [f"tests/interpret/cases_{name}.py" for name in ("triton", "maxsim")]
+CASES = [f"tests/interpret/cases_{name}.py" for name in ("triton", "maxsim", "ranges")]
 
 
 def test_triton_kernels_in_the_interpreter():

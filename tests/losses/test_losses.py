@@ -279,3 +279,48 @@ def test_loaded_on_first_use():
         "embedfuse.losses.InfoNCE; assert 'embedfuse.losses' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [losses.InfoNCE(0.01), losses.GTELoss(0.01), losses.SigLIPLoss(), losses.DebiasedInfoNCE(0.5)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_of_16_bits_only_gradients_are_rounded(loss, dtype):
+    """0.4 % in bf16 and 0.05 % in fp16 at most, half of that on average."""
+    generator = torch.Generator().manual_seed(0)
+    center = 0.01 * torch.randn(32, 64, generator=generator)
+    sides = [(center + 0.01 * torch.randn(32, 64, generator=generator)).to(dtype) for _ in range(2)]
+    found = []
+    for kind in (dtype, torch.float64):
+        q, d = (x.to(kind).requires_grad_() for x in sides)
+        value = loss(q, d)
+        found.append((value.detach(), *torch.autograd.grad(value, (q, d))))
+    (value, *grads), (exact, *wanted) = found
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
+    for got, best in zip(grads, wanted, strict=True):
+        assert got.dtype == dtype
+        assert (got - best).norm() <= torch.finfo(dtype).eps / 2 * best.norm()
+
+
+def test_debiased_next_to_the_pole_of_its_logarithm():
+    """A mean that tau_plus e^p leaves 7.5e-9 of: e^share rounds to 1."""
+    loss = losses.DebiasedInfoNCE(1.0, tau_plus=0.9)
+    positive = torch.zeros(1, requires_grad=True)
+    mean = torch.nextafter(torch.tensor([math.log(0.9)]), torch.zeros(1)).requires_grad_()
+    estimate = loss._log_estimate(positive, mean, torch.tensor(-50.0))
+    share = math.log(0.9) - mean.item()
+    exact = mean.item() + math.log(-math.expm1(share)) - math.log(0.1)
+    assert estimate.item() == pytest.approx(exact, abs=1.0)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(estimate, (positive, mean)))
+
+
+def test_16_bit_embeddings_beside_a_queue_in_fp32():
+    loss = losses.InfoNCE(0.05, queue=losses.NegativeQueue(4, 8))
+    q, d = (torch.randn(3, 8).bfloat16() for _ in range(2))
+    loss(q, d)
+    torch.testing.assert_close(
+        loss.queue.rows().vectors, torch.nn.functional.normalize(d.float(), dim=1)
+    )
+    assert loss(q, d).isfinite()

@@ -23,7 +23,8 @@ def test_values_by_hand(backend):
     x, bias = torch.tensor([[0.0, 3.0, -1.0], [1.0, 1.0, 101.0]]), torch.tensor([1.0, -1.0, -1.0])
     expected = [[0.841344746, 1.954499736, -0.045500264], [1.954499736, 0.0, 100.0]]
     got = bias_gelu(x, bias)
-    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+    # Below zero 1 + erf cancels: what is left has the rounding errors of 1 and of erf near -1.
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-6, atol=4 * 2**-24)
     assert torch.equal(bias_gelu(x + bias), got)
 
 

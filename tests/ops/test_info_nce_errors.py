@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import embedfuse
+from embedfuse import ops
 from embedfuse.ops import Rows, info_nce
 
 Q, POOL = torch.ones(2, 4), torch.ones(5, 4)
@@ -70,3 +71,26 @@ def test_the_kernel_guards_its_buffer(monkeypatch):
     monkeypatch.setitem(info_nce_chunks.TILE, "cpu", (8, 5000))
     with pytest.raises(ValueError, match=r"^scores: 5000 columns"), embedfuse.use_backend("cpp"):
         info_nce(Q, POOL.repeat(1000, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("q", lambda x: ops.info_nce([[1.0]], x)),
+        ("pool", lambda x: ops.info_nce(x, None)),
+        ("labels", lambda x: ops.info_nce(x, x, [0, 1])),
+        ("pool.ids", lambda x: ops.info_nce(x, ops.Rows(x, ids=[1, 2]))),
+        ("temperature", lambda x: ops.info_nce(x, x, temperature="warm")),
+        ("temperature", lambda x: ops.info_nce(x, x, temperature=1e-39)),
+        ("temperature", lambda x: ops.info_nce(x, x, temperature=torch.tensor(1e-39))),
+        ("temperature", lambda x: ops.info_nce(x, x, temperature=float("inf"))),
+        ("cu_seqlens", lambda x: ops.pool_normalize(x, cu_seqlens=[0, 2])),
+        ("attention_mask", lambda x: ops.pool_normalize(x[None], attention_mask=[[1, 1]])),
+        ("input_ids", lambda x: ops.sparse_scatter(x, [[1, 2], [3, 4]])),
+        ("indptr", lambda x: ops.Csr([0, 1], torch.tensor([1]), torch.ones(1))),
+        ("queries", lambda x: ops.lexical_scores([{"1": 1.0}], [{"1": 1.0}])),
+    ],
+)
+def test_other_types_are_named(name, call):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}[:=]"):
+        call(torch.ones(2, 2))

@@ -105,9 +105,24 @@ def test_nan_and_infinity_show(backend):
 def test_first_of_equal_weights_is_kept(backend):
     weights = torch.tensor([1.0, 2.0, 2.0, NAN, NAN, 0.5])
     ids = torch.tensor([5, 5, 5, 3, 3, 9])
-    index, counts = SCATTER(weights, ids, cu_seqlens(0, 5, 6))
+    index, counts, order = SCATTER(weights, ids, cu_seqlens(0, 5, 6))
     assert index.tolist() == [3, 1, -1, -1, -1, 5]
     assert counts.tolist() == [2, 1]
+    assert order.tolist() == [1, 0, -1, -1, -1, 0]
+
+
+def test_dicts_are_in_the_order_of_the_text(backend):
+    """By the first token of an id that counts, be it not the one kept."""
+    weights = torch.tensor([-1.0, 2.0, 1.0, 3.0, 0.5, 1.0, 4.0])
+    csr = scattered(weights, [3, 9, 7, 9, 3, 8, 2], [0, 5, 5, 7])
+    assert csr.token_ids.tolist() == [3, 7, 9, 2, 8]
+    wanted = [[("9", 3), ("7", 1), ("3", 0.5)], [], [("8", 1), ("2", 4)]]
+    assert [list(row.items()) for row in csr.dicts()] == wanted
+    assert [list(row.items()) for row in csr[[2, 0]].dicts()] == [wanted[2], wanted[0]]
+    by_id = Csr(csr.indptr, csr.token_ids, csr.weights)
+    joined = Csr.cat([by_id, csr]).dicts()
+    assert [list(row.items()) for row in joined[3:]] == wanted
+    assert list(joined[0]) == ["3", "7", "9"]
 
 
 def test_ids_of_every_width(backend):

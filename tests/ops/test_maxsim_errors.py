@@ -100,3 +100,35 @@ def test_the_kernel_guards_its_memory(cpu_module):
     across = torch.tensor([[0, 10], [8, 12]])
     with pytest.raises(ValueError, match=r"^document_spans: a text lies in more"):
         OP(q, spans, [d[:10], d[10:]], across, None, None, None, False, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("q_mask", lambda: maxsim(Q, D, q_mask=[[1, 1, 0]] * 2)),
+        ("d_mask", lambda: maxsim(Q, D, d_mask="right")),
+        ("pairs", lambda: maxsim(Q, D, pairs=[[0, 1]])),
+        (r"d\[1\]", lambda: maxsim(Q, [D[0], None])),
+        ("cu_q", lambda: maxsim_packed(Q.flatten(0, 1), [0, 6], D.flatten(0, 1), CU_D)),
+        ("pairs", lambda: maxsim_packed(Q.flatten(0, 1), CU_Q, D.flatten(0, 1), CU_D, [[0, 1]])),
+        ("pairs", lambda: maxsim(Q, D, pairs=torch.tensor([[0, 5]]))),
+    ],
+)
+def test_other_types_are_named(name, call):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: "):
+        call()
+
+
+def test_pairs_of_padded_texts():
+    """Those of the matrix, with masks of holes and lists."""
+    generator = torch.Generator().manual_seed(0)
+    q, d = torch.randn(3, 4, 8, generator=generator), torch.randn(5, 6, 8, generator=generator)
+    masks = torch.rand(3, 4, generator=generator) > 0.3, torch.rand(5, 6, generator=generator) > 0.3
+    pairs = torch.tensor([[2, 4], [0, 0], [2, 1]])
+    every = maxsim(q, d, *masks)
+    torch.testing.assert_close(maxsim(q, d, *masks, pairs=pairs), every[pairs[:, 0], pairs[:, 1]])
+    every = maxsim(list(q), d, d_mask=masks[1], padding="zero_vector", reduction="mean")
+    found = maxsim(
+        list(q), d, d_mask=masks[1], padding="zero_vector", reduction="mean", pairs=pairs
+    )
+    torch.testing.assert_close(found, every[pairs[:, 0], pairs[:, 1]])

@@ -59,8 +59,9 @@ def assert_same(got, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+# Not the reference: it is what the others are held to.
 @per_dtype
-@per_op(VERSIONS)
+@per_op(CPP)
 def test_numerics(version, dtype):
     op, backend = version
     for args in op.make_samples("cpu", dtype, "test"):

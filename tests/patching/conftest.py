@@ -1,5 +1,7 @@
 """Small models of each family, with the true architecture and random weights."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -80,6 +82,14 @@ def states(model, batch, **kwargs) -> torch.Tensor:
     with torch.no_grad():
         output = model(**batch, **kwargs)
     return output.last_hidden_state[batch["attention_mask"] != 0]
+
+
+def exact_states(model, batch) -> torch.Tensor:
+    """As `states` of a model that is not patched, in fp64 but for the norms, which transformers has in fp32.
+
+    Weights this large carry rounding errors far: what fp32 may differ by is measured, not set.
+    """
+    return states(copy.deepcopy(model).double(), batch)
 
 
 def logits(model, batch, **kwargs) -> torch.Tensor:

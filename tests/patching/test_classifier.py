@@ -11,9 +11,12 @@ from transformers import AutoModelForSequenceClassification
 import embedfuse
 from embedfuse.patching import classifier
 from embedfuse.patching import encoder as reader
+from tests.numerics import assert_as_good
 from tests.patching.conftest import logits, make_batch, make_classifier
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
+# With five labels 160 numbers: of a few, one rounding error may well be twice another.
+LENGTHS = (20, 3, 11, 1, 30, 30, 5, 17) * 4
 
 
 @pytest.fixture
@@ -68,13 +71,12 @@ def test_16_bit_error_is_at_most_twice_the_originals(family, dtype):
     exact = make_classifier(family, num_labels=5).double()
     model = make_classifier(family, num_labels=5).to(dtype)
     exact.load_state_dict(model.state_dict())
-    batch = make_batch(model, (20, 3, 11, 1, 30, 30, 5, 17))
+    batch = make_batch(model, LENGTHS)
     reference = logits(exact, batch)
-    own_error = (logits(model, batch).double() - reference).abs().max()
+    own = logits(model, batch)
+    assert own.dtype == dtype
     embedfuse.patch(model)
-    found = logits(model, batch)
-    assert found.dtype == dtype
-    assert (found.double() - reference).abs().max() <= 2 * own_error
+    assert_as_good(logits(model, batch), own, reference)
 
 
 def test_positional_arguments_and_tuples(model):
@@ -146,15 +148,16 @@ def test_dropout_of_the_head_acts(family):
     assert (logits(model, batch) - logits(model, batch)).abs().max() > 1e-2
 
 
-def test_autocast(model):
+def test_autocast(family):
+    model = make_classifier(family, num_labels=5)
     patched = copy.deepcopy(model)
     embedfuse.patch(patched)
-    batch = make_batch(model)
+    batch = make_batch(model, LENGTHS)
     exact = logits(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = logits(model, batch), logits(patched, batch)
-    assert found.dtype == expected.dtype
-    assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
+    assert (expected - exact).abs().max() > 1e-3  # autocast is on
+    assert_as_good(found, expected, exact)
 
 
 def snapshot(model) -> dict:
@@ -185,7 +188,7 @@ def test_unpatch_is_exact(model):
     assert report.fused == ["3 layers without padding"]
     assert report.refused == {}
     assert set(report.deviations) == {"logits"}
-    assert 0 < report.deviations["logits"] < 1e-5
+    assert report.deviations["logits"] < 1e-5
     assert report.memory_bytes == 0
     embedfuse.unpatch(model)
     assert_unchanged(model, before)

@@ -182,20 +182,18 @@ constexpr int64_t kInfoNceColumns = 4096;
 
 // A tile of scores, some columns of all those that its rows meet, and what decides which of them count.
 struct InfoNceTile {
-  void* scores;  // (rows, columns)
-  int dtype;
+  float* scores;  // (rows, columns)
   int64_t rows, columns;
   int64_t first;             // number of the first column
   const int64_t* own;        // (rows): a column that does not count, or -1; or null
   const float* limit;        // (rows): scores above it do not count; or null
   const int64_t* x_keys;     // (rows), and
   const int64_t* y_keys;     // (columns): equal ones do not count; or null
-  const void* guide;         // (rows, columns): those above
+  const float* guide;        // (rows, columns): those above
   const float* guide_limit;  // (rows) do not count; or null
-  int guide_dtype;
-  const float* x_factor;  // (rows), and
-  const float* y_factor;  // (columns): what `scores` are still to be multiplied by; or null
-  float scale, bias;      // logit = scale score + bias
+  const float* x_factor;     // (rows), and
+  const float* y_factor;     // (columns): what `scores` are still to be multiplied by; or null
+  float scale, bias;         // logit = scale score + bias
   bool sigmoid;
 };
 
@@ -207,7 +205,7 @@ struct InfoNceState {
   float* factor;                 // (rows) or null
 };
 
-// The tile becomes G, or, where `sum` is given (fp32 scores alone), G score, and G x_factor y_factor is added
+// The tile becomes G, or, where `sum` is given, G score, and G x_factor y_factor is added
 // to `sum`.
 struct InfoNceGradient {
   const float *statistic, *g_statistic, *g_total, *g_own;  // (rows)

@@ -42,8 +42,9 @@ inline Vec dot_pairs(Vec a, Vec b, Vec c) {
                            (__m512bh)_mm512_castps_si512(b.v))};
 }
   #endif
-// The larger of the two; b where one is NaN.
+// The larger, the smaller of the two; b where one is NaN.
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 // yes in the lanes where a > b, no elsewhere, NaN among them.
 inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), yes.v)};
@@ -133,6 +134,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
 }
@@ -192,6 +194,7 @@ inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec max(Vec a, Vec b) { return a.v > b.v ? a : b; }
+inline Vec min(Vec a, Vec b) { return a.v < b.v ? a : b; }
 inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) { return a.v > b.v ? yes : no; }
 inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec its_label) {
   if (best.v != best.v || candidate.v <= best.v) return;
@@ -213,9 +216,10 @@ inline float sum(Vec a) {
   return sums[0];
 }
 
-// e^x for x <= 88, within 1 ulp of fp32; 0 below -87.7, where the result would be subnormal. NaN stays NaN.
+// e^x within 1 ulp of fp32: infinity from where it leaves the range, 0 below -87.7, where it would be subnormal.
+// NaN stays NaN.
 inline Vec exp(Vec x) {
-  x = max(Vec::all(-88.f), x);
+  x = min(Vec::all(89.f), max(Vec::all(-88.f), x));
   // x = n ln2 + r with |r| <= ln2 / 2: adding 1.5 * 2^23 rounds x / ln2 to the whole number n, and
   // ln2 is subtracted in two parts, the first short enough that n times it is exact.
   const Vec n = fma(x, Vec::all(0x1.715476p+0f), Vec::all(0x1.8p+23f)) - Vec::all(0x1.8p+23f);
@@ -228,5 +232,8 @@ inline Vec exp(Vec x) {
   p = fma(p, r, Vec::all(0.166665211f));
   p = fma(p, r, Vec::all(0.49999994f));
   p = fma(p, r, Vec::all(1.f));
-  return fma(p, r, Vec::all(1.f)) * pow2(n);
+  p = fma(p, r, Vec::all(1.f));
+  // n = 128, whose power is no number, while e^x still is one up to 88.72: half of it, doubled.
+  const Vec last = Vec::all(127.f);
+  return where_greater(n, last, p + p, p) * pow2(min(last, n));
 }

@@ -7,15 +7,17 @@ import argparse
 import json
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from embedfuse import config, native, registry
+from embedfuse import compatibility, config, native, registry
 from embedfuse.nn.attention import cuda_answers
 
-PACKAGES = ("embedfuse", "torch", "triton", "transformers", "sentence-transformers", "numpy")
+PACKAGES = (
+    *("embedfuse", "torch", "triton", "numpy", "transformers", "sentence-transformers"),
+    *("FlagEmbedding", "pylate", "peft"),
+)
 # As Linux spells them in /proc/cpuinfo.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> dict:
     return {
         "versions": versions(),
+        "versions that go together": {str(p): p.answer() for p in compatibility.PAIRS},
         "cpu": cpu(),
         "gpu": gpu(),
         "build": native.build_notes() or {"note": "this copy of embedfuse was not built"},
@@ -44,11 +47,7 @@ def collect() -> dict:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {name: compatibility.version(name) or "not installed" for name in PACKAGES}
     return found
 
 
@@ -119,7 +118,8 @@ def attention(dtype: torch.dtype) -> dict[str, str]:
 
 
 def as_text(facts: dict) -> str:
-    sections = [table(name, facts[name].items()) for name in ("versions", "cpu", "gpu", "build")]
+    names = ("versions", "versions that go together", "cpu", "gpu", "build")
+    sections = [table(name, facts[name].items()) for name in names]
     settings = []
     for name, v in facts["environment"].items():
         value = "not set" if v["value"] is None else repr(v["value"])

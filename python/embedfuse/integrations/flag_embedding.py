@@ -203,7 +203,7 @@ class M3Embedder(_ORIGINAL, FlagHolder):
 
 def _dicts(sparse: Csr, half: bool) -> list[dict]:
     """As the original returns them: defaultdicts with numpy's scalars."""
-    weights = sparse.weights.numpy()
+    weights = sparse.weights[sparse.places()].numpy()
     weights = iter(weights.astype(np.float16) if half else weights)
     return [defaultdict(int, zip(row, weights, strict=False)) for row in sparse.dicts()]
 

@@ -4,7 +4,8 @@
 
 or, of a model that a Runner has built, `runner.model.__class__ = BiEncoderOnlyEmbedderModel`. Arguments,
 encoding and losses are the originals', with in-batch and with cross-device negatives, kl_div distillation and
-MRL; nothing is returned in place of the scores. What needs them all (m3_kd_loss, a compute_score_func) runs
+MRL; nothing is returned in place of the scores, and scores and loss are fp32, also where the originals' are
+rounded to 16 bits. What needs them all (m3_kd_loss, a compute_score_func) runs
 the original's code, and the log says so once. Not offered: EncoderOnlyEmbedderM3Model, whose
 self-distillation adds up three matrices of scores.
 """
@@ -13,14 +14,16 @@ import functools
 import logging
 
 import torch
-from FlagEmbedding.abc.finetune.embedder import AbsEmbedderModel
-from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
-from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 from torch import Tensor
 
-from embedfuse.integrations.autocast import as_matmul_input
+from embedfuse.compatibility import explained
 from embedfuse.ops.info_nce import info_nce
 from embedfuse.ops.info_nce_statistics import row_products
+
+with explained("FlagEmbedding"):
+    from FlagEmbedding.abc.finetune.embedder import AbsEmbedderModel
+    from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
+    from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 
 logger = logging.getLogger("embedfuse")
 
@@ -74,7 +77,6 @@ def _distilled(model, q_reps: Tensor, p_reps: Tensor, targets: Tensor | None) ->
 
 
 def _loss(queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
-    queries, passages = as_matmul_input(queries), as_matmul_input(passages)
     positives = torch.arange(len(queries), device=queries.device)
     positives *= len(passages) // len(queries)
     return info_nce(queries, passages, positives, temperature=temperature).loss.mean()

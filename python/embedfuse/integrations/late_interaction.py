@@ -71,12 +71,6 @@ def end_to_end(texts: Sequence[Tensor], width: int = 0) -> tuple[Tensor, Tensor]
     return torch.cat(rows), torch.tensor(lengths).cumsum(0).to(zero.device, torch.int32)
 
 
-def masked_end_to_end(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of x (texts, tokens, dim) that mask (texts, tokens) bool keeps, as end_to_end."""
-    rows = x.flatten(0, 1) if mask.all() else x[mask]
-    return rows, torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-
-
 def score_all(q: Tensor, cu_q: Tensor, documents: Sequence[Tensor], width: int = 0) -> Tensor:
     """maxsim of packed queries with every document (tokens, dim): (queries, documents)."""
     parts = _parts(documents)
@@ -91,14 +85,17 @@ def check_groups(queries: Tensor, documents: Tensor) -> None:
 
 
 def matched(queries: int, ways: int, device: torch.device) -> Tensor:
-    """Pairs for maxsim_packed: query i with documents i * ways to (i + 1) * ways - 1."""
+    """Pairs for maxsim: query i with documents i * ways to (i + 1) * ways - 1."""
     documents = torch.arange(queries * ways, device=device)
     return torch.stack((documents // ways, documents), 1)
 
 
 def is_weighted(mask: Tensor | None) -> bool:
-    """Whether a mask holds other numbers than 0 and 1, by which scores are to be multiplied."""
-    return mask is not None and bool(((mask != 0) & (mask != 1)).any())
+    """Whether a mask holds other numbers than 0 and 1, by which scores are to be multiplied. torch.compile
+    cannot tell: there all masks of numbers may."""
+    if mask is None or mask.dtype == torch.bool:
+        return False
+    return torch.compiler.is_compiling() or bool(((mask != 0) & (mask != 1)).any())
 
 
 def _parts(texts: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

@@ -11,9 +11,10 @@ them the functions of this module:
 
 functools.partial(..., length_normalize=True) makes them MeanMaxSim. They take what the library's functions
 take and return what these return: masked tokens are excluded; without a mask, rows of zeros in a padded
-tensor are its padding; a document without tokens scores -1e9 (the library also warns). chunk_elements has no
-effect, because no similarity of two tokens is kept. Where `device` is not the documents' own, or a query mask
-holds other weights than 0 and 1, the library's own function computes.
+tensor are its padding; a document without tokens scores -1e9 (the library also warns). Scores are fp32, and
+fp64 of fp64 vectors, where the library rounds. chunk_elements has no effect, because no similarity of two
+tokens is kept. Where `device` is not the documents' own, or a query mask holds other weights than 0 and 1
+(under torch.compile: is not bool), the library's own function computes.
 """
 
 import functools
@@ -31,11 +32,8 @@ from embedfuse import ops
 from embedfuse.integrations.late_interaction import (
     LateInteractionModel,
     check_groups,
-    end_to_end,
     is_weighted,
-    masked_end_to_end,
     matched,
-    score_all,
 )
 from embedfuse.integrations.sentence_transformers import transformers_model
 
@@ -81,16 +79,12 @@ def maxsim(
     length_normalize: bool = False,
     device: str | torch.device | None = None,
 ) -> Tensor:
-    """sentence_transformers.util.maxsim: each query's score with each document, (queries, documents) fp32."""
+    """sentence_transformers.util.maxsim: each query's score with each document, (queries, documents)."""
     sides = _sides(a, b, a_mask, b_mask, device)
     if sides is None:
         return similarity.maxsim(a, b, a_mask, b_mask, chunk_elements, length_normalize, device)
     q, d = sides
-    if isinstance(d.texts, list):
-        scores = score_all(*q.packed(), d.texts)
-    else:
-        q = q.padded()
-        scores = ops.maxsim(q.texts, d.texts, q.mask, d.mask)
+    scores = ops.maxsim(q.texts, d.texts, q.mask, d.mask)
     return _finished(scores, q.lengths()[:, None], d.lengths(), length_normalize)
 
 
@@ -103,7 +97,7 @@ def maxsim_pairwise(
     length_normalize: bool = False,
     device: str | torch.device | None = None,
 ) -> Tensor:
-    """sentence_transformers.util.maxsim_pairwise: score of query i with document i, (pairs,) fp32."""
+    """sentence_transformers.util.maxsim_pairwise: score of query i with document i, (pairs,)."""
     sides = _sides(a, b, a_mask, b_mask, device)
     if sides is None:
         return similarity.maxsim_pairwise(
@@ -115,7 +109,7 @@ def maxsim_pairwise(
             f"b: {len(d.texts)} documents; accepted are as many as queries, {len(q.texts)}"
         )
     pairs = matched(len(q.texts), 1, d.texts[0].device)
-    scores = ops.maxsim_packed(*q.packed(), *d.packed(), pairs)
+    scores = ops.maxsim(q.texts, d.texts, q.mask, d.mask, pairs=pairs)
     return _finished(scores, q.lengths(), d.lengths(), length_normalize)
 
 
@@ -128,7 +122,7 @@ def colbert_scores(
     length_normalize: bool = False,
 ) -> Tensor:
     """multi_vector_encoder.scoring.colbert_scores: queries (Q, tokens, dim) with all documents of groups
-    (D, N, tokens, dim), as (Q, D * N) fp32, group by group."""
+    (D, N, tokens, dim), as (Q, D * N), group by group."""
     documents, mask = _flattened(documents_embeddings, documents_mask)
     queries = _tensor(queries_embeddings)
     return maxsim(queries, documents, queries_mask, mask, chunk_elements, length_normalize)
@@ -162,7 +156,7 @@ def colbert_kd_scores(
     length_normalize: bool = False,
 ) -> Tensor:
     """multi_vector_encoder.scoring.colbert_kd_scores: query i of (Q, tokens, dim) with its own documents of
-    (Q, N, tokens, dim), as (Q, N) fp32."""
+    (Q, N, tokens, dim), as (Q, N)."""
     queries, documents = _tensor(queries_embeddings), _tensor(documents_embeddings)
     check_groups(queries, documents)
     shape = documents.shape[:2]
@@ -178,7 +172,8 @@ def colbert_kd_scores(
             length_normalize,
         )
     q, d = sides
-    scores = ops.maxsim_packed(*q.packed(), *d.packed(), matched(*shape, queries.device))
+    pairs = matched(*shape, queries.device)
+    scores = ops.maxsim(q.texts, d.texts, q.mask, d.mask, pairs=pairs)
     lengths = q.lengths()[:, None], d.lengths().view(shape)
     return _finished(scores.view(shape), *lengths, length_normalize)
 
@@ -208,19 +203,6 @@ class _Side:
             )
         return cls(texts, mask.to(device).bool().expand(len(texts), -1))
 
-    def padded(self) -> "_Side":
-        if self.mask is not None:
-            return self
-        texts = pad_sequence(self.texts, batch_first=True)
-        return _Side(
-            texts, torch.arange(texts.shape[1], device=texts.device) < self.lengths()[:, None]
-        )
-
-    def packed(self) -> tuple[Tensor, Tensor]:
-        if self.mask is None:
-            return end_to_end(self.texts)
-        return masked_end_to_end(self.texts, self.mask)
-
     def lengths(self) -> Tensor:
         if self.mask is None:
             return torch.tensor([len(text) for text in self.texts], device=self.texts[0].device)
@@ -240,7 +222,7 @@ def _sides(a, b, a_mask, b_mask, device) -> tuple[_Side, _Side] | None:
 
 def _finished(scores: Tensor, queries: Tensor, documents: Tensor, mean: bool) -> Tensor:
     """With the numbers of tokens of queries and documents, each of a shape that goes with that of scores."""
-    scores = scores.float().masked_fill(documents == 0, _EMPTY_DOCUMENT)
+    scores = scores.masked_fill(documents == 0, _EMPTY_DOCUMENT)
     return scores / queries.clamp_min(1) if mean else scores
 
 
@@ -269,7 +251,9 @@ def _device_of(texts: Embeddings) -> torch.device | None:
 
 def _has_values(x: Tensor) -> Tensor:
     """Which rows of x (texts, tokens, dim) hold anything but zeros."""
-    mask = (
-        x[..., 0] != 0
-    )  # of a row of zeros the first is one, so one column is mostly all that is read
-    return mask if mask.all() else torch.linalg.vector_norm(x.detach(), 1, dim=-1) != 0
+    if not torch.compiler.is_compiling():
+        # Of a row of zeros the first is one, so one column is mostly all that is read.
+        first = x[..., 0] != 0
+        if first.all():
+            return first
+    return torch.linalg.vector_norm(x.detach(), 1, dim=-1) != 0

@@ -11,7 +11,7 @@ import by name; use those of this module:
 They take what the library's functions take and return what these return, of the same dtype: a masked
 document token counts as similarity 0, and so do the zeros that `rerank` pads with. Sums are fp32, no
 similarity of two tokens is kept, and what a mask leaves out is never read. Where `backend` is named, or a
-mask holds other weights than 0 and 1, the library's own function computes.
+mask holds other weights than 0 and 1 (under torch.compile: is not bool), the library's own function computes.
 
 PyLate 1.6 asks for sentence-transformers 5.3. Beside 6.2 its functions and losses work, its ColBERT does not;
 there MultiVectorEncoder loads the same checkpoints.
@@ -33,7 +33,6 @@ from embedfuse.integrations.late_interaction import (
     check_groups,
     end_to_end,
     is_weighted,
-    masked_end_to_end,
     matched,
     score_all,
 )
@@ -101,8 +100,8 @@ def colbert_scores_pairwise(
             queries_embeddings, documents_embeddings, backend=backend
         )
     sides = queries_embeddings[:count], documents_embeddings[:count]
-    q, d = (end_to_end([convert_to_tensor(text) for text in side]) for side in sides)
-    found = ops.maxsim_packed(*q, *d, matched(count, 1, q[0].device))
+    q, d = ([convert_to_tensor(text) for text in side] for side in sides)
+    found = ops.maxsim(q, d, pairs=matched(count, 1, q[0].device))
     return found.to(q[0].dtype)
 
 
@@ -120,16 +119,10 @@ def colbert_kd_scores(
     if backend is not None or is_weighted(q_mask) or is_weighted(d_mask):
         return scores.colbert_kd_scores(*sides, backend=backend)
     check_groups(q, d)
-    q_mask = torch.ones(q.shape[:2], device=q.device) if q_mask is None else q_mask
-    shape, d = d.shape[:2], d.flatten(0, 1)
-    keep = torch.ones(d.shape[:2], dtype=torch.bool, device=d.device)
-    if d_mask is not None:
-        keep = d_mask.flatten(0, 1) != 0
-        d = torch.where(keep[..., None], d, 0)
-        # One zero vector does for all of a document's padding.
-        keep = keep | ((~keep).cumsum(1) == 1) & ~keep
-    packed = *masked_end_to_end(q, q_mask != 0), *masked_end_to_end(d, keep)
-    found = ops.maxsim_packed(*packed, matched(*shape, q.device))
+    shape = d.shape[:2]
+    d_mask = None if d_mask is None else d_mask.flatten(0, 1)
+    pairs = matched(*shape, q.device)
+    found = ops.maxsim(q, d.flatten(0, 1), q_mask, d_mask, padding="zero_vector", pairs=pairs)
     return found.view(shape).to(_dtype(*sides))
 
 

@@ -5,7 +5,8 @@
 Constructor, embedding, gradient caching, config and citation are the original's; from embeddings to the loss
 the score matrix passes a tile at a time. Every option is served; a `similarity_fct` other than cos_sim,
 dot_score and a model's own `similarity` that means one of them runs the original's code, and the log says so
-once. The loss is fp32 (fp64 for fp64 embeddings), also where the original's is rounded to 16 bits.
+once. 16-bit embeddings are widened first, as there; all is then fp32 (fp64 for fp64 embeddings) up to the
+embeddings' gradients, also under autocast, where the original rounds to 16 bits.
 """
 
 import functools
@@ -20,7 +21,6 @@ from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score,
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedfuse.integrations.autocast import as_matmul_input
 from embedfuse.ops.info_nce import combine
 from embedfuse.ops.info_nce_statistics import (
     Columns,
@@ -85,12 +85,12 @@ def _in_batch_loss(loss, embeddings: list[Tensor]) -> Tensor:
     if len(embeddings) < 2:
         raise ValueError(f"Expected at least 2 embeddings, got {len(embeddings)}")
     rows, first = len(embeddings[0]), 0
-    if _similarity(loss) == "cosine":
-        embeddings = [normalize(x, dim=-1) for x in embeddings]
-    embeddings = [as_matmul_input(x) for x in embeddings]
     if loss.gather_across_devices:
         embeddings = [all_gather_with_grad(x) for x in embeddings]
         first = get_rank() * rows
+    embeddings = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in embeddings]
+    if _similarity(loss) == "cosine":
+        embeddings = [normalize(x, dim=-1) for x in embeddings]
     queries, *documents = embeddings
     batch = _Batch(loss, queries, documents, slice(first, first + rows))
     parts = batch.parts()
@@ -108,14 +108,14 @@ class _Batch:
         self.loss, self.queries, self.pool = loss, queries, torch.cat(documents)
         self.q, self.d = queries[local], documents[0][local]
         self.hard = [column[local] for column in documents[1:]]
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        self.scale = torch.as_tensor(loss.scale, dtype=dtype, device=queries.device)
+        self.scale = torch.as_tensor(loss.scale, dtype=queries.dtype, device=queries.device)
         numbers = torch.arange(len(queries), device=queries.device)
         self.own = numbers[local]
         self.same_query = Columns(self.own)
         if self.hard:
             keys = numbers.repeat(len(documents))
-            self.same_query = Columns(self.own, x_keys=self.own, y_keys=keys)
+            # Not self.own once more: torch.compile takes no tensor twice.
+            self.same_query = Columns(self.own, x_keys=numbers[local], y_keys=keys)
 
     def parts(self) -> dict[str, list[Statistics]]:
         """Negatives by direction; joint, the positive is among doc_to_query's too, as it stands in both."""

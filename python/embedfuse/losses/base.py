@@ -19,7 +19,8 @@ class ContrastiveLoss(nn.Module):
 
     queries, documents: (B, d). hard_negatives: (B, K, d). Tensors, or ops.Rows with ids or a guide's
     embeddings. temperature: a number, or an nn.Parameter of one element, which is then learned.
-    normalize: cosine similarity, for the guide too; else the dot product.
+    normalize: cosine similarity, for the guide too; else the dot product. Unit vectors are fp32 (fp64 of fp64
+        embeddings), so that of 16-bit embeddings only their gradients are rounded, once.
     queue: documents of past steps as further negatives without gradient. In training mode each call adds its
         documents to it.
     reduction: "mean" or "sum" over the rows, or "none": (B,) fp32.
@@ -58,7 +59,8 @@ class ContrastiveLoss(nn.Module):
         documents: Tensor | Rows,
         hard_negatives: Tensor | Rows | None = None,
     ) -> Tensor:
-        sides = [as_rows(side) for side in (queries, documents, hard_negatives)]
+        sides = as_rows(queries=queries, documents=documents)
+        sides += as_rows(optional=True, hard_negatives=hard_negatives)
         with agreed(self.across, sides[0].vectors.device):
             check_sides(sides[0], documents=sides[1], hard_negatives=sides[2])
             if len(sides[0].vectors) != len(sides[1].vectors):
@@ -68,7 +70,7 @@ class ContrastiveLoss(nn.Module):
                 )
         if self.normalize:
             sides = [normalized(side) for side in sides]
-        bank = None if self.queue is None else self.queue.rows()
+        bank = None if self.queue is None else self.queue.rows(sides[1].vectors.dtype)
         loss = self.per_row(*sides, bank)
         if self.queue is not None and self.training:
             self.queue.enqueue(sides[1] if self.across is None else self._of_all_ranks(sides[1]))
@@ -90,8 +92,13 @@ class ContrastiveLoss(nn.Module):
 def normalized(side: Rows | None) -> Rows | None:
     if side is None:
         return None
-    guide = None if side.guide is None else functional.normalize(side.guide, dim=-1)
-    return side._replace(vectors=functional.normalize(side.vectors, dim=-1), guide=guide)
+    guide = None if side.guide is None else _unit_vectors(side.guide)
+    return side._replace(vectors=_unit_vectors(side.vectors), guide=guide)
+
+
+def _unit_vectors(x: Tensor) -> Tensor:
+    """In fp32 or wider: a temperature of 0.01 makes much of what 16 bits round off."""
+    return functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def diagonal(q: Rows) -> Tensor:

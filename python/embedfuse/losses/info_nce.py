@@ -109,7 +109,8 @@ class DebiasedInfoNCE(ContrastiveLoss):
             return torch.maximum(mean, floor)
         share = positive + math.log(self.tau_plus) - mean
         above = share < 0
-        # Where nothing is left, log1p is kept away from its pole: its gradient would be NaN times 0.
-        rest = torch.log1p(-share.masked_fill(~above, -1.0).exp())
+        # log(1 - e^share). Where nothing is left it is kept away from its pole: its gradient would be NaN
+        # times 0. log1p would reach the pole before, where e^share rounds to 1.
+        rest = torch.log(-torch.expm1(share.masked_fill(~above, -1.0)))
         estimate = mean + rest - math.log(1 - self.tau_plus)
         return torch.maximum(estimate.masked_fill(~above, lowest(mean.dtype)), floor)

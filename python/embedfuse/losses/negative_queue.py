@@ -9,8 +9,8 @@ from embedfuse.ops.info_nce_inputs import Rows
 class NegativeQueue(nn.Module):
     """The last `size` documents that went in, first in, first out. Part of the checkpoint.
 
-    dim, dtype: of the documents. ids: whether they carry ids. guide_dim: width of their guide's embeddings,
-    if any.
+    dim: of the documents. dtype: what they are kept in, and rounded to. ids: whether they carry ids.
+    guide_dim: width of their guide's embeddings, if any.
     """
 
     def __init__(
@@ -31,10 +31,12 @@ class NegativeQueue(nn.Module):
         guide = None if guide_dim is None else torch.zeros(size, guide_dim, dtype=dtype)
         self.register_buffer("guide", guide)
 
-    def rows(self) -> Rows:
-        """What is in it, as views: they change with the next enqueue."""
+    def rows(self, dtype: torch.dtype | None = None) -> Rows:
+        """What is in it: views, which the next enqueue changes, unless another dtype is asked for."""
         parts = (self.vectors, self.ids, self.guide)
-        return Rows(*(None if part is None else part[: self.filled] for part in parts))
+        vectors, ids, guide = (None if part is None else part[: self.filled] for part in parts)
+        dtype = dtype or vectors.dtype
+        return Rows(vectors.to(dtype), ids, None if guide is None else guide.to(dtype))
 
     @torch.no_grad()
     def enqueue(self, documents: Rows) -> None:
@@ -50,13 +52,12 @@ class NegativeQueue(nn.Module):
         kept = getattr(self, name)
         if kept is None:
             return
-        if rows is None or rows.shape[1:] != kept.shape[1:] or rows.dtype != kept.dtype:
-            came = "none" if rows is None else f"{rows.dtype} of width {tuple(rows.shape[1:])}"
+        if rows is None or rows.shape[1:] != kept.shape[1:]:
+            came = "none" if rows is None else f"width {tuple(rows.shape[1:])}"
             raise ValueError(
-                f"documents.{name}: {came}; this queue holds {kept.dtype} of width "
-                f"{tuple(kept.shape[1:])}"
+                f"documents.{name}: {came}; this queue holds width {tuple(kept.shape[1:])}"
             )
-        kept[places.to(kept.device)] = rows[len(rows) - len(places) :].to(kept.device)
+        kept[places.to(kept.device)] = rows[len(rows) - len(places) :].to(kept)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"filled": self.filled, "next": self.next}

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from embedfuse.ops.arrays import check_tensors, is_readable
+
 
 def check_layout(name: str, cu_seqlens: Tensor) -> None:
+    check_tensors(**{name: cu_seqlens})
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(
             f"{name}: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; "
@@ -13,7 +16,7 @@ def check_layout(name: str, cu_seqlens: Tensor) -> None:
 
 
 def check_values(name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    if not cu_seqlens.is_cpu:  # reading it would wait for the GPU
+    if not is_readable(cu_seqlens):
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or _falls(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])

@@ -65,17 +65,19 @@ def info_nce(
     prefixes: the losses at several widths (arXiv 2205.13147), each as of its own call with the first
         components alone; guides and ids are those of all widths. The arithmetic is that of the widest.
 
-    Vectors are taken as they are: normalise them for cosine similarity. Sums are fp32 (fp64 for fp64 input);
-    on the CPU bf16 scores are rounded to bf16, as torch's matmul does. A row without negatives loses 0. NaN
-    spreads. Memory beyond inputs and gradients: a tile of logits and a few rows of statistics; where `pool`
-    needs no gradient, all is done in one pass; with prefixes a tile for each width, and `bank` is read again
-    in the backward pass. Deterministic.
+    Vectors are taken as they are: normalise them for cosine similarity. Scores, sums and the loss are fp32
+    (fp64 for fp64 input), also under autocast; where 16-bit vectors are on a GPU, the gradient of the scores
+    is rounded to 16 bits before it meets them. A row without negatives loses 0. NaN spreads. Memory beyond
+    inputs and gradients: a tile of logits and a few rows of statistics; where `pool` needs no gradient, all
+    is done in one pass; with prefixes a tile for each width, and `bank` is read again in the backward pass.
+    Deterministic.
 
     Raises ValueError for shapes, dtypes, devices or numbers that do not fit, for Ring with prefixes, and on
     the CPU for labels out of range and a temperature tensor that is not positive; on all ranks where one
     raises, and for pools of different shapes.
     """
-    q, pool, bank, hard = map(as_rows, (q, pool, bank, hard_negatives))
+    q, pool = as_rows(q=q, pool=pool)
+    bank, hard = as_rows(optional=True, bank=bank, hard_negatives=hard_negatives)
     with agreed(across, q.vectors.device):
         check_sides(q, pool=pool, bank=bank, hard_negatives=hard)
         if not 0 <= label_smoothing < 1:

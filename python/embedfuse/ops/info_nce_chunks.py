@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedfuse.registry import triton_interprets
-
 # Rows and columns of a tile. CPU: 1024 x 1024 and 1024 x 2048 ran fastest, within 3 %, of 512 to 4096 columns
 # at d = 1024 on two cores of an AMD EPYC (Zen 4; 32 MiB of L3 cache); larger scratch leaves the caches.
 # CUDA: not measured; 32 MiB of fp32 scores lie within the L2 cache of an H100.
@@ -46,9 +44,7 @@ class Scratch:
     """Memory for products of at most `rows` x `columns`, used again for each."""
 
     def __init__(self, multiply: Callable, like: Tensor, rows: int, columns: int, dtype=None):
-        # Tensor cores give fp32 sums; torch's GEMM on the CPU has no output wider than its input.
-        wide = like.is_cuda and multiply is not nothing
-        dtype = dtype or (torch.float32 if wide else like.dtype)
+        dtype = dtype or (like.dtype if multiply is nothing else torch.float32)
         self.multiply = multiply
         self.memory = torch.empty(rows * columns, dtype=dtype, device=like.device)
 
@@ -75,10 +71,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, with fp32 `out`."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
-        out += torch.mm(a, b, out_dtype=out.dtype)
     else:
-        out += a @ b
+        out += torch.mm(a, b, out_dtype=out.dtype)
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
@@ -86,11 +80,9 @@ def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def multiplied(x: Tensor) -> Tensor:
-    """As the GEMMs take it: the CPU has no fp16 that is worth using, Triton's interpreter (3.9) cuts bf16 off
-    instead of rounding."""
-    if x.device.type != "cpu" or x.dtype == torch.float32:
-        return x
-    return x.float() if x.dtype == torch.float16 or triton_interprets() else x
+    """As the GEMMs take it. Tensor cores add up 16-bit products in fp32; on the CPU torch's GEMM of 16-bit
+    inputs rounds the sums to 16 bits as well."""
+    return x if x.is_cuda else x.float()
 
 
 def tiles(

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors, is_readable
 from embedfuse.ops.info_nce_statistics import Columns, own_scores
 
 
@@ -89,13 +91,19 @@ class Choice:
         )
 
 
-def as_rows(side: Tensor | Rows | None) -> Rows | None:
-    return side if side is None or isinstance(side, Rows) else Rows(side)
+def as_rows(optional: bool = False, **sides: Tensor | Rows | None) -> list[Rows | None]:
+    for name, side in sides.items():
+        if not isinstance(side, Tensor | Rows) and not (optional and side is None):
+            raise TypeError(f"{name}: {type(side).__name__}; accepted are tensors and ops.Rows")
+    return [Rows(side) if isinstance(side, Tensor) else side for side in sides.values()]
 
 
 def check_sides(q: Rows, **sides: Rows | None) -> None:
     """`hard_negatives` has one dimension more; `pool` may not be empty."""
     x = q.vectors
+    for name, side in {"q": q, **sides}.items():
+        for part, tensor in ({} if side is None else side._asdict()).items():
+            check_tensors(**{name if part == "vectors" else f"{name}.{part}": tensor})
     if x.dtype not in (*native.DTYPES, torch.float64):
         raise ValueError(f"q: {x.dtype}; accepted are float16, bfloat16, float32 and float64")
     if x.dim() != 2 or x.shape[1] == 0:
@@ -140,9 +148,9 @@ def check_labels(labels: Tensor | None, q: Rows, pool: Rows) -> Tensor:
         if rows > columns:
             raise ValueError(f"pool: {columns} rows; accepted without labels are {rows} and more")
         return torch.arange(rows, device=q.vectors.device)
+    check_tensors(labels=labels)
     _check_like("labels", labels, (rows,), torch.int64, q.vectors)
-    # On a GPU reading them would wait.
-    if not labels.is_cuda and rows and (labels.amin() < 0 or labels.amax() >= columns):
+    if is_readable(labels) and rows and (labels.amin() < 0 or labels.amax() >= columns):
         raise ValueError(f"labels: accepted are 0 to {columns - 1}")
     return labels
 
@@ -156,9 +164,21 @@ def inverse_temperature(temperature: float | Tensor, q: Tensor) -> Tensor:
                 f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)}; "
                 "accepted is one floating-point element"
             )
-        if not temperature.is_cuda and not temperature > 0:
-            raise ValueError(f"temperature={temperature.item()}: accepted are numbers above 0")
-        return 1 / temperature.reshape(()).to(q.device, dtype)
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: accepted are numbers above 0")
-    return torch.tensor(1 / temperature, dtype=dtype, device=q.device)
+        scale = 1 / temperature.reshape(()).to(q.device, dtype)
+        if is_readable(temperature):
+            _check_scale(temperature.item(), scale.item(), dtype)
+        return scale
+    if not isinstance(temperature, Real):
+        raise TypeError(
+            f"temperature: {type(temperature).__name__}; accepted are numbers and tensors"
+        )
+    scale = 1 / temperature if temperature > 0 else 0.0
+    _check_scale(temperature, scale, dtype)
+    return torch.tensor(scale, dtype=dtype, device=q.device)
+
+
+def _check_scale(temperature: float, scale: float, dtype: torch.dtype) -> None:
+    if not 0 < scale <= torch.finfo(dtype).max:
+        raise ValueError(
+            f"temperature={temperature}: accepted are numbers above 0 whose inverse is finite in {dtype}"
+        )

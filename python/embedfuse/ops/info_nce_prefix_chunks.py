@@ -30,11 +30,6 @@ def inverse_norms(x: Tensor, widths: list[int]) -> Tensor:
     return squares.cumsum(0).clamp_min(EPS**2).rsqrt()
 
 
-def _for_sums(x: Tensor) -> Tensor:
-    """torch's GEMM on the CPU rounds sums to its inputs' dtype, and slices are to be added up."""
-    return x if x.is_cuda else x.float()
-
-
 def _prefix_tiles(multiply: Callable, x: Tensor, y: Tensor, inputs: tuple, keep: bool):
     """Yields (tile, an iterator over the widths' tiles, rows, columns, the columns' inverse norms).
 
@@ -42,7 +37,7 @@ def _prefix_tiles(multiply: Callable, x: Tensor, y: Tensor, inputs: tuple, keep:
     scale, own, limit, *inputs, widths, normalize = inputs
     inputs = (scale, None, own, None, *inputs, False)
     n, d = len(widths), slices(widths)
-    wide_x, x_norms = _for_sums(x), inverse_norms(x, widths) if normalize else None
+    x_norms = inverse_norms(x, widths) if normalize else None
     height, breadth = (
         min(a, b) for a, b in zip(TILE[x.device.type], (len(x), len(y)), strict=True)
     )
@@ -58,7 +53,7 @@ def _prefix_tiles(multiply: Callable, x: Tensor, y: Tensor, inputs: tuple, keep:
                 scores.zero_()
             elif keep:
                 scores.copy_(before)
-            add_product(scores, wide_x[rows, d[k]], wide_y[:, d[k]].T)
+            add_product(scores, tile.x[:, d[k]], tile.y[:, d[k]].T)
             yield replace(
                 tile,
                 scores=scores,
@@ -70,7 +65,6 @@ def _prefix_tiles(multiply: Callable, x: Tensor, y: Tensor, inputs: tuple, keep:
 
     for tile, rows, columns, block in tiles(multiply, x, y, inputs, torch.float32):
         if rows.start == 0:
-            wide_y = _for_sums(block)
             y_norms = inverse_norms(block, widths) if normalize else None
         yield tile, of_widths(tile, rows), rows, columns, y_norms
 

@@ -26,6 +26,9 @@ def lexical_scores(queries: Csr, documents: Csr, *, aligned: bool = False) -> Te
     Raises ValueError where dtypes, devices or, aligned, numbers of rows differ, and on the CPU for a Csr
     whose indptr or ids cannot be.
     """
+    for name, side in (("queries", queries), ("documents", documents)):
+        if not isinstance(side, Csr):
+            raise TypeError(f"{name}: {type(side).__name__}; accepted is Csr")
     for name in ("dtype", "device"):
         got, wanted = getattr(documents.weights, name), getattr(queries.weights, name)
         if got != wanted:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors
 from embedfuse.ops.csr import Csr
 from embedfuse.ops.sparse_scatter import sparse_scatter
 from embedfuse.registry import Cost, Op, triton_function
@@ -52,6 +53,7 @@ def token_weights(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = N
 
 
 def _check(hidden_states, weight, bias) -> None:
+    check_tensors(hidden_states=hidden_states, weight=weight, bias=bias)
     if hidden_states.dtype not in (*native.DTYPES, torch.float64):
         raise TypeError(
             f"hidden_states: {hidden_states.dtype}; accepted are float16, bfloat16, float32 and float64"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
-from embedfuse.ops.arrays import as_tensor
+from embedfuse.ops.arrays import as_tensor, check_tensors, is_readable
 from embedfuse.ops.cu_seqlens import check_layout, check_values
 from embedfuse.ops.int8 import Int8
 from embedfuse.ops.maxsim_op import OP, MaxSim
@@ -26,6 +26,7 @@ def maxsim(
     reduction: str = "sum",
     normalize: bool = False,
     padding: str = "exclude",
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """s_ab = sum over the tokens i of query a of max over the tokens j of document b of q_ai . d_bj (ColBERT,
     arXiv 2004.12832), for every query with every document.
@@ -38,6 +39,7 @@ def maxsim(
     normalize: score x / max(|x|_2, 1e-12) in place of every token's x.
     padding: "exclude", the maximum is over tokens; "zero_vector", over the document's padding too, taken as
         zero vectors, so that no maximum is negative there (FlagEmbedding's BGE-M3).
+    pairs: (P, 2) int64, query and document by number: these alone.
 
     A query without tokens scores 0, and so does a document without. A NaN product makes the score NaN.
     Sums are fp32 (fp64 for fp64 input). Of equal products the first has the gradient; a zero vector has none.
@@ -45,13 +47,14 @@ def maxsim(
     multiplies bytes finds by them the tokens that can hold a maximum, by a bound that no product passes, and
     multiplies those in fp32.
 
-    Returns (Nq, Nd), fp32. Differentiable in q and d, with the same bits each time; keeps 4 Nq Nd Lq bytes.
-    Raises ValueError for shapes, dtypes, devices or names that do not fit, for a mask beside a list, and for
-    Int8 if q requires grad.
+    Returns (Nq, Nd), with pairs (P,), fp32. Differentiable in q and d, with the same bits each time; keeps
+    4 Lq bytes a score.
+    Raises ValueError for shapes, dtypes, devices or names that do not fit, on the CPU for pairs that cannot
+    be, for a mask beside a list, and for Int8 if q requires grad; TypeError for what is no tensor or array.
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding={padding!r}: accepted are {', '.join(PADDINGS)}")
-    return _all_pairs("q", q, q_mask, "d", d, d_mask, padding, normalize, reduction)
+    return _scores_of_sides("q", q, q_mask, "d", d, d_mask, padding, normalize, reduction, pairs)
 
 
 def maxsim_packed(
@@ -119,13 +122,13 @@ def maxsim_rerank(
     if query.dim() != 2:
         raise ValueError(f"query: shape {tuple(query.shape)}; accepted is (tokens, dim)")
     sides = "query", query[None], None, "documents", documents, None
-    scores = _all_pairs(*sides, "exclude", normalize, reduction)[0]
+    scores = _scores_of_sides(*sides, "exclude", normalize, reduction)[0]
     values, indices = scores.sort(descending=True, stable=True)
     return values[:top_k], indices[:top_k]
 
 
-def _all_pairs(
-    q_name, q, q_mask, d_name, d, d_mask, padding: str, normalize: bool, reduction: str
+def _scores_of_sides(
+    q_name, q, q_mask, d_name, d, d_mask, padding: str, normalize: bool, reduction: str, pairs=None
 ) -> Tensor:
     if isinstance(q, Int8) or (isinstance(q, list | tuple) and any(isinstance(x, Int8) for x in q)):
         raise ValueError(f"{q_name}: Int8; accepted are tensors and arrays, Int8 for {d_name}")
@@ -134,9 +137,11 @@ def _all_pairs(
     documents, _, document_spans, padded, scale = _rows(d_name, d, d_mask, query)
     if len(documents) > 1 and _wants_gradient(query, *documents):
         documents = [torch.cat(documents)]
+    if pairs is not None:
+        _check_pairs(pairs, query, len(query_spans), len(document_spans))
     zero = padded if padding == "zero_vector" else None
     sides = query, query_spans, documents, document_spans, scale
-    return _scores(*sides, zero, None, normalize, reduction, width)
+    return _scores(*sides, zero, pairs, normalize, reduction, width)
 
 
 def _rows(
@@ -151,21 +156,30 @@ def _rows(
             raise ValueError(f"{name}_mask: accepted is None where {name} is a {type(x).__name__}")
         return _rows_of_texts(name, x, q)
     if not isinstance(x, Int8):
-        if not hasattr(x, "__array__"):
-            raise TypeError(
-                f"{name}: {type(x).__name__}; accepted are tensors, arrays, Int8, and lists of these"
-            )
-        x = as_tensor(x)
+        x = _as_array(name, x, "tensors, arrays, Int8, and lists of these")
     _check_side(name, x, x if q is None else q, "(texts, tokens, dim)", 3)
     values, scale = _parts(x)
+    if mask is not None:
+        mask = _as_array(f"{name}_mask", mask, "tensors and arrays")
     rows, *rest = padded_spans(name, values, mask, scale)
     return [rows], values.shape[1], *rest
+
+
+def _as_array(name: str, x, accepted: str) -> Tensor:
+    if not hasattr(x, "__array__"):
+        raise TypeError(f"{name}: {type(x).__name__}; accepted are {accepted}")
+    return as_tensor(x)
 
 
 def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
     if not x and q is None:
         raise ValueError(f"{name}: no text; accepted are one or more, or a tensor (0, tokens, dim)")
-    texts = [text if isinstance(text, Int8) else as_tensor(text) for text in x]
+    texts = [
+        text
+        if isinstance(text, Int8)
+        else _as_array(f"{name}[{i}]", text, "tensors, arrays and Int8")
+        for i, text in enumerate(x)
+    ]
     like = texts[0] if q is None else q
     for i, text in enumerate(texts):
         if isinstance(text, Int8) != isinstance(texts[0], Int8):
@@ -207,12 +221,13 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def _check_pairs(pairs: Tensor, q: Tensor, queries: int, documents: int) -> None:
+    check_tensors(pairs=pairs)
     if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(
             f"pairs: {pairs.dtype} of shape {tuple(pairs.shape)}; accepted is int64 (pairs, 2)"
         )
     _check_device("pairs", pairs, q)
-    if not pairs.is_cpu or len(pairs) == 0:  # reading them would wait for the GPU
+    if not is_readable(pairs) or len(pairs) == 0:
         return
     limits = torch.tensor([queries, documents])
     if pairs.amin() < 0 or (pairs.amax(0) >= limits).any():

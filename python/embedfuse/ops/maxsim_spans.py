@@ -35,7 +35,12 @@ def padded_spans(
     none = torch.zeros(texts, 1, dtype=torch.int64, device=x.device)
     last = torch.cat((torch.where(keep, place + 1, 0), none), 1).amax(1)
     first = torch.cat((torch.where(keep, place, length), none + length), 1).amin(1).minimum(last)
-    if (last - first != tokens).any():
+    if torch.compiler.is_compiling():  # no shape may depend on values
+        order = (~keep).long().argsort(dim=1, stable=True)
+        x = x.gather(1, order[..., None].expand_as(x))
+        scale = None if scale is None else scale.gather(1, order)
+        first, last = tokens - tokens, tokens
+    elif (last - first != tokens).any():
         last = tokens.cumsum(0)
         spans = torch.stack((last - tokens, last), 1)
         return x[keep], spans, padded, None if scale is None else scale[keep]

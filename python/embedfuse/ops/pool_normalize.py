@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors
 from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
 from embedfuse.registry import Cost, Op, triton_function
 
@@ -56,6 +57,7 @@ def pool_normalize(
 
 
 def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Tensor | None:
+    check_tensors(cu_seqlens=cu_seqlens, attention_mask=attention_mask)
     shape = tuple(hidden_states.shape)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}: accepted are {', '.join(POOLINGS)}")
@@ -147,10 +149,10 @@ def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
     else:
         pooled = weighted.new_zeros(len(cu_seqlens) - 1, hidden_states.shape[1])
         pooled.index_add_(0, sequence, weighted)
-    norm = torch.linalg.vector_norm(pooled, dim=-1)
-    if normalize:
-        pooled = pooled / norm[:, None].clamp_min(EPS)
-    return pooled.to(out_dtype), norm
+    # In fp64, because squares from 2^128 on are none of fp32.
+    norm = torch.linalg.vector_norm(pooled, dim=-1, dtype=torch.float64)
+    unit = pooled / norm[:, None].clamp_min(EPS) if normalize else pooled
+    return unit.to(out_dtype), norm.to(pooled.dtype)
 
 
 @OP.fake

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors
 from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op("segment_sum(Tensor x, Tensor weights, Tensor index, Tensor indptr) -> Tensor")
@@ -18,6 +19,7 @@ def segment_sum(x: Tensor, weights: Tensor, index: Tensor, indptr: Tensor) -> Te
     Returns (segments, depth) in the dtype of weights, always with the same bits. No gradient.
     Raises ValueError for shapes or dtypes that do not fit, and on the CPU for an index that is none.
     """
+    check_tensors(x=x, weights=weights, index=index, indptr=indptr)
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.dim() != 2:
         raise ValueError(f"x: shape {tuple(x.shape)}; accepted is (rows, depth)")

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors
 from embedfuse.ops.csr import Csr, running_sum
 from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
 from embedfuse.registry import Cost, Op, triton_function
 
 # index (tokens,): from cu_seqlens[b] on, the tokens that sequence b keeps, by rising id, then -1;
-# counts (batch,): how many those are. Ids and weights are gathered by it, so that a gradient reaches
-# each kept token, and no other, without a backward of its own.
+# counts (batch,): how many those are; order (tokens,): likewise, the numbers of its entries, from 0, in the
+# order in which their ids first stand in it. Ids and weights are gathered by index, so that a gradient
+# reaches each kept token, and no other, without a backward of its own.
 OP = Op(
-    "sparse_scatter(Tensor token_weights, Tensor input_ids, Tensor cu_seqlens) -> (Tensor, Tensor)"
+    "sparse_scatter(Tensor token_weights, Tensor input_ids, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -54,12 +56,12 @@ def sparse_scatter(
 class KeptTokens:
     """What a Csr is made of once its size may be waited for: the tokens that give an entry.
 
-    index: (tokens,) int64, those of one sequence after the other by rising id, -1 in between. counts:
-    (batch,) int64, how many of each sequence. input_ids, weights: (tokens,), of all tokens.
+    index, counts, order: as the op gives them. input_ids, weights: (tokens,), of all tokens.
     """
 
     index: Tensor
     counts: Tensor
+    order: Tensor
     input_ids: Tensor
     weights: Tensor
 
@@ -69,6 +71,7 @@ class KeptTokens:
             running_sum(self.counts),
             self.input_ids.index_select(0, index),
             self.weights.index_select(0, index),
+            self.order.masked_select(self.order >= 0),
         )
 
 
@@ -94,11 +97,13 @@ def _kept(
         batch, length = input_ids.shape
         cu_seqlens = torch.arange(batch + 1, device=input_ids.device, dtype=torch.int32) * length
     token_weights, input_ids = token_weights.reshape(-1), input_ids.reshape(-1)
-    index, counts = OP(token_weights.detach(), input_ids, cu_seqlens)
-    return KeptTokens(index, counts, input_ids, token_weights), cu_seqlens
+    found = OP(token_weights.detach(), input_ids, cu_seqlens)
+    return KeptTokens(*found, input_ids, token_weights), cu_seqlens
 
 
 def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
+    tensors = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+    check_tensors(token_weights=token_weights, **tensors)
     shape = tuple(token_weights.shape)
     if token_weights.dtype not in (*native.DTYPES, torch.float64):
         raise TypeError(
@@ -116,8 +121,7 @@ def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
             raise ValueError(
                 f"{name}: shape {tuple(tensor.shape)}; accepted is that of token_weights, {shape}"
             )
-    named = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    for name, tensor in named.items():
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.device != token_weights.device:
             raise ValueError(
                 f"{name}: on {tensor.device}; accepted is the device of token_weights, {token_weights.device}"
@@ -159,22 +163,34 @@ def _(token_weights, input_ids, cu_seqlens):
     sorted_key = key[order]
     largest = torch.ones_like(counting)
     largest[1:] = sorted_key[1:] != sorted_key[:-1]
-    return _by_id(
-        counting & torch.empty_like(counting).index_put((order,), largest), input_ids, cu_seqlens
-    )
+    kept = counting & torch.empty_like(counting).index_put((order,), largest)
+    return _by_id(kept, token_weights, input_ids, cu_seqlens)
 
 
-def _by_id(kept: Tensor, input_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _by_id(
+    kept: Tensor, token_weights: Tensor, input_ids: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op's outputs from (tokens,) bool: whether each token is kept. Waits for nothing."""
-    key = (sequence_of(cu_seqlens, len(kept)) << 32) + torch.where(kept, input_ids, 2**31)
-    order = key.argsort()
-    index = torch.where(kept[order], order, -1)
-    return index, running_sum(kept)[cu_seqlens].diff()
+    tokens, sequence = len(kept), sequence_of(cu_seqlens, len(kept))
+    key, place = ((sequence << 32) + torch.where(kept, input_ids, 2**31)).sort()
+    is_entry = kept[place]
+    # Of each entry the first token that counts, which need not be the kept one; past all where there is none.
+    entry = torch.searchsorted(key, (sequence << 32) + input_ids)
+    entry = torch.where(token_weights <= 0, tokens, entry)
+    number = torch.arange(tokens, device=kept.device)
+    first = number.new_full((tokens + 1,), tokens).scatter_reduce(0, entry, number, "amin")[:-1]
+    order = ((sequence << 32) + first).argsort() - cu_seqlens[sequence]
+    return (
+        torch.where(is_entry, place, -1),
+        running_sum(kept)[cu_seqlens].diff(),
+        torch.where(is_entry, order, -1),
+    )
 
 
 @OP.fake
 def _(token_weights, input_ids, cu_seqlens):
-    return torch.empty_like(input_ids), input_ids.new_empty(cu_seqlens.shape[0] - 1)
+    counts = input_ids.new_empty(cu_seqlens.shape[0] - 1)
+    return torch.empty_like(input_ids), counts, torch.empty_like(input_ids)
 
 
 def _load_cpp():
@@ -183,7 +199,7 @@ def _load_cpp():
     def run(token_weights, input_ids, cu_seqlens):
         token_weights = token_weights.float().contiguous()
         input_ids, cu_seqlens = input_ids.contiguous(), cu_seqlens.contiguous()
-        index = torch.empty_like(input_ids)
+        index, order = torch.empty_like(input_ids), torch.empty_like(input_ids)
         counts = input_ids.new_empty(len(cu_seqlens) - 1)
         kernel(
             token_weights.data_ptr(),
@@ -191,10 +207,9 @@ def _load_cpp():
             cu_seqlens.data_ptr(),
             len(input_ids),
             len(counts),
-            index.data_ptr(),
-            counts.data_ptr(),
+            *(x.data_ptr() for x in (index, counts, order)),
         )
-        return index, counts
+        return index, counts, order
 
     return run
 
@@ -229,7 +244,7 @@ def _sorted_by_torch(load: Callable[[], Callable]) -> Callable[[], Callable]:
 
     def load_both():
         kernel = load()
-        return lambda *args: _by_id(kernel(*args), *args[1:])
+        return lambda *args: _by_id(kernel(*args), *args)
 
     return load_both
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.arrays import check_tensors
 from embedfuse.ops.cu_seqlens import check_layout, check_values
 from embedfuse.registry import Cost, Op, triton_function
 
@@ -54,6 +55,7 @@ def varlen_attention(
 
 
 def _check(query, key, value, cu_seqlens_q, cu_seqlens_k) -> None:
+    check_tensors(query=query, key=key, value=value)
     if query.dim() != 3:
         raise ValueError(
             f"query: shape {tuple(query.shape)}; accepted is (tokens_q, heads, head_dim)"

@@ -2,6 +2,8 @@
 
 import importlib
 
+from embedfuse.compatibility import explained
+
 _BERT = "transformers.models.bert.modeling_bert"
 _ROBERTA = "transformers.models.roberta.modeling_roberta"
 _XLM_ROBERTA = "transformers.models.xlm_roberta.modeling_xlm_roberta"
@@ -47,7 +49,8 @@ def recipe(original: type) -> type | None:
     path = f"{original.__module__}.{original.__qualname__}"
     if path not in RECIPES:
         return None
-    return getattr(importlib.import_module(RECIPES[path]), original.__name__)
+    with explained(path.partition(".")[0]):
+        return getattr(importlib.import_module(RECIPES[path]), original.__name__)
 
 
 def recipe_of(model: object) -> type:

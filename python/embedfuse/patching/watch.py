@@ -65,11 +65,11 @@ class Watch:
 
     def _hooks_changed(self) -> bool:
         # torch gives each hook a handle with the next number: without new numbers there are no new hooks.
-        before, self._handles = self._handles, RemovableHandle.next_id
-        if before != self._handles:
-            known = sum(len(hooks) for _, hooks in self._hooked)
-            if sum(map(len, self._hooks)) != known:
+        handles = RemovableHandle.next_id
+        if handles != self._handles:
+            if sum(map(len, self._hooks)) != sum(len(hooks) for _, hooks in self._hooked):
                 return True
+            self._handles = handles  # of hooks elsewhere
         return any(list(table.values()) != hooks for table, hooks in self._hooked)
 
 

@@ -105,15 +105,15 @@ class BatchVectors:
     def send(self, to_host: ToHost) -> Callable[[], Vectors]:
         """Starts for the host; what comes back waits for the arrival."""
         packed, kept = self.packed, self.kept
-        of_kept = () if kept is None else (kept.index, kept.counts, kept.weights)
+        of_kept = () if kept is None else (kept.index, kept.counts, kept.order, kept.weights)
         arrive = to_host(self.dense, self.multi, *of_kept)
 
         def vectors() -> Vectors:
             dense, multi, *found = arrive()
             kept = None
             if found:
-                index, counts, weights = found
-                kept = KeptTokens(index, counts, packed.ids, weights)
+                *places, weights = found
+                kept = KeptTokens(*places, packed.ids, weights)
             return BatchVectors(packed, dense, kept, multi).vectors()
 
         return vectors

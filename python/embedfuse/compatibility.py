@@ -1,0 +1,69 @@
+"""Which releases of the libraries around embedfuse go together: one table, for `doctor` and for errors."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A library, another that it is used with, the releases that work, and what fails with others."""
+
+    package: str
+    releases: str
+    other: str
+    needed: str
+    otherwise: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.releases} with {self.other} {self.needed}"
+
+    def answer(self) -> str:
+        """ "yes", or why not, of what is installed here."""
+        own, other = version(self.package), version(self.other)
+        if None in (own, other):
+            return f"{self.package if own is None else self.other} is not installed"
+        if own not in SpecifierSet(self.releases, prereleases=True):
+            return f"{self.package} is {own}: not tried"
+        if other in SpecifierSet(self.needed, prereleases=True):
+            return "yes"
+        return f"no, {self.other} is {other}: {self.otherwise}"
+
+
+PAIRS = (
+    Pair("sentence-transformers", ">=6.0", "transformers", ">=5.0,<6", "it asks for others"),
+    Pair("peft", ">=0.21", "transformers", ">=5.0", "not tried"),
+    Pair(
+        *("FlagEmbedding", "<=1.4.2", "transformers", ">=5.0,<5.24"),
+        "it imports transformers.modeling_attn_mask_utils, which is gone",
+    ),
+    Pair(
+        *("pylate", "<=1.6.0", "sentence-transformers", "<6"),
+        "its ColBERT does not load; its scores and losses do",
+    ),
+)
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def explained(package: str) -> Iterator[None]:
+    """Around imports that need `package`: an ImportError also says which installed releases clash."""
+    try:
+        yield
+    except ImportError as error:
+        answers = {p: p.answer() for p in PAIRS if p.package == package.replace("_", "-")}
+        clashes = [
+            f"{pair}: {answer}" for pair, answer in answers.items() if answer.startswith("no, ")
+        ]
+        if not clashes:
+            raise
+        raise ImportError(f"{error}. Accepted is {'; '.join(clashes)}") from error

@@ -1,0 +1,53 @@
+"""What goes together is said by doctor, and by the error where it does not."""
+
+import sys
+
+import pytest
+
+from embedfuse import compatibility
+from embedfuse.cli import doctor
+from embedfuse.patching import recipes
+
+FLAG = "FlagEmbedding <=1.4.2 with transformers >=5.0,<5.24"
+NEWER = (
+    "no, transformers is 5.24.0: it imports transformers.modeling_attn_mask_utils, which is gone"
+)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    versions = {"FlagEmbedding": "1.4.2", "transformers": "5.24.0"}
+    monkeypatch.setattr(compatibility, "version", versions.get)
+    return versions
+
+
+def test_doctor_says_what_goes_together(installed):
+    assert doctor.collect()["versions that go together"][FLAG] == NEWER
+    installed["transformers"] = "5.23.0"
+    found = doctor.collect()["versions that go together"]
+    assert found[FLAG] == "yes"
+    assert found["pylate <=1.6.0 with sentence-transformers <6"] == "pylate is not installed"
+    installed["FlagEmbedding"] = "1.5"
+    assert doctor.collect()["versions that go together"][FLAG] == "FlagEmbedding is 1.5: not tried"
+
+
+def test_an_import_that_fails_inside_the_library_says_which_releases_clash(installed, monkeypatch):
+    original = type(
+        "M3Embedder", (), {"__module__": "FlagEmbedding.inference.embedder.encoder_only.m3"}
+    )
+    monkeypatch.delitem(sys.modules, "embedfuse.integrations.flag_embedding", raising=False)
+    monkeypatch.setitem(sys.modules, "FlagEmbedding.inference.embedder.encoder_only", None)
+    with pytest.raises(ImportError) as error:
+        recipes.recipe(original)
+    assert str(error.value).endswith(f". Accepted is {FLAG}: {NEWER}")
+    assert isinstance(error.value.__cause__, ImportError)
+    installed["transformers"] = "5.23.0"  # not the reason then
+    with pytest.raises(ImportError, match=r"halted; None in sys.modules$"):
+        recipes.recipe(original)
+
+
+def test_the_drop_in_losses_say_it_too(installed, monkeypatch):
+    monkeypatch.delitem(sys.modules, "embedfuse.integrations.flag_embedding_losses", raising=False)
+    monkeypatch.setitem(sys.modules, "FlagEmbedding.abc.finetune.embedder", None)
+    with pytest.raises(ImportError, match=r"Accepted is FlagEmbedding <=1\.4\.2 with transformers"):
+        __import__("embedfuse.integrations.flag_embedding_losses")
