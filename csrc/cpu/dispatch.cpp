@@ -1,104 +1,19 @@
-// Compiles every kernel body once per instruction set and picks one table at run time.
-//
-// Each ISA has its own namespace and target pragma. The bodies use no standard library: an inline
-// template compiled for AVX-512 could be the copy that the linker keeps for the baseline.
+// Picks the kernels of one instruction set at run time; isa_*.cpp have them.
 #include "cpu/dispatch.h"
 
 #include <stdexcept>
 
-#include "cpu/pool_normalize_common.h"
-#include "embedfuse/dtype.h"
 #include "embedfuse/parallel.h"
 
-#if defined(__x86_64__)
-  #include <immintrin.h>
-  // Linux gives a process its tiles when asked. Compilers with this header come with an assembler that knows them.
-  #if defined(__linux__) && __has_include(<amxtileintrin.h>)
-    #include <cpuid.h>
-    #include <sys/syscall.h>
-    #include <unistd.h>
-    #define EMBEDFUSE_HAS_AMX
-  #endif
+#if defined(EMBEDFUSE_HAS_AMX)
+  #include <cpuid.h>
+  #include <sys/syscall.h>
+  #include <unistd.h>
 #endif
-
-#define EMBEDFUSE_BASELINE 0
-#define EMBEDFUSE_AVX2 1
-#define EMBEDFUSE_AVX512 2
-#define EMBEDFUSE_AVX512_BF16 3
 
 namespace embedfuse {
 
 ThreadPool thread_pool;
-
-#define EMBEDFUSE_ISA EMBEDFUSE_BASELINE
-namespace baseline {
-#include "cpu/kernels.h"
-}
-#undef EMBEDFUSE_ISA
-
-#if defined(__x86_64__)
-  #define EMBEDFUSE_ISA EMBEDFUSE_AVX2
-  #if defined(__clang__)
-    #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-  #else
-    #pragma GCC push_options
-    #pragma GCC target("avx2,fma,f16c")
-  #endif
-namespace avx2 {
-  #include "cpu/kernels.h"
-}
-  #if defined(__clang__)
-    #pragma clang attribute pop
-  #else
-    #pragma GCC pop_options
-  #endif
-  #undef EMBEDFUSE_ISA
-
-  #define EMBEDFUSE_ISA EMBEDFUSE_AVX512
-  #if defined(__clang__)
-    #pragma clang attribute push(                                               \
-        __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
-        apply_to = function)
-  #else
-    #pragma GCC push_options
-    #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
-  #endif
-namespace avx512 {
-  #include "cpu/kernels.h"
-}
-  #if defined(__clang__)
-    #pragma clang attribute pop
-  #else
-    #pragma GCC pop_options
-  #endif
-  #undef EMBEDFUSE_ISA
-
-  #define EMBEDFUSE_ISA EMBEDFUSE_AVX512_BF16
-  #if defined(__clang__)
-    #pragma clang attribute push(                                                          \
-        __attribute__((                                                                    \
-            target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,f16c"))), \
-        apply_to = function)
-  #else
-    #pragma GCC push_options
-    #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,f16c")
-  #endif
-namespace avx512_bf16 {
-  #include "cpu/kernels.h"
-}
-  #if defined(EMBEDFUSE_HAS_AMX)
-namespace amx {
-using namespace avx512_bf16;
-    #include "cpu/maxsim_amx.h"
-}  // namespace amx
-  #endif
-  #if defined(__clang__)
-    #pragma clang attribute pop
-  #else
-    #pragma GCC pop_options
-  #endif
-  #undef EMBEDFUSE_ISA
-#endif
 
 namespace {
 

@@ -5,25 +5,34 @@
 
 #include "embedfuse/args.h"
 
+// Linux gives a process its tiles when asked. Compilers with this header come with an assembler that knows them.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxtileintrin.h>)
+  #define EMBEDFUSE_HAS_AMX
+#endif
+
 namespace embedfuse {
 
 struct CpuKernels {
-  void (*pool_normalize)(const PoolNormalizeArgs&, float* scratch);
-  void (*linear_few_rows)(const LinearArgs&);
-  int64_t (*linear_scratch)(const LinearArgs&);
-  void (*linear)(const LinearArgs&, float* scratch);
-  void (*token_weights)(const TokenWeightsArgs&);
-  void (*varlen_attention)(const VarlenAttentionArgs&);
-  void (*add_layer_norm)(const AddLayerNormArgs&);
-  int64_t (*maxsim_scratch)(const MaxSimArgs&);
-  void (*maxsim)(const MaxSimArgs&, float* scratch);
-  void (*segment_sum)(const SegmentSumArgs&);
-  void (*add_rms_norm)(const AddRmsNormArgs&);
-  void (*rope)(const RopeArgs&);
-  void (*silu_mul)(const SiluMulArgs&);
-  void (*info_nce_update)(const InfoNceTile&, const InfoNceState&);
-  void (*info_nce_gradient)(const InfoNceTile&, const InfoNceGradient&);
+#define KERNEL(name, result, ...) result (*name)(__VA_ARGS__);
+#include "cpu/kernel_list.h"
+#undef KERNEL
 };
+
+namespace baseline {
+extern const CpuKernels kKernels;
+}
+namespace avx2 {
+extern const CpuKernels kKernels;
+}
+namespace avx512 {
+extern const CpuKernels kKernels;
+}
+namespace avx512_bf16 {
+extern const CpuKernels kKernels;
+}
+namespace amx {
+extern const CpuKernels kKernels;
+}
 
 // ISAs that this build has and this processor runs, best first.
 std::vector<std::string> supported_isas();

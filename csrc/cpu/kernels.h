@@ -1,4 +1,4 @@
-// Every CPU kernel body; dispatch.cpp includes this once per ISA (no include guard).
+// Every CPU kernel body; each isa_*.cpp includes this once (no include guard).
 #include "embedfuse/vec.h"
 
 #include "cpu/add_layer_norm.h"
@@ -25,8 +25,8 @@
 #include "cpu/maxsim.h"
 
 // A constant: a function compiled for this ISA must not run before the processor was asked.
-constexpr CpuKernels kKernels{pool_normalize, linear_few_rows,       linear_scratch,
-                              linear,         token_weights,         varlen_attention,
-                              add_layer_norm, maxsim_scratch<OfIsa>, maxsim<OfIsa>,
-                              segment_sum,    add_rms_norm,          rope,
-                              silu_mul,       info_nce_update,       info_nce_gradient};
+constexpr CpuKernels kKernels{
+#define KERNEL(name, ...) name,
+#include "cpu/kernel_list.h"
+#undef KERNEL
+};

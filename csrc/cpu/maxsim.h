@@ -255,12 +255,12 @@ MaxSimVersion maxsim_version(const MaxSimArgs& a) {
 }
 
 // Floats of scratch that `maxsim` needs.
-template <class Unit>
+template <class Unit = OfIsa>
 int64_t maxsim_scratch(const MaxSimArgs& a) {
   return maxsim_threads(a) * maxsim_version<Unit>(a).thread_floats + 16;
 }
 
-template <class Unit>
+template <class Unit = OfIsa>
 void maxsim(const MaxSimArgs& a, float* scratch) {
   const int64_t threads = maxsim_threads(a);
   const MaxSimVersion version = maxsim_version<Unit>(a);

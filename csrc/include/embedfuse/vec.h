@@ -1,4 +1,4 @@
-// One SIMD register of fp32, per instruction set. Included once per ISA by cpu/dispatch.cpp, inside
+// One SIMD register of fp32, per instruction set. Included once by each cpu/isa_*.cpp, inside
 // that ISA's namespace and under its target pragma; hence no include guard.
 
 #if EMBEDFUSE_ISA >= EMBEDFUSE_AVX512

@@ -1,0 +1,17 @@
+// Every kernel that is compiled per instruction set, as KERNEL(name, result, arguments...): one line for a new one.
+// No include guard: whoever includes this has defined KERNEL.
+KERNEL(pool_normalize, void, const PoolNormalizeArgs&, float* scratch)
+KERNEL(linear_few_rows, void, const LinearArgs&)
+KERNEL(linear_scratch, int64_t, const LinearArgs&)
+KERNEL(linear, void, const LinearArgs&, float* scratch)
+KERNEL(token_weights, void, const TokenWeightsArgs&)
+KERNEL(varlen_attention, void, const VarlenAttentionArgs&)
+KERNEL(add_layer_norm, void, const AddLayerNormArgs&)
+KERNEL(maxsim_scratch, int64_t, const MaxSimArgs&)
+KERNEL(maxsim, void, const MaxSimArgs&, float* scratch)
+KERNEL(segment_sum, void, const SegmentSumArgs&)
+KERNEL(add_rms_norm, void, const AddRmsNormArgs&)
+KERNEL(rope, void, const RopeArgs&)
+KERNEL(silu_mul, void, const SiluMulArgs&)
+KERNEL(info_nce_update, void, const InfoNceTile&, const InfoNceState&)
+KERNEL(info_nce_gradient, void, const InfoNceTile&, const InfoNceGradient&)
