@@ -144,7 +144,7 @@ def embed(
         mask = pooling_mask if attention_mask is None else attention_mask * pooling_mask
         pooled = pack(input_ids, mask, "pooling_mask")
     if isinstance(model, PackedModel) and not is_hooked(model):
-        found = model.packed_states(call, pooling if pooling_mask is None else None)
+        found = model.packed_states(call, pooling if pooling_mask is None else None, count=False)
         if found is not None:
             states, packed = found
             if pooling_mask is not None:

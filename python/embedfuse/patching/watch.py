@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from embedfuse import native
 
@@ -120,7 +119,9 @@ def tables_of(original: type) -> list[tuple[str, dict]]:
     """What a modelling file finds by name, and where: its own names, attention functions, masks."""
     names = vars(sys.modules[original.__module__])
     found = [(original.__module__, names)]
-    for registry in (names.get("ALL_ATTENTION_FUNCTIONS"), ALL_MASK_ATTENTION_FUNCTIONS):
+    masks = sys.modules.get("transformers.masking_utils")  # imported by whoever has a model
+    masks = getattr(masks, "ALL_MASK_ATTENTION_FUNCTIONS", None)
+    for registry in (names.get("ALL_ATTENTION_FUNCTIONS"), masks):
         if hasattr(registry, "_global_mapping"):
             kind = type(registry).__name__
             found += ((kind, registry._global_mapping), (kind, registry._local_mapping))
