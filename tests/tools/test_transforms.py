@@ -196,7 +196,12 @@ ROWS = [
     Row("weights tied between layers", act=tied),
     Row("`resize_token_embeddings`", act=resized),
     Row("frozen parameters", act=frozen),
-    Row('`set_attn_implementation("eager")`', act=eager),
+    Row(
+        '`set_attn_implementation("eager")`',
+        remark="with gradients the original, which can be differentiated twice",
+        act=eager,
+        train=False,
+    ),
     Row(
         "accelerate: `disk_offload`",
         before="original",

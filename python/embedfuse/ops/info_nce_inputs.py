@@ -169,7 +169,7 @@ def inverse_temperature(temperature: float | Tensor, q: Tensor) -> Tensor:
         return scale
     try:
         temperature = float(temperature)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             f"temperature: {type(temperature).__name__}; accepted are numbers and tensors"
         ) from None

@@ -148,7 +148,7 @@ def has_own_forward(module: nn.Module) -> bool:
     if forward is None:
         return False
     # transformers 5.0, and tools that undo theirs, leave the class's own forward behind as an attribute.
-    own = getattr(forward, "__func__", None) is type(module).forward
+    own = getattr(forward, "__func__", module) is getattr(type(module), "forward", None)
     return not (own and forward.__self__ is module)
 
 
