@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "cpu/cu_seqlens.h"
@@ -52,17 +51,18 @@ void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int6
   cpu_kernels().pool_normalize(args, (float*)scratch);
 }
 
-void linear(uintptr_t x, const std::vector<std::array<uintptr_t, 3>>& weights, int dtype,
-            int64_t rows, int64_t depth, int64_t x_stride, uintptr_t out, bool few_rows) {
-  std::vector<LinearPart> parts;
+// parts: of each weight its address, that of its bias or 0, and its columns.
+void linear(uintptr_t x, const std::vector<int64_t>& parts, int dtype, int64_t rows, int64_t depth,
+            int64_t x_stride, uintptr_t out, bool few_rows) {
+  std::vector<LinearPart> weights;
   int64_t columns = 0;
-  for (const auto& [weight, bias, n] : weights) {
-    parts.push_back({(const void*)weight, (const void*)bias, int64_t(n), columns});
-    columns += int64_t(n);
+  for (size_t i = 0; i + 2 < parts.size(); i += 3) {
+    weights.push_back({(const void*)parts[i], (const void*)parts[i + 1], parts[i + 2], columns});
+    columns += parts[i + 2];
   }
-  const LinearArgs args{(const void*)x, parts.data(), int64_t(parts.size()),
-                        dtype,          rows,         columns,
-                        depth,          x_stride,     (void*)out};
+  const LinearArgs args{(const void*)x, weights.data(), int64_t(weights.size()),
+                        dtype,          rows,           columns,
+                        depth,          x_stride,       (void*)out};
   if (few_rows) return cpu_kernels().linear_few_rows(args);
   // Kept from call to call (a few MB): pages that are new each time cost as much as the arithmetic.
   static thread_local std::vector<float> scratch;

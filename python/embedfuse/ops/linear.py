@@ -101,15 +101,15 @@ def _load_cpp():
     def run(x, weights, biases):
         if x.stride(-1) != 1:
             x = x.contiguous()
-        # Held until the kernel has run, where they are copies.
-        weights = [weight.contiguous() for weight in weights]
-        biases = [None if bias is None else bias.contiguous() for bias in biases]
         rows, depth = x.shape
-        parts = [
-            (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), len(weight))
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
-        out = x.new_empty(rows, sum(columns for _, _, columns in parts))
+        held, parts, columns = [], [], 0  # held: copies, until the kernel has run
+        for weight, bias in zip(weights, biases, strict=True):
+            weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+            held += (weight, bias)
+            n = weight.shape[0]
+            parts += (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), n)
+            columns += n
+        out = x.new_empty(rows, columns)
         kernel(
             x.data_ptr(),
             parts,
