@@ -41,7 +41,7 @@ class Embedder:
         it: raise instead of having it added, with a warning.
     dimensions: keep so many leading entries of dense and multi-vector rows, of models trained so that these
         do alone (Matryoshka); they are normalised after that.
-    reuse_prefixes: as in `patch`, and of no matter for a model that looks both ways; an instruction before
+    reuse_prefixes: as in `patch`, and without effect on a model that looks both ways; an instruction before
         the queries of a decoder runs once, not per query.
     hub: further arguments of transformers' from_pretrained (revision, token, cache_dir ...). Remote code
         runs only with trust_remote_code=True among them.

@@ -158,7 +158,7 @@ class Op:
     def accelerates(self, x: Tensor) -> bool:
         """Whether a call on such a tensor would run on something faster than the reference.
 
-        A tower keeps torch's own layer where not, be it that another backend was asked for. The C++
+        A tower keeps torch's own layer where not, even if another backend was asked for. The C++
         kernels without vector registers lose to torch.
         """
         try:

@@ -20,7 +20,7 @@ from tests.recorded_graphs import RecordedGraphs
 
 
 class Doubling:
-    """A batch of one tensor, of which the forward makes weight * x; `error` is raised in its stead."""
+    """A batch of one tensor, of which the forward makes weight * x; `error` is raised instead."""
 
     def __init__(self, x: Tensor, weight: Tensor, size: int = 8, error: Exception | None = None):
         self.x, self.weight, self.size, self.error = x, weight, size, error

@@ -119,7 +119,7 @@ def turn(
 def add_norm(
     norm: nn.Module, y: Tensor, residual: Tensor | None, plain: bool
 ) -> tuple[Tensor, Tensor]:
-    """norm(y + residual) and the sum; no residual is none to add."""
+    """norm(y + residual) and the sum; residual: None adds nothing."""
     if plain and alike(y, residual, norm.weight) and ADD_RMS_NORM.accelerates(y):
         normed, summed = ADD_RMS_NORM(y, residual, norm.weight, norm.variance_epsilon)
         return normed, y if residual is None else summed

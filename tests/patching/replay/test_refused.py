@@ -207,7 +207,7 @@ def test_warm_up_of_what_no_graph_would_serve(pair, monkeypatch):
     assert embedfuse.report(model).graphs == f"none: {path} has a hook"
     handle.remove()
     assert embedfuse.warm_up(model, tokens=16, sequences=1) > 0
-    # Where the model can have none, its mode is of no matter.
+    # Where the model can have none, its mode does not matter.
     model.train()
     monkeypatch.setenv("EMBEDFUSE_GRAPHS", "0")
     assert embedfuse.warm_up(model) == 0
