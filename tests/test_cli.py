@@ -52,7 +52,8 @@ def test_doctor_cpu(facts):
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.system() == "Linux" and capability in ("AVX2", "AVX512"):
         assert cpu["avx2"] == "yes"
-        assert cpu["avx512f"] == ("yes" if capability == "AVX512" else "no")
+        # ATEN_CPU_CAPABILITY may keep torch below what the processor has.
+        assert cpu["avx512f"] == "yes" or capability == "AVX2"
     assert cpu["supported ISAs"].split(", ") == native.cpu().supported_isas()
     assert cpu["ISA in use"] == native.cpu().selected_isa()
 
