@@ -1,4 +1,4 @@
-"""The self-check: one probe batch through the original and the packed forward, before a layout is trusted."""
+"""The self-check: one probe batch through the original and the packed forward, before a plan is trusted."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -92,10 +92,8 @@ def _mixes_rows(module: nn.Module, x: Tensor, tokens: Tensor) -> str | None:
     with evaluating(module):
         try:
             padded = functional_call(module, drawn, (x,))
-        except (
-            Exception
-        ):  # it takes no other parameters (TorchScript); the probe looks at it all the same
-            return None
+        except Exception:
+            return None  # it takes no other parameters; the probe looks at it all the same
         try:
             packed = functional_call(module, drawn, (x[tokens],))
         except Exception as error:
