@@ -182,10 +182,9 @@ def sources(*patterns: str) -> list[str]:
 setup(
     package_dir={"": "python", "embedfuse.triton_kernels": "triton_kernels"},
     packages=[
-        "embedfuse",
         *(
-            f"embedfuse.{p.parent.name}"
-            for p in sorted((ROOT / "python/embedfuse").glob("*/__init__.py"))
+            ".".join(init.parent.relative_to(ROOT / "python").parts)
+            for init in sorted((ROOT / "python/embedfuse").rglob("__init__.py"))
         ),
         "embedfuse.triton_kernels",
     ],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks import peaks as peaks_of
+from benchmarks.harness import peaks as peaks_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

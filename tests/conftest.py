@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def m3_folder(tmp_path_factory) -> str:
     """BGE-M3's architecture and file layout at small size, random weights."""
-    from benchmarks.checkpoints import SMALL, make_bge_m3
+    from benchmarks.models.checkpoints import SMALL, make_bge_m3
 
     return str(make_bge_m3(tmp_path_factory.mktemp("bge-m3"), SMALL))
 
@@ -29,7 +29,7 @@ def m3_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def reranker_folder(tmp_path_factory) -> str:
     """bge-reranker-v2-m3's architecture at small size, random weights."""
-    from benchmarks.checkpoints import SMALL, make_reranker
+    from benchmarks.models.checkpoints import SMALL, make_reranker
 
     return str(make_reranker(tmp_path_factory.mktemp("bge-reranker"), SMALL))
 
@@ -37,6 +37,6 @@ def reranker_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def e5_mistral_folder(tmp_path_factory) -> str:
     """E5-mistral's architecture and file layout at small size, random weights."""
-    from benchmarks.checkpoints import E5_MISTRAL_SMALL, make_e5_mistral
+    from benchmarks.models.checkpoints import E5_MISTRAL_SMALL, make_e5_mistral
 
     return str(make_e5_mistral(tmp_path_factory.mktemp("e5-mistral"), 3, E5_MISTRAL_SMALL))

@@ -18,7 +18,7 @@ from embedfuse.ops import (
     silu_mul,
     varlen_attention,
 )
-from embedfuse.ops.info_nce_statistics import statistics
+from embedfuse.ops.info_nce.statistics import statistics
 from embedfuse.registry import use_backend
 
 SCALES = [2.0**k for k in range(-126, 121, 13)]  # of logits: inverse temperatures

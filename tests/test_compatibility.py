@@ -6,7 +6,7 @@ import pytest
 
 from embedfuse import compatibility
 from embedfuse.cli import doctor
-from embedfuse.patching import recipes
+from embedfuse.patching import families
 
 FLAG = "FlagEmbedding <=1.4.2 with transformers >=5.0,<5.24"
 NEWER = (
@@ -35,19 +35,19 @@ def test_an_import_that_fails_inside_the_library_says_which_releases_clash(insta
     original = type(
         "M3Embedder", (), {"__module__": "FlagEmbedding.inference.embedder.encoder_only.m3"}
     )
-    monkeypatch.delitem(sys.modules, "embedfuse.integrations.flag_embedding", raising=False)
+    monkeypatch.delitem(sys.modules, "embedfuse.integrations.flag_embedding.m3", raising=False)
     monkeypatch.setitem(sys.modules, "FlagEmbedding.inference.embedder.encoder_only", None)
     with pytest.raises(ImportError) as error:
-        recipes.recipe(original)
+        families.patched_class(original)
     assert str(error.value).endswith(f". Accepted is {FLAG}: {NEWER}")
     assert isinstance(error.value.__cause__, ImportError)
     installed["transformers"] = "5.23.0"  # not the reason then
     with pytest.raises(ImportError, match=r"halted; None in sys.modules$"):
-        recipes.recipe(original)
+        families.patched_class(original)
 
 
 def test_the_drop_in_losses_say_it_too(installed, monkeypatch):
-    monkeypatch.delitem(sys.modules, "embedfuse.integrations.flag_embedding_losses", raising=False)
+    monkeypatch.delitem(sys.modules, "embedfuse.integrations.flag_embedding.losses", raising=False)
     monkeypatch.setitem(sys.modules, "FlagEmbedding.abc.finetune.embedder", None)
     with pytest.raises(ImportError, match=r"Accepted is FlagEmbedding <=1\.4\.2 with transformers"):
-        __import__("embedfuse.integrations.flag_embedding_losses")
+        __import__("embedfuse.integrations.flag_embedding.losses")

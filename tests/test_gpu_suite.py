@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, ledger
+from benchmarks.gpu.run import run as gpu
+from benchmarks.harness import ledger
 
 ROOT = Path(__file__).parents[1]
 SUITE = """
@@ -223,7 +224,7 @@ def test_sanitizer(monkeypatch, tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 4
     assert "--kernel-name kernel_substring=embedfuse" in calls[1]
-    assert calls[3].endswith("-m benchmarks.sanitize triton")
+    assert calls[3].endswith("-m benchmarks.gpu.sanitize triton")
 
 
 def test_without_the_sanitizer_its_name_is_told(monkeypatch, tmp_path, capsys):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from benchmarks import targets
-from benchmarks.targets import Target
+from benchmarks.harness import targets
+from benchmarks.harness.targets import Target
 from embedfuse.cli import main
 
 SHARED = {"op": "mix", "sample": "x 2x3, mean", "dtype": "float32"}
@@ -139,7 +139,7 @@ def measured(**rows: tuple[float, str]) -> dict:
 
 def test_targets(call, capsys, monkeypatch):
     monkeypatch.setattr(
-        "benchmarks.targets.TARGETS",
+        "benchmarks.harness.targets.TARGETS",
         {
             "a rate": Target("docs/s", 3000, 2000, "someone 500"),
             "a time": Target("ms", None, 5.0),
@@ -272,7 +272,7 @@ def test_plots(call, tmp_path):
 
 
 def test_roofline_stands_where_it_was_measured():
-    plots = pytest.importorskip("benchmarks.plots")
+    plots = pytest.importorskip("benchmarks.harness.plots")
     axes = plots.roofline([RUN["benchmarks"][1]["extra_info"]]).axes[0]
     roof, point = axes.lines[:2]
     assert list(point.get_xdata()) == [pytest.approx(1.6)]  # 0.08 TFLOP/s at 50 GB/s

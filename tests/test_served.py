@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from benchmarks import checkpoints, served, workloads
-from benchmarks.served import Served
+from benchmarks.models import checkpoints, served, workloads
+from benchmarks.models.served import Served
 
 SMALL = {
     "BGE-M3": (

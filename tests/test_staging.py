@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from embedfuse import staging
-from embedfuse.staging import ToHost, to_device
+from embedfuse import transfers as staging
+from embedfuse.transfers import ToHost, to_device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -5,7 +5,7 @@ gradient: c_j = w_j g_statistic + g_total, w_j = e^(z_j - statistic) | sigmoid: 
 g_own
 
 One program per row; a tile's row fits into registers, is read once and written at most once. The GEMMs around
-it are torch's (python/embedfuse/ops/info_nce_chunks.py).
+it are torch's (python/embedfuse/ops/tiles.py).
 """
 
 import functools
@@ -24,8 +24,9 @@ from embedfuse.triton_kernels._info_nce_scores import (
 from embedfuse.triton_kernels.info_nce_fused import op_calls
 from embedfuse.triton_kernels.tuned import Tunable
 
-from embedfuse.ops import info_nce_chunks, info_nce_prefix_chunks
-from embedfuse.ops.info_nce_chunks import Tile, torch_multiply
+from embedfuse.ops.info_nce import tiles
+from embedfuse.ops.info_nce.matryoshka import tiles as info_nce_prefix_chunks
+from embedfuse.ops.info_nce.tiles import Tile, torch_multiply
 
 
 @triton.jit
@@ -236,8 +237,8 @@ def gradient(*args, into=None):
     _launch(gradient_kernel, GRADIENT, *args, into)
 
 
-_chunked_forward = functools.partial(info_nce_chunks.forward, torch_multiply, update)
-_chunked_backward = functools.partial(info_nce_chunks.backward, torch_multiply, gradient)
+_chunked_forward = functools.partial(tiles.forward, torch_multiply, update)
+_chunked_backward = functools.partial(tiles.backward, torch_multiply, gradient)
 
 
 def _fuses(x, y, guide_x) -> bool:
@@ -250,7 +251,7 @@ def _fuses(x, y, guide_x) -> bool:
 
 
 def forward(x, y, *inputs):
-    """Arguments and results are those of the op (python/embedfuse/ops/info_nce_op.py)."""
+    """Arguments and results are those of the op (python/embedfuse/ops/op.py)."""
     *_, guide_x, _, _, _, mean = inputs
     if mean or not _fuses(x, y, guide_x):
         return _chunked_forward(x, y, *inputs)
@@ -258,7 +259,7 @@ def forward(x, y, *inputs):
 
 
 def backward(x, y, *inputs):
-    """Arguments and results are those of the op (python/embedfuse/ops/info_nce_op.py)."""
+    """Arguments and results are those of the op (python/embedfuse/ops/op.py)."""
     run = info_nce_fused.backward if _fuses(x, y, inputs[6]) else _chunked_backward
     return run(x, y, *inputs)
 

@@ -23,8 +23,8 @@ from embedfuse.triton_kernels._info_nce_scores import (
 )
 from embedfuse.triton_kernels.tuned import Tunable
 
-from embedfuse.ops import info_nce_chunks
-from embedfuse.ops.info_nce_chunks import Tile
+from embedfuse.ops.info_nce import tiles
+from embedfuse.ops.info_nce.tiles import Tile
 
 LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 # What one launch of `statistics` leaves: rows times tiles, of 16 bytes each.
@@ -178,8 +178,8 @@ def _config(tunable: Tunable, x, sigmoid: bool, *masks) -> dict:
 
 
 def forward(x, y, *inputs):
-    """The op info_nce_forward without `mean` (python/embedfuse/ops/info_nce_op.py)."""
-    x, y = info_nce_chunks.multiplied(x), info_nce_chunks.multiplied(y)
+    """The op info_nce_forward without `mean` (python/embedfuse/ops/op.py)."""
+    x, y = tiles.multiplied(x), tiles.multiplied(y)
     scale, bias, own, limit, x_keys, y_keys, _, _, _, sigmoid, _ = (
         i.contiguous() if hasattr(i, "contiguous") else i for i in inputs
     )
@@ -257,8 +257,8 @@ def fused_gradient(tile: Tile, *grads):
 
 
 def backward(x, y, *inputs):
-    """The op info_nce_backward (python/embedfuse/ops/info_nce_op.py)."""
-    return info_nce_chunks.backward(info_nce_chunks.nothing, fused_gradient, x, y, *inputs)
+    """The op info_nce_backward (python/embedfuse/ops/op.py)."""
+    return tiles.backward(tiles.nothing, fused_gradient, x, y, *inputs)
 
 
 def aot_calls() -> Iterator[tuple]:

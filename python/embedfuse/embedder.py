@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from embedfuse.nn.heads import load_heads
 from embedfuse.ops import Csr, lexical_scores, maxsim
-from embedfuse.ops.arrays import as_tensor
+from embedfuse.ops.checks import as_tensor
 from embedfuse.patching import Report, patch, report, warm_up
-from embedfuse.patching.engine import Options
-from embedfuse.patching.recipes import recipe_of
+from embedfuse.patching.families import patched_class_of
+from embedfuse.patching.swap import Options
 from embedfuse.pipeline.checkpoint import read_preset
 from embedfuse.pipeline.embeddings import Embeddings, Vectors
+from embedfuse.pipeline.heads import load_heads
 from embedfuse.pipeline.llm2vec import WrappedTexts
 from embedfuse.pipeline.loading import load_model, load_tokenizer
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
@@ -81,7 +81,7 @@ class Embedder:
         transformer = load_model(model, torch_dtype, hub).requires_grad_(False).to(device)
         both_ways = self.preset.attention == "bidirectional"
         attention = "bidirectional" if both_ways else None
-        keeps = not both_ways and "stream" in recipe_of(transformer).reuses
+        keeps = not both_ways and "stream" in patched_class_of(transformer).reuses
         reuse = "batch" if reuse_prefixes == "stream" and not keeps else reuse_prefixes
         patch(transformer, attention=attention, reuse_prefixes=reuse)
         self._pipeline = EmbeddingPipeline(

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from embedfuse.staging import to_device
+from embedfuse.transfers import to_device
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.machine_code import kernel_modules, launches, resources
-from benchmarks.occupancy import CHIPS
+from benchmarks.kernels.machine_code import kernel_modules, launches, resources
+from benchmarks.kernels.occupancy import CHIPS
 from embedfuse.registry import triton_interprets
 
 if triton_interprets():

@@ -1,4 +1,4 @@
-"""The adapters of benchmarks/gpu_peers.py in Triton's interpreter. Run by test_gpu_peers.py, in a process of
+"""The adapters of benchmarks/peers/gpu.py in Triton's interpreter. Run by test_gpu_peers.py, in a process of
 its own: the GPU that peers ask for is pretended. In fp16, since the interpreter multiplies bf16's bits."""
 
 import contextlib
@@ -11,8 +11,9 @@ import triton.language as tl
 from torch.nn.functional import normalize
 from triton.runtime.autotuner import Autotuner
 
-from benchmarks import gpu_peers, losses
-from benchmarks.test_gpu_kernels import check_loss, gradients, products
+from benchmarks.gpu.test_gpu_kernels import check_loss, gradients, products
+from benchmarks.peers import gpu as gpu_peers
+from benchmarks.peers import losses
 
 HOPPER = SimpleNamespace(name="an H100", multi_processor_count=2, major=9, minor=0)
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from embedfuse.triton_kernels import add_layer_norm, maxsim, tuned
 
-from benchmarks import aot, machine_code
+from benchmarks.kernels import aot, machine_code
 from embedfuse.cli import main
 from embedfuse.registry import triton_interprets
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_peers, targets
-from benchmarks.gpu_peers import Peer
-from benchmarks.peaks import Peaks
-from benchmarks.targets import Target
-from benchmarks.test_gpu_kernels import check_loss, figures
+from benchmarks.gpu.test_gpu_kernels import check_loss, figures
+from benchmarks.harness import targets
+from benchmarks.harness.peaks import Peaks
+from benchmarks.harness.targets import Target
+from benchmarks.peers import gpu as gpu_peers
+from benchmarks.peers.gpu import Peer
 from embedfuse.cli import main
 from embedfuse.registry import Cost
 
@@ -116,7 +117,7 @@ def test_slow_calls_are_repeated_less(stopwatch):
 
 def test_a_row_from_its_measurement_to_the_report(stopwatch, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(targets, "TARGETS", {"a row": Target("ms", None, 2.0)})
-    monkeypatch.setattr("benchmarks.test_gpu_kernels.TARGETS", targets.TARGETS)
+    monkeypatch.setattr("benchmarks.gpu.test_gpu_kernels.TARGETS", targets.TARGETS)
     ours = functools.partial(answer, seconds=0.001)
     cost, peaks = Cost(bytes=500_000, flops=1_000), Peaks(1e9, {torch.bfloat16: 2e9})
     info = figures(peaks, None, "a row", ours, cost, PEERS, same, check)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.occupancy import CHIPS, resident_blocks
+from benchmarks.kernels.occupancy import CHIPS, resident_blocks
 
 # NVIDIA's own arithmetic, told the same limits.
 PEER = r"""

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from embedfuse.triton_kernels import tuned
 
-from benchmarks import tune
-from benchmarks.tune import Rejected
+from benchmarks.gpu.run import tune
+from benchmarks.gpu.tune import Rejected
 from embedfuse.cli import main
 
 HEADER = {"chip": "sm_90", "device": "a GPU", "triton": "3.6.0", "torch": "2.11.0"}
@@ -158,7 +158,7 @@ def test_without_a_gpu_the_command_says_so(capsys):
 
 
 def test_the_calls_to_tune_for_are_calls_of_the_ops():
-    from benchmarks import gpu_calls
+    from benchmarks.gpu.run import calls as gpu_calls
 
     called = set()
     for call in gpu_calls.calls("meta", list(tuned.TUNABLES)):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import numerics
-from embedfuse import use_backend
+from embedfuse import testing, use_backend
 from embedfuse.nn.attention import VARLEN, attention, choose
 from embedfuse.nn.flash import Flash
 from embedfuse.packing import unpadded
@@ -30,12 +29,12 @@ def test_flash_attention_is_the_op(dtype):
         packed, queries = (unpadded(lengths(cu), query.device) for cu in (cu_k, cu_q))
         found = chosen(query, key, value, queries, packed, scale, causal, window)
         own = VARLEN._reference(*args)
-        exact = VARLEN._reference(*map(numerics._widen, args))
-        numerics.assert_as_good(found, own, exact, name=chosen.name)
+        exact = VARLEN._reference(*map(testing._widen, args))
+        testing.assert_as_good(found, own, exact, name=chosen.name)
     assert served or torch.cuda.get_device_capability() < (8, 0)
 
 
-@pytest.mark.parametrize("dtype", numerics.DTYPES)
+@pytest.mark.parametrize("dtype", testing.DTYPES)
 @torch.no_grad()
 def test_kernel_waits_for_nothing_and_runs_in_a_graph(dtype):
     """Lengths change under a captured graph: all that it knows of them lies on the device."""

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 import lexical_checks as checks
-import numerics
-from embedfuse import ops
-from embedfuse.ops.sparse_scatter import OP
+from embedfuse import ops, testing
+from embedfuse.ops.lexical.sparse_scatter import OP
 from embedfuse.registry import use_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.covers("sparse_scatter")]
 
 
-@pytest.fixture(params=numerics.backends(OP, "cuda"))
+@pytest.fixture(params=testing.backends(OP, "cuda"))
 def backend(request):
     if reason := OP.refusal(request.param, "cuda", torch.float32):
         pytest.skip(reason)
@@ -24,7 +23,7 @@ def backend(request):
 @pytest.mark.parametrize("lengths", [[2048, 1, 2049, 0, 2047], [0, 8192, 0, 70_000]])
 def test_long_sequences(backend, lengths):
     args = checks.long_sequences(lengths, "cuda")
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
     checks.check_one_id(args, lengths)
 
 

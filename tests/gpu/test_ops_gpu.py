@@ -5,22 +5,21 @@ import math
 import pytest
 import torch
 
-import numerics
 import pool_normalize_checks as checks
-from embedfuse import ops
+from embedfuse import ops, testing
 from embedfuse.ops.pool_normalize import POOLINGS
 from embedfuse.registry import OPS, use_backend
 
 pytestmark = pytest.mark.gpu
 
-VERSIONS = [(op, backend) for op in OPS.values() for backend in numerics.backends(op, "cuda")]
-POOL_BACKENDS = numerics.backends(OPS["pool_normalize"], "cuda")
+VERSIONS = [(op, backend) for op in OPS.values() for backend in testing.backends(op, "cuda")]
+POOL_BACKENDS = testing.backends(OPS["pool_normalize"], "cuda")
 
 per_version = pytest.mark.parametrize(
     "version", VERSIONS, indirect=True, ids=[f"{op.name}-{backend}" for op, backend in VERSIONS]
 )
 per_dtype = pytest.mark.parametrize(
-    "dtype", numerics.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+    "dtype", testing.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
 per_pool_backend = pytest.mark.parametrize(
     "version", [(OPS["pool_normalize"], b) for b in POOL_BACKENDS], indirect=True, ids=POOL_BACKENDS
@@ -42,7 +41,7 @@ def version(request):
 def test_samples(version, dtype):
     op, backend = version
     for args in op.make_samples("cuda", dtype, "test"):
-        numerics.assert_close_to_reference(op, args, backend)
+        testing.assert_close_to_reference(op, args, backend)
 
 
 @per_version

@@ -10,7 +10,7 @@ from embedfuse import Embedder
 from embedfuse.cli.corpus import stdlib_docstrings
 from embedfuse.pipeline import pipeline
 from embedfuse.pipeline.embeddings import OUTPUTS
-from embedfuse.staging import ToHost, to_device
+from embedfuse.transfers import ToHost, to_device
 from tests.pipeline.families import make, write_sentence_transformers
 from tests.pipeline.reference import tensors
 

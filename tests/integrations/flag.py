@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embedfuse.cli.corpus import stdlib_docstrings
-from embedfuse.patching.packed_model import PackedModel
+from embedfuse.patching.forward.packed_model import PackedModel
 
 DOCSTRINGS = [text for text in stdlib_docstrings(100) if len(text) < 800][:60]
 ODD = ["", " ", "emoji 🎉", "日本語のテキストです", "word " * 300, "<s> </s>", "a\nb\tc"]
@@ -31,9 +31,9 @@ def counted(model: torch.nn.Module):
     tokens = []
     run = type(model).run_packed
 
-    def spy(self, plan, packed, *args):
+    def spy(self, layout, packed, *args):
         tokens.append(packed.tokens)
-        return run(self, plan, packed, *args)
+        return run(self, layout, packed, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "run_packed", spy)

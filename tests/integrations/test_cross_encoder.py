@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 import embedfuse
-from tests.numerics import assert_as_good
+from embedfuse.testing import assert_as_good
 from tests.patching.conftest import CLASSIFIERS, FAMILIES, make_classifier
 
 st = pytest.importorskip("sentence_transformers")
@@ -298,7 +298,7 @@ def test_inner_model_patched_before(model):
 
 
 def test_a_failure_leaves_nothing_patched(model, monkeypatch):
-    from embedfuse.integrations import cross_encoder
+    from embedfuse.integrations.sentence_transformers import cross_encoder
 
     def fail(cls, model, report, options):
         raise RuntimeError("no swap")

@@ -1,4 +1,4 @@
-"""benchmarks.checkpoints writes E5-mistral as it is published, and each library reads it alike."""
+"""benchmarks.models.checkpoints writes E5-mistral as it is published, and each library reads it alike."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, MistralConfig, MistralModel
 
 import embedfuse
-from benchmarks.checkpoints import E5_MISTRAL
+from benchmarks.models.checkpoints import E5_MISTRAL
 from embedfuse.pipeline.checkpoint import read_preset
 from tests.integrations.flag import TEXTS, counted
 

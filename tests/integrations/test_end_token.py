@@ -111,7 +111,7 @@ def test_a_failed_patch_leaves_the_tokenizer(mistral, monkeypatch):
     def fail(*args):
         raise embedfuse.PatchError("on purpose")
 
-    monkeypatch.setattr("embedfuse.integrations.sentence_transformers.deviations", fail)
+    monkeypatch.setattr("embedfuse.integrations.sentence_transformers.model.deviations", fail)
     with pytest.raises(embedfuse.PatchError, match="on purpose"):
         embedfuse.patch(model)
     assert type(model) is st.SentenceTransformer
@@ -212,7 +212,7 @@ def test_flag_llm_a_failed_patch_leaves_the_tokenizer(flag, monkeypatch):
     def fail(*args):
         raise embedfuse.PatchError("on purpose")
 
-    monkeypatch.setattr("embedfuse.integrations.flag_llm.deviations", fail)
+    monkeypatch.setattr("embedfuse.integrations.flag_embedding.llm.deviations", fail)
     with pytest.raises(embedfuse.PatchError, match="on purpose"):
         embedfuse.patch(flag)
     assert flag.tokenizer("a")["input_ids"][-1] != 2

@@ -11,7 +11,7 @@ pytest.importorskip("FlagEmbedding")
 from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
 from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 
-from embedfuse.integrations import flag_embedding_losses as ours
+from embedfuse.integrations.flag_embedding import losses as ours
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import embedfuse
+from embedfuse.testing import assert_as_good
 from tests.integrations.flag import TEXTS, counted, original_forbidden
 from tests.integrations.flag_llm import assert_same, load, make_qwen2
-from tests.numerics import assert_as_good
 
 fe = pytest.importorskip("FlagEmbedding")
 
@@ -172,9 +172,9 @@ def test_one_packed_forward_and_no_padded_one(model):
     inner = model.model
     run = type(inner).run_packed
 
-    def spy(self, plan, packed, tokens, wanted):
+    def spy(self, layout, packed, tokens, wanted):
         rows.append((packed.cu_seqlens[1:] - 1 == wanted).all().item())
-        return run(self, plan, packed, tokens, wanted)
+        return run(self, layout, packed, tokens, wanted)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(inner), "run_packed", spy)

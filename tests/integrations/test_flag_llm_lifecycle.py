@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 
 import embedfuse
 from embedfuse.nn.decoder import DecoderLayer
-from embedfuse.patching.engine import Patched
+from embedfuse.patching.swap import Patched
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from tests.integrations.flag import TEXTS
 from tests.integrations.flag_llm import assert_same, load, make_qwen2

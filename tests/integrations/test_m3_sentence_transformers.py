@@ -35,9 +35,9 @@ def test_the_last_layer_is_pruned(model, monkeypatch):
     rows = []
     run = type(inner).run_packed
 
-    def spy(self, plan, packed, tokens, wanted):
+    def spy(self, layout, packed, tokens, wanted):
         rows.append((packed.cu_seqlens[:-1].tolist(), wanted.tolist()))
-        return run(self, plan, packed, tokens, wanted)
+        return run(self, layout, packed, tokens, wanted)
 
     monkeypatch.setattr(type(inner), "run_packed", spy)
     model.encode(TEXTS[:5])

@@ -140,7 +140,7 @@ def test_saved_model_needs_no_embedfuse(model, tmp_path):
 
 
 def test_a_wrong_similarity_rolls_back(model, monkeypatch):
-    from embedfuse.integrations import multi_vector_encoder as integration
+    from embedfuse.integrations.sentence_transformers.model import multi_vector as integration
 
     right = integration.maxsim
     monkeypatch.setattr(integration, "maxsim", lambda *args, **kw: right(*args, **kw) * 0.99)
@@ -178,7 +178,7 @@ def loss_and_gradient(model, loss, labels=None, texts=3):
     ],
 )
 def test_losses(model, kind, name, labels, mean):
-    from embedfuse.integrations import multi_vector_encoder as integration
+    from embedfuse.integrations.sentence_transformers.model import multi_vector as integration
 
     model.eval()  # no dropout
     labels = None if labels is None else torch.tensor(labels)
@@ -200,7 +200,7 @@ def test_losses(model, kind, name, labels, mean):
 
 
 def test_evaluators(model, monkeypatch):
-    from embedfuse.integrations.multi_vector_encoder import maxsim
+    from embedfuse.integrations.sentence_transformers.multi_vector import maxsim
 
     queries = {str(i): text for i, text in enumerate(QUERIES)}
     corpus = {str(i): text for i, text in enumerate(TEXTS)}

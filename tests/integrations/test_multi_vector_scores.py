@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from embedfuse.testing import assert_as_good
 from tests.integrations.late import (
     DOCUMENTS,
     DTYPES,
@@ -14,13 +15,12 @@ from tests.integrations.late import (
     padded,
     texts,
 )
-from tests.numerics import assert_as_good
 
 pytest.importorskip("sentence_transformers.multi_vector_encoder")
 from sentence_transformers.multi_vector_encoder import scoring
 from sentence_transformers.util import similarity
 
-from embedfuse.integrations import multi_vector_encoder as ours
+from embedfuse.integrations.sentence_transformers.model import multi_vector as ours
 
 OURS = {
     name: getattr(ours, name)
@@ -210,12 +210,12 @@ def test_integers(alone):
 
 
 def test_many_documents_in_parts(alone, monkeypatch):
-    from embedfuse.integrations import late_interaction
+    from embedfuse.integrations.sentence_transformers import scoring
 
     q, d = texts(QUERIES), texts([7, 1, 12, 30, 2, 5], seed=1)
     expected = similarity.maxsim(q, d)
-    monkeypatch.setattr(late_interaction, "_PART", 10 * 24)
-    assert [len(part) for part in late_interaction._parts(d)] == [2, 1, 1, 2]
+    monkeypatch.setattr(scoring, "_PART", 10 * 24)
+    assert [len(part) for part in scoring._parts(d)] == [2, 1, 1, 2]
     alone()
     assert_close(ours.maxsim(q, d), expected)
 

@@ -46,7 +46,7 @@ def test_lora(targets, outside, task):
     assert not report.original_calls
     embedfuse.unpatch(whole)
     assert type(model) is kind
-    assert not isinstance(model.get_base_model(), embedfuse.patching.engine.Patched)
+    assert not isinstance(model.get_base_model(), embedfuse.patching.swap.Patched)
 
 
 def test_merged_and_unloaded():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import embedfuse
-from embedfuse.patching.packed_model import PackedModel
+from embedfuse.patching.forward.packed_model import PackedModel
 from tests.integrations.flag import DOCSTRINGS
 
 fe = pytest.importorskip("FlagEmbedding")
@@ -110,9 +110,9 @@ def in_a_process(jobs: list[tuple], answers) -> None:
     poolings = []
     run = PackedModel.run
 
-    def spy(self, plan, packed, tokens, pooling):
+    def spy(self, layout, packed, tokens, pooling):
         poolings.append(pooling)
-        return run(self, plan, packed, tokens, pooling)
+        return run(self, layout, packed, tokens, pooling)
 
     PackedModel.run = spy
     for model, name, items in jobs:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from embedfuse.testing import assert_as_good
 from tests.integrations.late import (
     DOCUMENTS,
     DTYPES,
@@ -14,7 +15,6 @@ from tests.integrations.late import (
     padded,
     texts,
 )
-from tests.numerics import assert_as_good
 
 pytest.importorskip("pylate.models")
 from pylate import losses, rank, scores

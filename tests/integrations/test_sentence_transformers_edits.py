@@ -85,7 +85,7 @@ def own_forward(at: int):
 
 def another_model(model):
     model[0].model = copy.deepcopy(model[0].model)
-    if isinstance(model[0].model, embedfuse.patching.engine.Patched):
+    if isinstance(model[0].model, embedfuse.patching.swap.Patched):
         embedfuse.unpatch(model[0].model)
     with torch.no_grad():
         model[0].model.embeddings.word_embeddings.weight.mul_(-1)

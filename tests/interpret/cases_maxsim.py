@@ -4,8 +4,8 @@ import pytest
 import torch
 from embedfuse.triton_kernels import maxsim
 
-import numerics
-from embedfuse.ops.maxsim_op import OP
+from embedfuse import testing
+from embedfuse.ops.maxsim.op import OP
 from embedfuse.registry import use_backend
 
 # Slots of 16 rows in tiles of 128: all fit; some rows past their slot; more than a tile of queries.
@@ -40,7 +40,7 @@ def test_slots(queries, everything):
     zero = torch.arange(len(DOCUMENTS)) % 2 == 0
     width = max(lengths) + 3 if everything else 0
     args = arguments(lengths, 24, torch.float16, zero=zero, normalize=everything, width=width)
-    numerics.assert_close_to_reference(OP, args, "triton")
+    testing.assert_close_to_reference(OP, args, "triton")
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -50,7 +50,7 @@ def test_depths(depth, int8):
     if int8:
         args[2] = [(args[2][0] * 40 * depth**0.5).to(torch.int8)]
         args[4] = torch.linspace(-0.1, 0.1, len(args[2][0]))
-    numerics.assert_close_to_reference(OP, tuple(args), "triton")
+    testing.assert_close_to_reference(OP, tuple(args), "triton")
 
 
 @pytest.mark.parametrize("programs", [1, 3, 24])
@@ -58,7 +58,7 @@ def test_every_number_of_programs_gives_the_same_bits(monkeypatch, programs):
     pairs = torch.cartesian_prod(torch.arange(3), torch.arange(len(DOCUMENTS)))
     for changes in ({}, {"pairs": pairs.flip(0)}):
         args = arguments([20, 4, 30], 40, torch.float16, width=30, **changes)
-        with use_backend("triton"), numerics.poisoned_empty():
+        with use_backend("triton"), testing.poisoned_empty():
             wanted = OP(*args)
             monkeypatch.setattr(maxsim, "programs_of", lambda *_: programs)
             got = OP(*args)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from embedfuse.triton_kernels import info_nce_fused, tuned
 
-import numerics
 import pool_normalize_checks as checks
-from embedfuse.ops.info_nce_op import BACKWARD, FORWARD, MASKS, make_inputs
+from embedfuse import testing
+from embedfuse.ops.info_nce.op import BACKWARD, FORWARD, MASKS, make_inputs
 from embedfuse.ops.pool_normalize import POOLINGS
 from embedfuse.registry import OPS, use_backend
 
-TRITON_OPS = [op for op in OPS.values() if "triton" in numerics.backends(op, "cpu")]
+TRITON_OPS = [op for op in OPS.values() if "triton" in testing.backends(op, "cpu")]
 
 TUNED_OPS = sorted(
     {
@@ -25,7 +25,7 @@ TUNED_OPS = sorted(
 )
 
 per_op = pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
-per_dtype = pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+per_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 
 
 @per_dtype
@@ -38,7 +38,7 @@ def test_runs_here(op, dtype):
 @per_op
 def test_samples(op, dtype):
     for args in op.make_samples("cpu", dtype, "test"):
-        numerics.assert_close_to_reference(op, args, "triton")
+        testing.assert_close_to_reference(op, args, "triton")
 
 
 @pytest.mark.parametrize("name", TUNED_OPS)
@@ -51,7 +51,7 @@ def test_samples_with_another_config(name):
 
     with tuned.choosing(choose):
         for args in OPS[name].make_samples("cpu", torch.float16, "test"):
-            numerics.assert_close_to_reference(OPS[name], args, "triton")
+            testing.assert_close_to_reference(OPS[name], args, "triton")
     assert asked
 
 
@@ -60,10 +60,10 @@ def test_samples_with_another_config(name):
 def test_info_nce_in_groups_and_launches(parts, monkeypatch):
     monkeypatch.setattr(info_nce_fused, "PARTS", parts)
     args = (*make_inputs("cpu", torch.float16, (2200, 300, 16), MASKS[:4]), False)
-    numerics.assert_close_to_reference(FORWARD, (*args, False), "triton")
+    testing.assert_close_to_reference(FORWARD, (*args, False), "triton")
     statistic = FORWARD._reference(*args, False)[0]
     grads = torch.randn(3, 2200, generator=torch.Generator().manual_seed(0))
-    numerics.assert_close_to_reference(BACKWARD, (*args, statistic, *grads, True, True), "triton")
+    testing.assert_close_to_reference(BACKWARD, (*args, statistic, *grads, True, True), "triton")
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -8,9 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from embedfuse import ops
+from embedfuse.testing import FLOOR
 from tests import ranks
 from tests.losses import distributed_work as whole
-from tests.numerics import FLOOR
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -63,7 +63,7 @@ def test_fp32(by_rank):
 
 
 def test_bf16(by_rank):
-    """The bound of tests/numerics.py, with one process as the reference."""
+    """The bound of tests/testing.py, with one process as the reference."""
     got = joined([rank["bf16"] for rank in by_rank])
     one = whole.evaluate("InfoNCE", *everyone(by_rank), dtype=torch.bfloat16)
     exact = whole.evaluate("InfoNCE", *everyone(by_rank))

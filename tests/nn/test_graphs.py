@@ -163,7 +163,7 @@ def test_a_snapshot_sees(change, module):
         module.weight.mul_(2)
         module.load_state_dict(module.state_dict())
     assert snapshot.holds(modules)
-    assert not snapshot.holds([module])  # another plan
+    assert not snapshot.holds([module])  # another layout
     with torch.no_grad():
         change(module)
     assert not snapshot.holds(modules)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import add_layer_norm
 from embedfuse.ops.add_layer_norm import OP
 
@@ -33,11 +33,11 @@ def test_is_layer_norm_of_the_sum(backend):
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_widths_around_a_register(backend, hidden, dtype):
     x, residual = randn(70, hidden, dtype=dtype), randn(70, hidden, seed=1, dtype=dtype)
     weight, bias = randn(hidden, seed=2, dtype=dtype), randn(hidden, seed=3, dtype=dtype)
-    numerics.assert_close_to_reference(OP, (x, residual, weight, bias, 1e-12), backend)
+    testing.assert_close_to_reference(OP, (x, residual, weight, bias, 1e-12), backend)
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e5])
@@ -50,7 +50,7 @@ def test_large_means_keep_precision(backend, mean):
     # Half a unit of a mean of 2e5 is 1.4e-4 standard deviations; the C++ version takes it back.
     shift = 0 if mean == 1e3 or backend == "cpp" else 1.6e-4
     largest = exact.abs().max()
-    assert (out.double() - exact).abs().max() < shift + numerics.FLOOR[torch.float32] * largest
+    assert (out.double() - exact).abs().max() < shift + testing.FLOOR[torch.float32] * largest
 
 
 def test_the_sum_is_not_rounded_to_16_bits(backend):

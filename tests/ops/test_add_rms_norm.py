@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import add_rms_norm
 from embedfuse.ops.add_rms_norm import OP
 from embedfuse.registry import triton_interprets
@@ -57,12 +57,12 @@ def test_rounded_where_transformers_rounds(backend, dtype):
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_widths_around_a_register(backend, hidden, dtype):
     x, residual = randn(70, hidden, dtype=dtype), randn(70, hidden, seed=1, dtype=dtype)
     weight = randn(hidden, seed=2, dtype=dtype)
-    numerics.assert_close_to_reference(OP, (x, residual, weight, 1e-6), backend)
-    numerics.assert_close_to_reference(OP, (x, None, weight, 1e-6), backend)
+    testing.assert_close_to_reference(OP, (x, residual, weight, 1e-6), backend)
+    testing.assert_close_to_reference(OP, (x, None, weight, 1e-6), backend)
 
 
 def test_heads_of_a_product(backend):

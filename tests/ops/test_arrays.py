@@ -6,7 +6,7 @@ import torch
 
 from embedfuse import Embedder
 from embedfuse.ops import maxsim, maxsim_rerank, quantize_int8
-from embedfuse.ops.arrays import as_tensor
+from embedfuse.ops.checks import as_tensor
 
 Q = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 1.0], [0.0, 0.0]]]).numpy()
 D = torch.tensor([[[0.5, 1.0]], [[2.0, -1.0]], [[0.0, 3.0]]]).numpy()

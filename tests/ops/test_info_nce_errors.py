@@ -66,9 +66,9 @@ def test_a_batch_without_rows_has_no_losses():
 
 
 def test_the_kernel_guards_its_buffer(monkeypatch):
-    from embedfuse.ops import info_nce_chunks
+    from embedfuse.ops.info_nce import tiles
 
-    monkeypatch.setitem(info_nce_chunks.TILE, "cpu", (8, 5000))
+    monkeypatch.setitem(tiles.TILE, "cpu", (8, 5000))
     with pytest.raises(ValueError, match=r"^scores: 5000 columns"), embedfuse.use_backend("cpp"):
         info_nce(Q, POOL.repeat(1000, 1))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize, softplus
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import FalseNegatives, Rows, info_nce
-from embedfuse.ops.info_nce_statistics import Columns, statistics, statistics_of_each
+from embedfuse.ops.info_nce.statistics import Columns, statistics, statistics_of_each
 from embedfuse.registry import use_backend
 
 
@@ -70,7 +70,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_against_stored_logits(backend, dtype, option, frozen):
     settings = {"hard": False, "bank": False, "hardness": (0, 0), "smooth": 0} | OPTIONS[option]
     q, pool = leaf(40, 32, dtype=dtype), leaf(2100, 32, seed=1, dtype=dtype)
@@ -108,7 +108,7 @@ def test_against_stored_logits(backend, dtype, option, frozen):
         assert got.dtype == x.dtype
         if x is temperature:  # a sum over all rows, of which most cancel
             continue
-        numerics.assert_as_good(got, own, wanted)
+        testing.assert_as_good(got, own, wanted)
     if dtype == torch.float32:
         torch.testing.assert_close(grads[-1].double(), exact[-1], rtol=1e-4, atol=1e-4)
 
@@ -221,4 +221,4 @@ def test_offsets_of_tiles():
     exact = gradients("reference", *(x.detach().double().requires_grad_() for x in (q, pool)))
     found, own = gradients("cpp", q, pool), gradients("reference", q, pool)
     for outputs in zip(found, own, exact, strict=True):
-        numerics.assert_as_good(*outputs)
+        testing.assert_as_good(*outputs)

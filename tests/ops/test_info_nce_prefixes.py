@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import FalseNegatives, Prefixes, Ring, Rows, info_nce
 from embedfuse.registry import use_backend
 
@@ -60,7 +60,7 @@ OPTIONS = {
 # Which scores are above a margin depends on the rounding of 16 bits.
 CASES = [
     (dtype, option)
-    for dtype in numerics.DTYPES
+    for dtype in testing.DTYPES
     for option, (_, settings) in OPTIONS.items()
     if dtype == torch.float32 or "false_negatives" not in settings
 ]
@@ -141,7 +141,7 @@ def test_equals_a_call_per_width(backend, dtype, option, normalize):
         torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got[-1].double(), exact[-1], rtol=1e-4, atol=1e-4)
     for x, its, wanted in zip(got[:-1], torchs[:-1], exact[:-1], strict=True):
-        numerics.assert_as_good(x, its, wanted)
+        testing.assert_as_good(x, its, wanted)
 
 
 def nll(positive, *negatives):

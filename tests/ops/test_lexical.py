@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lexical_checks as checks
-import numerics
+from embedfuse import testing
 from embedfuse.ops import Csr, lexical_scores, lexical_weights, sparse_scatter
-from embedfuse.ops.lexical_scores import OP as SCORES
-from embedfuse.ops.sparse_scatter import OP as SCATTER
+from embedfuse.ops.lexical.scores import OP as SCORES
+from embedfuse.ops.lexical.sparse_scatter import OP as SCATTER
 
 NAN = float("nan")
 # Three texts, the second without tokens. 7 stands twice in the first, and 0, 2 are special tokens.
@@ -135,12 +135,12 @@ def test_ids_of_every_width(backend):
 @pytest.mark.parametrize("lengths", [[1500, 0, 1, 2049], [0, 8192, 0]])
 def test_sequences_long_enough_for_threads(backend, lengths, restore_threads):
     args = checks.long_sequences(lengths, "cpu")
-    numerics.assert_close_to_reference(SCATTER, args, backend)
+    testing.assert_close_to_reference(SCATTER, args, backend)
     checks.check_one_id(args, lengths)
     if backend == "cpp":
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            numerics.assert_close_to_reference(SCATTER, args, backend)
+            testing.assert_close_to_reference(SCATTER, args, backend)
 
 
 def test_lexical_weights(backend):
@@ -253,7 +253,7 @@ def random_csr(lengths, vocabulary, seed):
 @pytest.mark.parametrize(("queries", "documents"), [(1, 400), (40, 30)])
 def test_scores_large_enough_for_threads(backend, queries, documents, restore_threads):
     args = (*random_csr([90] * queries, 3000, 0), *random_csr([300] * documents, 3000, 1), False)
-    numerics.assert_close_to_reference(SCORES, args, backend)
+    testing.assert_close_to_reference(SCORES, args, backend)
     if backend == "cpp":
         results = []
         for threads in (1, 2, 3):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank, quantize_int8
-from embedfuse.ops.maxsim_op import OP
-from embedfuse.ops.maxsim_spans import padded_spans
+from embedfuse.ops.maxsim.op import OP
+from embedfuse.ops.maxsim.spans import padded_spans
 
 NAN = float("nan")
 # Of sums over the same rows, which may lie elsewhere and round otherwise.
@@ -135,12 +135,12 @@ def test_packed_is_padded(backend):
 # Whole and part blocks of query rows; documents of several chunks; an odd depth has no pairs of bf16.
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 32, 33, 48, 49, 100])
 @pytest.mark.parametrize("depth", [64, 65])
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_query_lengths_on_several_threads(backend, rows, depth, dtype):
     q, d = tensor(rows, depth, dtype=dtype), tensor(2200, depth, dtype=dtype, seed=1)
     spans = torch.tensor([[0, 700], [700, 701], [701, 2200], [3, 90]])
     args = (q, torch.tensor([[0, rows]]), [d], spans, None, None, None, False, rows)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 def test_more_queries_than_a_group_on_threads(backend):
@@ -210,7 +210,7 @@ def test_offsets_past_31_bits(backend):
     spans = torch.tensor([[1, 2]])
     q = tensor(3, 40, dtype=torch.float16, seed=1)
     args = (q, torch.tensor([[0, 3]]), [x], spans, None, None, None, True, 3)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 # Not the reference: torch's GEMM may round by its number of threads.

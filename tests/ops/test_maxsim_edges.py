@@ -7,10 +7,9 @@ import mmap
 import pytest
 import torch
 
-import numerics
-from embedfuse import config
+from embedfuse import config, testing
 from embedfuse.ops import quantize_int8
-from embedfuse.ops.maxsim_op import OP
+from embedfuse.ops.maxsim.op import OP
 from embedfuse.registry import use_backend
 
 NAN, INF = float("nan"), float("inf")
@@ -43,7 +42,7 @@ def check(q, d, scale, spans=None, normalize=False):
     rows = len(q)
     spans = torch.tensor(spans or [[0, len(d)]])
     args = (q, torch.tensor([[0, rows]]), [d], spans, scale, None, None, normalize, rows)
-    return numerics.assert_close_to_reference(OP, args, "cpp")
+    return testing.assert_close_to_reference(OP, args, "cpp")
 
 
 @pytest.mark.parametrize("kind", KINDS)

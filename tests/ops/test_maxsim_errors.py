@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank, quantize_int8
-from embedfuse.ops.maxsim_op import OP
+from embedfuse.ops.maxsim.op import OP
 
 Q, D = torch.ones(2, 3, 4), torch.ones(5, 6, 4)
 CU_Q, CU_D = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 6], [0, 5, 30]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import maxsim, maxsim_packed, segment_sum
 from embedfuse.registry import use_backend
 
@@ -34,7 +34,7 @@ Q_MASK = torch.arange(5) < torch.tensor([[5], [2]])
 @pytest.mark.parametrize("padding", ["exclude", "zero_vector"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", [torch.float64, *numerics.DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, *testing.DTYPES], ids=str)
 def test_padded(backend, dtype, mask, normalize, padding):
     if dtype == torch.float64 and backend != "reference":
         pytest.skip("fp64 runs on the reference")
@@ -44,7 +44,7 @@ def test_padded(backend, dtype, mask, normalize, padding):
     settings = {"normalize": normalize, "padding": padding}
     (maxsim(q, d, Q_MASK, MASKS[mask], **settings) * weights).sum().backward()
     (dense(*wide, Q_MASK, MASKS[mask], **settings) * weights).sum().backward()
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, numerics.FLOOR[dtype])
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, testing.FLOOR[dtype])
     for x, exact in zip((q, d), wide, strict=True):
         assert x.grad.dtype == dtype
         error = (x.grad.double() - exact.grad).abs().max()

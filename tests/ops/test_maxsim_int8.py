@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-import numerics
-from embedfuse import config
+from embedfuse import config, testing
 from embedfuse.ops import Int8, maxsim, maxsim_packed, maxsim_rerank, quantize_int8
-from embedfuse.ops.maxsim_op import OP
+from embedfuse.ops.maxsim.op import OP
 
 NAN = float("nan")
 
@@ -69,7 +68,7 @@ def test_scores_by_hand(backend):
 
 @pytest.mark.parametrize("isa", config.CPU_ISAS)
 @pytest.mark.parametrize("depth", [3, 64, 130, 1030])
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_every_instruction_set(use_isa, isa, depth, dtype):
     use_isa(isa)
     for rows in (1, 33, 100):
@@ -77,7 +76,7 @@ def test_every_instruction_set(use_isa, isa, depth, dtype):
         d = quantize_int8(tensor(1400, depth, seed=1))
         spans = torch.tensor([[0, 700], [700, 701], [701, 1400], [3, 90], [5, 5]])
         sides = q, torch.tensor([[0, rows]]), [d.values], spans, d.scale
-        numerics.assert_close_to_reference(OP, (*sides, None, None, False, 0), "cpp")
+        testing.assert_close_to_reference(OP, (*sides, None, None, False, 0), "cpp")
 
 
 # Where many products lie close together none may be screened away, and the place is the first best one's.

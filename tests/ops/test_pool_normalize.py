@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import pool_normalize
 from embedfuse.ops.pool_normalize import OP, POOLINGS
 
@@ -129,7 +129,7 @@ def test_offsets_past_31_bits(backend, strides):
     torch.testing.assert_close(got, copied)
 
 
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize(
     "lengths", [[8192], [1, 0, 300, 900, 0, 2, 77, 0]], ids=["one long", "ragged"]
@@ -139,14 +139,14 @@ def test_batches_large_enough_for_threads(backend, dtype, pooling, lengths, rest
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(int(ends[-1]), 205, generator=generator).to(dtype)
     args = (x, ends, None, pooling, True, torch.float32)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
     if backend == "cpp":
         assert_thread_count_changes_no_bit(args)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     padded = x.new_zeros(*mask.shape, 205)
     padded[mask] = x
     args = (padded, None, mask, pooling, False, dtype)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 def assert_thread_count_changes_no_bit(args):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import embedfuse
-import numerics
-from embedfuse import config
+from embedfuse import config, testing
 from embedfuse.registry import OPS
 
 # (backend, ISA): the C++ kernels once per instruction set that they are compiled for.
@@ -32,7 +31,7 @@ def per_op(versions):
 
 
 per_dtype = pytest.mark.parametrize(
-    "dtype", numerics.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+    "dtype", testing.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
 
 
@@ -40,7 +39,7 @@ per_dtype = pytest.mark.parametrize(
 def version(request):
     """An op and its backend, which is forced; for the C++ one with its instruction set."""
     op, backend, isa = request.param
-    if backend not in ("reference", *numerics.backends(op, "cpu")):
+    if backend not in ("reference", *testing.backends(op, "cpu")):
         pytest.skip(f"{op.name} has no version in {backend}")
     if backend == "cpp":
         request.getfixturevalue("cpu_module")
@@ -65,7 +64,7 @@ def assert_same(got, expected):
 def test_numerics(version, dtype):
     op, backend = version
     for args in op.make_samples("cpu", dtype, "test"):
-        numerics.assert_close_to_reference(op, args, backend)
+        testing.assert_close_to_reference(op, args, backend)
 
 
 @per_dtype
@@ -73,10 +72,10 @@ def test_numerics(version, dtype):
 def test_outputs_are_fully_written(version, dtype):
     op, _ = version
     for args in op.make_samples("cpu", dtype, "test"):
-        plain = numerics.run(op, args)
-        with numerics.poisoned_empty():
+        plain = testing.run(op, args)
+        with testing.poisoned_empty():
             assert torch.empty(1).isnan()
-            assert_same(numerics.run(op, args), plain)
+            assert_same(testing.run(op, args), plain)
 
 
 # Not the reference: torch's own kernels do not promise it.
@@ -86,9 +85,9 @@ def test_thread_count_changes_no_bit(version, dtype, restore_threads):
     op, _ = version
     for args in op.make_samples("cpu", dtype, "test"):
         torch.set_num_threads(2 if op.name in TORCH_GEMM else 1)
-        alone = numerics.run(op, args)
+        alone = testing.run(op, args)
         torch.set_num_threads(2)
-        assert_same(numerics.run(op, args), alone)
+        assert_same(testing.run(op, args), alone)
 
 
 @per_dtype
@@ -96,11 +95,11 @@ def test_thread_count_changes_no_bit(version, dtype, restore_threads):
 def test_concurrent_calls(version, dtype):
     op, backend = version
     samples = op.make_samples("cpu", dtype, "test")
-    expected = [numerics.run(op, args) for args in samples]
+    expected = [testing.run(op, args) for args in samples]
 
     def call_all(_):
         with embedfuse.use_backend(backend):  # a new thread starts without the caller's choice
-            return [numerics.run(op, args) for args in samples]
+            return [testing.run(op, args) for args in samples]
 
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(call_all, range(8)):
@@ -125,9 +124,9 @@ def test_compiled_call_is_the_eager_one(version):
     for args in op.make_samples("cpu", torch.float32, "test")[::5]:
         torch.compiler.reset()
         compiled = torch.compile(
-            lambda *args, op=op: numerics.run(op, args), fullgraph=True, backend="aot_eager"
+            lambda *args, op=op: testing.run(op, args), fullgraph=True, backend="aot_eager"
         )
-        assert_same(compiled(*args), numerics.run(op, args))
+        assert_same(compiled(*args), testing.run(op, args))
 
 
 @per_op([("cpp", None)])
@@ -136,6 +135,6 @@ def test_inductor(version):
     args = op.make_samples("cpu", torch.float32, "test")[0]
     torch.compiler.reset()
     compiled = torch.compile(
-        lambda *args: [2 * y for y in outputs(numerics.run(op, args))], fullgraph=True
+        lambda *args: [2 * y for y in outputs(testing.run(op, args))], fullgraph=True
     )
-    assert_same(tuple(compiled(*args)), tuple(2 * y for y in outputs(numerics.run(op, args))))
+    assert_same(tuple(compiled(*args)), tuple(2 * y for y in outputs(testing.run(op, args))))

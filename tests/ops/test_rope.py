@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import rope, rope_
 from embedfuse.ops.rope import OP
 
@@ -42,7 +42,7 @@ def test_only_the_distance_of_two_positions_matters(backend):
     assert not math.isclose(products[0, 1], products[0, 2], rel_tol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_is_that_of_transformers(backend, dtype):
     x, (cos, sin) = randn(9, 3, 40, dtype=dtype), angles(9, 20, dtype)
 
@@ -51,14 +51,14 @@ def test_is_that_of_transformers(backend, dtype):
         return apply_rotary_pos_emb(x, x, *twice, unsqueeze_dim=1)[0]
 
     exact = by_transformers(x.double(), cos.double(), sin.double())
-    numerics.assert_as_good(rope(x, cos, sin), by_transformers(x, cos, sin), exact)
+    testing.assert_as_good(rope(x, cos, sin), by_transformers(x, cos, sin), exact)
 
 
 @pytest.mark.parametrize("half", [1, 7, 8, 9, 15, 16, 17, 31, 33, 64])
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_widths_around_a_register(backend, half, dtype):
     args = randn(20, 3, 2 * half, dtype=dtype), *angles(20, half, dtype)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 def test_a_slice_of_a_product_and_nothing_beside_it(backend):

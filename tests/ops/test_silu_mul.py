@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import numerics
+from embedfuse import testing
 from embedfuse.ops import silu_mul
 from embedfuse.ops.silu_mul import OP
 
@@ -35,10 +35,10 @@ def test_far_from_zero(backend, columns):
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_widths_around_a_register(backend, columns, dtype):
     args = randn(20, 2 * columns, dtype=dtype).chunk(2, 1)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 def test_the_halves_of_a_product(backend):

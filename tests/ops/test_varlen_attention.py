@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-import numerics
-from embedfuse import config
+from embedfuse import config, testing
 from embedfuse.ops import varlen_attention
 from embedfuse.ops.varlen_attention import OP
 
@@ -70,12 +69,12 @@ def test_without_keys(backend):
 
 # One register of query rows, one block of them, and one block of keys, each one less and one more.
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 129, 1030])
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_lengths(backend, rows, dtype):
     args = random_args([rows, 3], [rows, 3], (2, 20), dtype)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
     args = random_args([1, 2], [rows, 3], (2, 20), dtype)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 @pytest.mark.parametrize("isa", config.CPU_ISAS)
@@ -83,7 +82,7 @@ def test_lengths(backend, rows, dtype):
 def test_head_dims(use_isa, isa, head_dim):
     use_isa(isa)
     args = random_args([21, 70], [21, 70], (2, head_dim), scale=head_dim**-0.5)
-    numerics.assert_close_to_reference(OP, args, "cpp")
+    testing.assert_close_to_reference(OP, args, "cpp")
 
 
 @pytest.mark.parametrize("isa", config.CPU_ISAS)
@@ -119,7 +118,7 @@ def test_running_maximum(backend, order, size):
         False,
         None,
     )
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 def test_nan_stays_in_its_sequence(backend):
@@ -200,7 +199,7 @@ def test_rows_before_their_last_keys_with_three_heads_each(backend, more):
     """Blocks of 64 rows end amid a token's heads; its own key is the first of a block of keys."""
     q, k, v, *rest = random_args([70], [70 + more], (3, 8))
     args = (q, k[:, :1], v[:, :1], *rest[:3], True, None)
-    numerics.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, backend)
 
 
 def test_groups_of_heads_share_keys(backend):
@@ -219,10 +218,10 @@ def test_what_rows_see(use_isa, isa, rows, keys, window):
     use_isa(isa)
     q, k, v, *rest = random_args([rows, 3], [keys, 5], (6, 20))
     args = (q, k[:, ::3], v[:, ::3], *rest[:3], True, window)
-    numerics.assert_close_to_reference(OP, args, "cpp")
+    testing.assert_close_to_reference(OP, args, "cpp")
 
 
-@pytest.mark.parametrize("dtype", numerics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_is_that_of_torch(backend, dtype):
     import torch.nn.functional as F
 

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
 import embedfuse
-from embedfuse.patching.engine import Patched
-from tests.numerics import assert_as_good
+from embedfuse.patching.swap import Patched
+from embedfuse.testing import assert_as_good
 from tests.patching.test_decoder import FAMILIES, TIGHT, make_batch, make_model
 
 

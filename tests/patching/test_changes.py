@@ -99,7 +99,7 @@ def test_every_setting(pair):
             tried += 1
     assert tried > 30
     assert_alike(patched, original)
-    assert patched._current_plan().refusal is None
+    assert patched._current_layout().refusal is None
 
 
 def test_lists_of_the_config_edited_in_place(pair):
@@ -174,7 +174,7 @@ def test_replaced_for_all_models(pair):
             assert "was replaced by" in report.refused["forward"]
             assert_alike(twin, original)
         assert_alike(patched, original)
-    assert patched._current_plan().refusal is None
+    assert patched._current_layout().refusal is None
 
 
 def test_a_hook_comes_and_goes(pair):
@@ -182,7 +182,7 @@ def test_a_hook_comes_and_goes(pair):
     report = embedfuse.report(patched)
     for _ in range(2):
         handles = [blocks(m)[1].register_forward_hook(lambda *_: None) for m in pair]
-        patched.eval()  # looks at the plan, and makes none
+        patched.eval()  # looks at the layout, and makes none
         assert_alike(patched, original)
         assert report.original_calls.total() == 2
         report.original_calls.clear()

@@ -18,7 +18,7 @@ from transformers import (
 
 import embedfuse
 from embedfuse.nn import tower
-from tests.numerics import assert_as_good
+from embedfuse.testing import assert_as_good
 from tests.patching.conftest import VOCABULARY, exact_states, states
 from tests.patching.conftest import make_batch as padded_batch
 

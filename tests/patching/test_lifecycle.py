@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 import embedfuse
-from tests.numerics import assert_as_good
+from embedfuse.testing import assert_as_good
 from tests.patching.conftest import make_batch, make_model, states
 
 TIGHT = {"rtol": 0, "atol": 2e-5}

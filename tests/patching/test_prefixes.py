@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import embedfuse
 from embedfuse.nn import prefixes, tower
-from tests.numerics import assert_as_good
+from embedfuse.testing import assert_as_good
 from tests.patching.conftest import VOCABULARY, exact_states, states
 from tests.patching.test_decoder import FAMILIES, TIGHT, make_model
 
@@ -64,7 +64,7 @@ def test_steps(pooling, monkeypatch, computed):
     expected = embed(model, sequences, pooling=pooling)
     embedfuse.patch(model)
     monkeypatch.setattr(tower, "STEP_TOKENS", 40)
-    monkeypatch.setattr("embedfuse.patching.decoder.STEP_TOKENS", 40)
+    monkeypatch.setattr("embedfuse.patching.forward.decoder.STEP_TOKENS", 40)
     computed.clear()
     assert_close(embed(model, sequences, pooling=pooling), expected, **TIGHT)
     if pooling == "last":
@@ -143,7 +143,7 @@ def test_random_batches(monkeypatch):
     other = make_model("qwen3")
     embedfuse.patch(model, reuse_prefixes="stream")
     embedfuse.patch(other, reuse_prefixes="off")
-    monkeypatch.setattr("embedfuse.patching.decoder.STEP_TOKENS", 50)
+    monkeypatch.setattr("embedfuse.patching.forward.decoder.STEP_TOKENS", 50)
     monkeypatch.setattr(prefixes, "KEPT_TOKENS", 3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):

@@ -12,7 +12,7 @@ import torch
 
 import embedfuse
 from embedfuse.nn import encoder as tower
-from embedfuse.patching import encoder
+from embedfuse.patching.forward import encoder
 from tests.patching.conftest import make_batch, make_model, states
 
 

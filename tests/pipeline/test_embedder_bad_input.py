@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from embedfuse import Embedder
-from embedfuse.nn.heads import load_heads
 from embedfuse.pipeline import pipeline
+from embedfuse.pipeline.heads import load_heads
 
 ALL = ("dense", "sparse", "multi")
 COMBINATIONS = [c for n in (1, 2, 3) for c in itertools.combinations(ALL, n)]

@@ -9,7 +9,7 @@ from torch import nn
 
 import embedfuse
 from embedfuse.patching import PatchError
-from embedfuse.patching.engine import Patched
+from embedfuse.patching.swap import Patched
 from tests.tools.twins import assert_same, make_model, outcome
 
 OUTCOMES = ("works", "original", "refused", "-")

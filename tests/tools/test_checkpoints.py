@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import embedfuse
-from embedfuse.patching.engine import Patched
+from embedfuse.patching.swap import Patched
 from tests.tools.rows import Row, cases, check
 from tests.tools.twins import make_model, states
 

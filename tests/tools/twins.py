@@ -5,7 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import embedfuse
-from embedfuse.patching.engine import Patched
+from embedfuse.patching.swap import Patched
 from tests.patching.conftest import make_batch
 from tests.patching.conftest import make_model as make_encoder
 from tests.patching.test_decoder import make_model as make_decoder

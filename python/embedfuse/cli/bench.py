@@ -5,16 +5,16 @@ import sys
 from pathlib import Path
 
 COMMANDS = {
-    "report": "stored results as Markdown tables and plots",
-    "aot": "what each Triton kernel takes of a chip: registers, shared memory, occupancy; no GPU needed",
-    "tune": "time the configs of the Triton kernels on this GPU, and store the best",
+    "harness.report": "stored results as Markdown tables and plots",
+    "kernels.aot": "what each Triton kernel takes of a chip: registers, shared memory, occupancy; no GPU needed",
+    "gpu.tune": "time the configs of the Triton kernels on this GPU, and store the best",
 }
 
 
 def add_arguments(parser) -> None:
     subparsers = parser.add_subparsers(required=True, metavar="what")
     for name, meaning in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=meaning, description=meaning)
+        subparser = subparsers.add_parser(name.split(".")[1], help=meaning, description=meaning)
         command = program(name)
         command.add_arguments(subparser)
         subparser.set_defaults(run_program=command.run)
@@ -38,4 +38,4 @@ def program(name: str):
 
 
 def is_clone(folder: Path) -> bool:
-    return (folder / "benchmarks" / "report.py").exists() and (folder / "triton_kernels").is_dir()
+    return (folder / "benchmarks" / "harness").exists() and (folder / "triton_kernels").is_dir()

@@ -1,13 +1,13 @@
 """What holds a model and its tokenizer: texts end in the token that the checkpoint wants there."""
 
-from embedfuse.patching.holder import PatchedHolder
+from embedfuse.patching.wrapper import PatchedWrapper
 from embedfuse.pipeline.eos import AppendedEnd, append_end, lacks_end, says_add_eos
 from embedfuse.pipeline.presets import find_preset
 
 _END = "tokenizer"  # in Report.repaired and Report.refused
 
 
-class EndsTexts(PatchedHolder):
+class EndsTexts(PatchedWrapper):
     """Mixin of a holder whose `tokenizer` is made to add the token; swap_out puts it back."""
 
     # Not in _embedfuse, whose copies leave such things behind.

@@ -3,13 +3,13 @@
 import peft
 from torch import nn
 
-from embedfuse.patching.engine import Options
-from embedfuse.patching.holder import PatchedHolder
-from embedfuse.patching.recipes import recipe_of
+from embedfuse.patching.families import patched_class_of
 from embedfuse.patching.report import Report
+from embedfuse.patching.swap import Options
+from embedfuse.patching.wrapper import PatchedWrapper
 
 
-class _PatchedPeft(PatchedHolder):
+class _PatchedPeft(PatchedWrapper):
     @classmethod
     def held(cls, model: peft.PeftModel) -> nn.Module:
         return model.get_base_model()
@@ -25,7 +25,7 @@ class _PatchedPeft(PatchedHolder):
                 "model: a PEFT model that learns prompts; accepted are adapters in its layers"
             )
         inner = model.get_base_model()
-        return recipe_of(inner).tower(inner)
+        return patched_class_of(inner).tower(inner)
 
 
 class PeftModel(_PatchedPeft, peft.PeftModel):

@@ -28,7 +28,7 @@ from sentence_transformers.models import Transformer
 from torch import Tensor, nn
 
 from embedfuse import ops
-from embedfuse.integrations.late_interaction import (
+from embedfuse.integrations.sentence_transformers.scoring import (
     LateInteractionModel,
     check_groups,
     end_to_end,

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedfuse.losses.negative_queue import NegativeQueue
-from embedfuse.ops.info_nce_inputs import Rows, as_rows, check_sides
-from embedfuse.ops.info_nce_ranks import AllGather, Ring, agreed
-from embedfuse.ops.info_nce_statistics import Statistics, statistics
+from embedfuse.ops.info_nce.candidates import Rows, as_rows, check_sides
+from embedfuse.ops.info_nce.distributed import AllGather, Ring, agreed
+from embedfuse.ops.info_nce.statistics import Statistics, statistics
 
 REDUCTIONS = ("mean", "sum", "none")
 

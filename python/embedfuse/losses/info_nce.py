@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.losses.base import ContrastiveLoss, diagonal
-from embedfuse.ops.info_nce import candidate_statistics, info_nce
-from embedfuse.ops.info_nce_inputs import Choice, FalseNegatives, Rows, inverse_temperature
-from embedfuse.ops.info_nce_prefixes import Prefixes
-from embedfuse.ops.info_nce_statistics import lowest
+from embedfuse.ops.info_nce.candidates import Choice, FalseNegatives, Rows, inverse_temperature
+from embedfuse.ops.info_nce.loss import candidate_statistics, info_nce
+from embedfuse.ops.info_nce.matryoshka.widths import Prefixes
+from embedfuse.ops.info_nce.statistics import lowest
 
 
 class InfoNCE(ContrastiveLoss):

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.losses.base import ContrastiveLoss, diagonal
-from embedfuse.ops.info_nce import candidate_statistics, combine
-from embedfuse.ops.info_nce_inputs import Choice, FalseNegatives, Rows, inverse_temperature
-from embedfuse.ops.info_nce_ranks import agreed
-from embedfuse.ops.info_nce_statistics import Columns, Statistics, statistics
+from embedfuse.ops.info_nce.candidates import Choice, FalseNegatives, Rows, inverse_temperature
+from embedfuse.ops.info_nce.distributed import agreed
+from embedfuse.ops.info_nce.loss import candidate_statistics, combine
+from embedfuse.ops.info_nce.statistics import Columns, Statistics, statistics
 
 
 class GTELoss(ContrastiveLoss):

@@ -7,9 +7,9 @@ from torch import Tensor
 from embedfuse.losses.base import ContrastiveLoss, normalized
 from embedfuse.losses.info_nce import InfoNCE
 from embedfuse.losses.negative_queue import NegativeQueue
-from embedfuse.ops.info_nce_inputs import Rows
-from embedfuse.ops.info_nce_prefixes import Prefixes
-from embedfuse.ops.info_nce_ranks import Ring, agreed
+from embedfuse.ops.info_nce.candidates import Rows
+from embedfuse.ops.info_nce.distributed import Ring, agreed
+from embedfuse.ops.info_nce.matryoshka.widths import Prefixes
 
 
 class MatryoshkaLoss(ContrastiveLoss):

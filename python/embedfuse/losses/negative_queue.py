@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from embedfuse.ops.info_nce_inputs import Rows
+from embedfuse.ops.info_nce.candidates import Rows
 
 
 class NegativeQueue(nn.Module):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from embedfuse.losses.base import ContrastiveLoss, diagonal
-from embedfuse.ops.info_nce import candidate_statistics
-from embedfuse.ops.info_nce_inputs import Choice, FalseNegatives, Rows, inverse_temperature
+from embedfuse.ops.info_nce.candidates import Choice, FalseNegatives, Rows, inverse_temperature
+from embedfuse.ops.info_nce.loss import candidate_statistics
 
 
 class SigLIPLoss(ContrastiveLoss):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from embedfuse.packing import Packed, cu_seqlens_of, never_padded
-from embedfuse.staging import to_device
+from embedfuse.transfers import to_device
 
 # Folding has to save one token in so many. A token saved is worth its share of the GEMMs, and a token
 # folded costs no more than a copy of its keys and values.

@@ -3,21 +3,21 @@
 from embedfuse.ops.add_layer_norm import add_layer_norm
 from embedfuse.ops.add_rms_norm import add_rms_norm
 from embedfuse.ops.bias_gelu import bias_gelu
-from embedfuse.ops.csr import Csr
-from embedfuse.ops.info_nce import InfoNCEOutput, info_nce
-from embedfuse.ops.info_nce_inputs import FalseNegatives, Rows
-from embedfuse.ops.info_nce_prefixes import Prefixes
-from embedfuse.ops.info_nce_ranks import AllGather, Ring
-from embedfuse.ops.int8 import Int8, quantize_int8
-from embedfuse.ops.lexical_scores import lexical_scores
-from embedfuse.ops.lexical_weights import lexical_weights
+from embedfuse.ops.info_nce.candidates import FalseNegatives, Rows
+from embedfuse.ops.info_nce.distributed import AllGather, Ring
+from embedfuse.ops.info_nce.loss import InfoNCEOutput, info_nce
+from embedfuse.ops.info_nce.matryoshka.widths import Prefixes
+from embedfuse.ops.lexical.csr import Csr
+from embedfuse.ops.lexical.scores import lexical_scores
+from embedfuse.ops.lexical.sparse_scatter import sparse_scatter
+from embedfuse.ops.lexical.weights import lexical_weights
 from embedfuse.ops.linear import linear
-from embedfuse.ops.maxsim import maxsim, maxsim_packed, maxsim_rerank
+from embedfuse.ops.maxsim.int8 import Int8, quantize_int8
+from embedfuse.ops.maxsim.scores import maxsim, maxsim_packed, maxsim_rerank
 from embedfuse.ops.pool_normalize import pool_normalize
 from embedfuse.ops.rope import rope, rope_
 from embedfuse.ops.segment_sum import segment_sum
 from embedfuse.ops.silu_mul import silu_mul
-from embedfuse.ops.sparse_scatter import sparse_scatter
 from embedfuse.ops.varlen_attention import varlen_attention
 
 __all__ = [

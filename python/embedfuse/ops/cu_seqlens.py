@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from embedfuse.ops.arrays import check_tensors, is_readable
+from embedfuse.ops.checks import check_tensors, is_readable
 
 
 def check_layout(name: str, cu_seqlens: Tensor) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
-from embedfuse.ops.arrays import check_tensors
+from embedfuse.ops.checks import check_tensors
 from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
 from embedfuse.registry import Cost, Op, triton_function
 

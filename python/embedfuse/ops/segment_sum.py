@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
-from embedfuse.ops.arrays import check_tensors
+from embedfuse.ops.checks import check_tensors
 from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op("segment_sum(Tensor x, Tensor weights, Tensor index, Tensor indptr) -> Tensor")

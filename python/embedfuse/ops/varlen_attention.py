@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
-from embedfuse.ops.arrays import check_tensors
+from embedfuse.ops.checks import check_tensors
 from embedfuse.ops.cu_seqlens import check_layout, check_values
 from embedfuse.registry import Cost, Op, triton_function
 

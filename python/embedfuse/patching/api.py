@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from embedfuse.nn.graphs import SEQUENCES, TOKENS, bucket
 from embedfuse.ops import pool_normalize
 from embedfuse.packing import pack
-from embedfuse.patching.engine import Options, Patched
-from embedfuse.patching.holder import PatchedHolder
-from embedfuse.patching.packed_model import PackedModel
-from embedfuse.patching.plan import is_hooked
-from embedfuse.patching.recipes import recipe_of
-from embedfuse.patching.replay import warm
+from embedfuse.patching.families import patched_class_of
+from embedfuse.patching.forward.graph_replay import warm
+from embedfuse.patching.forward.packed_model import PackedModel
+from embedfuse.patching.layout import is_hooked
 from embedfuse.patching.report import Report
+from embedfuse.patching.swap import Options, Patched
+from embedfuse.patching.wrapper import PatchedWrapper
 
 
 def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch") -> Report:
@@ -53,7 +53,7 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
     if isinstance(model, Patched):
         model.check_options(options)
         return model._embedfuse.report
-    return recipe_of(model).install(model, options)
+    return patched_class_of(model).install(model, options)
 
 
 def unpatch(model) -> None:
@@ -106,7 +106,7 @@ def warm_up(model, *, tokens: int = 512, sequences: int = 8, pooling: str | None
             f"tokens={tokens}, sequences={sequences}: accepted are 1 to {TOKENS[-1]} and 1 to "
             f"{SEQUENCES[-1]}"
         )
-    while isinstance(model, PatchedHolder):
+    while isinstance(model, PatchedWrapper):
         model = model.held(model)
     return warm(model, tokens, sequences, pooling if pooling in model.pruned_poolings else None)
 
@@ -132,7 +132,7 @@ def embed(
     Returns (batch, hidden) in the model's dtype. Differentiable under grad. Raises ValueError for a mask
     of another shape, a row without tokens or with a hole, TypeError for another model.
     """
-    model = recipe_of(model).tower(model)
+    model = patched_class_of(model).tower(model)
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
     mask = attention_mask
     if pooling_mask is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.packing import Packed
-from embedfuse.patching.plan import has_own_forward
+from embedfuse.patching.layout import has_own_forward
 from embedfuse.patching.report import PatchError
 
 # Accepted deviations (see `deviations`). Both forwards round differently in every layer: on BGE-M3's

@@ -1,4 +1,4 @@
-"""The self-check: one probe batch through the original and the packed forward, before a plan is trusted."""
+"""The self-check: one probe batch through the original and the packed forward, before a layout is trusted."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,12 @@ from torch.func import functional_call
 
 from embedfuse.packing import pack
 from embedfuse.patching.check import BOUNDS, deviations, evaluating, longest_row
-from embedfuse.patching.plan import Plan, name_of
-from embedfuse.patching.replay import refusal
+from embedfuse.patching.forward.graph_replay import refusal
+from embedfuse.patching.layout import Layout, name_of
 from embedfuse.patching.report import PatchError
 
 
-def self_check(model: nn.Module, plan: Plan) -> dict[str, float]:
+def self_check(model: nn.Module, layout: Layout) -> dict[str, float]:
     """Deviations of a patched model's packed forward from its original one. PatchError if too large.
 
     A foreign module of each class is asked on its own too, whether it mixes rows.
@@ -24,9 +24,9 @@ def self_check(model: nn.Module, plan: Plan) -> dict[str, float]:
     def packed_output(call: dict):
         packed = pack(call["input_ids"], call["attention_mask"])
         tokens = model.tokens_of(call, packed)
-        return model.output_of(call, *model.run(plan, packed, tokens, model.head_pooling))
+        return model.output_of(call, *model.run(layout, packed, tokens, model.head_pooling))
 
-    asked = {m: path for m, path in plan.one_of_each_kind().items() if model.takes_rows(path)}
+    asked = {m: path for m, path in layout.one_of_each_kind().items() if model.takes_rows(path)}
     with _inputs_of(asked) as inputs:
         expected = probe.run(model, model.run_original)
     tokens = probe.batches[0]["attention_mask"] != 0
@@ -36,14 +36,14 @@ def self_check(model: nn.Module, plan: Plan) -> dict[str, float]:
     try:
         found = deviations(model, expected, probe.run(model, packed_output))
         state = model._embedfuse
-        if plan is state.plan and refusal(state.graphs, model.device) is None:
+        if layout is state.layout and refusal(state.graphs, model.device) is None:
             # What came once is captured now.
             deviations(model, expected, probe.run(model, packed_output))
     except Exception as error:
-        if not plan.foreign_kinds:
+        if not layout.foreign_kinds:
             raise
-        raise PatchError(f"{error}{plan.suspect()}") from error
-    model._embedfuse.trusted = plan.foreign_kinds
+        raise PatchError(f"{error}{layout.suspect()}") from error
+    model._embedfuse.trusted = layout.foreign_kinds
     return found
 
 

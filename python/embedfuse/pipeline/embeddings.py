@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from embedfuse.ops import Csr
-from embedfuse.ops.sparse_scatter import KeptTokens
+from embedfuse.ops.lexical.sparse_scatter import KeptTokens
 from embedfuse.packing import Packed
-from embedfuse.staging import ToHost, to_device
+from embedfuse.transfers import ToHost, to_device
 
 OUTPUTS = ("dense", "sparse", "multi")
 

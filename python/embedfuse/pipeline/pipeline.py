@@ -6,19 +6,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from embedfuse.nn.heads import Heads
 from embedfuse.nn.linear import linear
 from embedfuse.ops import Csr, pool_normalize
-from embedfuse.ops.lexical_weights import token_weights
-from embedfuse.ops.sparse_scatter import KeptTokens, kept_tokens
+from embedfuse.ops.lexical.sparse_scatter import KeptTokens, kept_tokens
+from embedfuse.ops.lexical.weights import token_weights
 from embedfuse.packing import Packed, end_to_end
-from embedfuse.patching.packed_model import PackedModel
-from embedfuse.patching.plan import is_hooked
+from embedfuse.patching.forward.packed_model import PackedModel
+from embedfuse.patching.layout import is_hooked
 from embedfuse.pipeline.batches import TokenBudget, ahead, behind
 from embedfuse.pipeline.embeddings import OUTPUTS, BatchVectors, Vectors
+from embedfuse.pipeline.heads import Heads
 from embedfuse.pipeline.llm2vec import WrappedTexts, tails
 from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
-from embedfuse.staging import ToHost
+from embedfuse.transfers import ToHost
 
 T = TypeVar("T")
 # One window is tokenised while the one before runs, and bounds the memory of a stream.

@@ -12,7 +12,7 @@ from embedfuse.pipeline.batches import ahead, behind
 from embedfuse.pipeline.embeddings import OUTPUTS, BatchVectors, Vectors
 from embedfuse.pipeline.pipeline import EmbeddingPipeline, length_of, windows
 from embedfuse.pipeline.tokenize import check_texts
-from embedfuse.staging import ToHost, to_device
+from embedfuse.transfers import ToHost, to_device
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,261 @@
+"""The rows of targets.py that are kernels, on a GPU, beside plain torch and the peers that are installed.
+
+Each row is checked against torch before it is timed: by events, with what it reads flushed from the caches,
+ours and its peers in turn. GB/s and TFLOP/s count what the call must move and compute at least, percent of
+the ceilings measured in the same run. The memory is what the call took beyond its inputs.
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from benchmarks.conftest import DEVICE
+from benchmarks.harness.targets import TARGETS
+from benchmarks.peers import gpu as gpu_peers
+from benchmarks.peers import losses
+from benchmarks.peers.gpu import Peer, agree, close
+from benchmarks.peers.losses import TEMPERATURE, embeddings, stored
+from embedfuse import ops
+from embedfuse.registry import Cost
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+# Others come last, so that their time is that which our rows leave: see conftest.py.
+BESIDE = pytest.mark.parametrize("beside", ["beside_torch", "beside_others"])
+
+
+@pytest.fixture
+def measure(benchmark, peaks, flush) -> Callable:
+    def run(*row, **info) -> None:
+        benchmark.extra_info.update(figures(peaks, flush, *row), **info)
+        benchmark.pedantic(lambda: None)
+
+    return run
+
+
+def figures(peaks, flush, row: str, ours: Callable, cost: Cost, peers: dict, start, check) -> dict:
+    """start: makes a call of a peer's function. check: raises for values that are not the row's."""
+    calls, entries = gpu_peers.ready(peers, start, check)
+    found = gpu_peers.in_turn({"embedfuse": ours, **calls}, flush)
+    own = found.pop("embedfuse")
+    for name, theirs in found.items():
+        entries[name] |= theirs | {"speedup": theirs["seconds"] / own["seconds"]}
+    scale = {"µs": 1e6, "ms": 1e3}[TARGETS[row].unit]
+    return {
+        **own,
+        "kernel": row,
+        "rows": {row: {"value": own["seconds"] * scale, "unit": TARGETS[row].unit}},
+        "gb_per_s": cost.bytes / own["seconds"] / 1e9,
+        "tflop_per_s": cost.flops / own["seconds"] / 1e12,
+        "percent_of_peak": 100 * peaks.floor(cost, torch.bfloat16) / own["seconds"],
+        "peak_gb_per_s": peaks.bandwidth / 1e9,
+        "peak_tflop_per_s": peaks.flops[torch.bfloat16] / 1e12,
+        "peers": entries,
+    }
+
+
+def texts(*shape: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+    return normalize(x, dim=-1)
+
+
+def products(q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """(queries, documents) scores, all similarities stored."""
+    return torch.einsum("aid,bjd->abij", q, d).amax(3).float().sum(2)
+
+
+EINSUM = {"torch einsum, bf16": Peer(lambda q, d: functools.partial(products, q, d))}
+
+
+@BESIDE
+@pytest.mark.covers("maxsim")
+@pytest.mark.parametrize(
+    ("documents", "dim", "dtype"),
+    [(1000, 128, "bf16"), (10_000, 128, "bf16"), (10_000, 128, "int8"), (1000, 1024, "bf16")],
+)
+def test_maxsim(documents, dim, dtype, beside, measure):
+    q, d = texts(1, 32, dim), texts(documents, 300, dim)
+    own = ops.quantize_int8(d) if dtype == "int8" else d
+    ours = functools.partial(ops.maxsim, q, own)
+    wanted = products(q, d)
+
+    def check(found: torch.Tensor) -> None:
+        close(found, wanted, 0.01, "scores")  # bf16's rounding of the products
+
+    check(ours())
+    others = gpu_peers.MAXSIM_INT8 if dtype == "int8" else gpu_peers.MAXSIM
+    peers = EINSUM if beside == "beside_torch" else others
+    read = d.numel() * (1 if dtype == "int8" else 2) + q.nbytes + 4 * documents
+    read += 4 * d.shape[0] * d.shape[1] * (dtype == "int8")  # a scale for each token
+    cost = Cost(bytes=read, flops=2 * 32 * 300 * documents * dim)
+    row = f"MaxSim 1x32, {documents:,}x300, d={dim}, {dtype}"
+    measure(row, ours, cost, peers, lambda function: function(q, d), check)
+
+
+@BESIDE
+@pytest.mark.covers("maxsim", "segment_sum")
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+def test_all_pairs(passes, beside, measure):
+    backward = passes != "forward"
+    q, d = (x.requires_grad_(backward) for x in (texts(128, 32, 128), texts(128, 300, 128)))
+    weights = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).cuda()
+
+    def start(function: Callable) -> Callable:
+        scores = function(q, d)
+
+        def call() -> tuple[torch.Tensor, ...]:
+            if not backward:
+                return (scores(),)
+            return torch.autograd.grad((scores() * weights).sum(), (q, d))
+
+        return call
+
+    # Rounded to bf16, products are often equal, and another token than in fp32 gets the gradient.
+    exact = start(lambda q, d: lambda: products(q.float(), d.float()))()
+
+    def check(found: tuple[torch.Tensor, ...]) -> None:
+        for what, a, b in zip(("q" if backward else "scores", "d"), found, exact, strict=False):
+            agree(a, b, 0.999, what)
+
+    ours = start(lambda q, d: functools.partial(ops.maxsim, q, d))
+    check(ours())
+    peers = EINSUM if beside == "beside_torch" else gpu_peers.MAXSIM
+    # Backward: a sum over the tokens that gave a maximum, which reads each side once more.
+    flops = 2 * 128 * 32 * 128 * 300 * 128
+    cost = Cost(bytes=(3 if backward else 1) * (q.nbytes + d.nbytes), flops=flops)
+    row = f"MaxSim 128x32, 128x300, d=128, bf16, {passes}"
+    measure(row, ours, cost, peers, start, check)
+
+
+def gradients(loss: Callable, *sides: torch.Tensor) -> list[torch.Tensor]:
+    """Loss, and its gradient to each side."""
+    value = loss(*sides)
+    return [value.detach(), *torch.autograd.grad(value, sides)]
+
+
+def check_loss(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    """The pool's positives, whose gradients are the largest, and its other documents each for themselves."""
+    value, q, pool = zip(found, wanted, strict=True)
+    close(*value, 0.05, "loss")
+    agree(*q, 0.99, "gradient of the queries")
+    rows = len(q[0])
+    agree(*(x[:rows] for x in pool), 0.99, "gradient of the positives")
+    if len(pool[0]) > rows:
+        agree(*(x[rows:] for x in pool), 0.99, "gradient of the other documents")
+
+
+def check_part(loss: Callable, reference: Callable, q: torch.Tensor, pool: torch.Tensor) -> None:
+    """On a part that torch can store."""
+    part = [x.detach()[:2048].clone().requires_grad_() for x in (q, pool)]
+    for found, wanted in zip(gradients(loss, *part), gradients(reference, *part), strict=True):
+        close(found, wanted, 0.05, "loss or gradient")
+
+
+@BESIDE
+@pytest.mark.covers("info_nce_forward", "info_nce_backward")
+@pytest.mark.parametrize(
+    ("rows", "pool", "dim", "kind"),
+    [
+        (4096, 131_072, 1024, ""),
+        (65_536, 65_536, 768, ""),
+        (8192, 2**20, 1024, ""),
+        (8192, 2**20, 1024, ", frozen"),
+    ],
+)
+def test_info_nce(rows, pool, dim, kind, beside, measure):
+    """Frozen: the documents beyond the positives get no gradient. Peers know no such documents, so they
+    take all of them, joined, and their gradients are dropped."""
+    q, documents = embeddings(rows, pool, dim, torch.bfloat16, "cuda")
+    check_part(losses.ours, stored, q, documents)
+    sides, loss, joined = (q, documents), losses.ours, lambda x: x
+    if kind:
+        bank = documents[rows:].detach()
+        sides = q, documents[:rows].detach().clone().requires_grad_()
+
+        def loss(q, d):
+            return ops.info_nce(q, d, bank=bank, temperature=TEMPERATURE).loss.mean()
+
+        def joined(d):
+            return torch.cat((d, bank))
+
+    def start(function: Callable) -> Callable:
+        return functools.partial(gradients, lambda q, d: function(q, joined(d)), *sides)
+
+    ours = functools.partial(gradients, loss, *sides)
+    others = gpu_peers.INFO_NCE_SQUARE if rows == pool else gpu_peers.INFO_NCE
+    peers = {"torch, logits stored": Peer(stored)} if beside == "beside_torch" else others
+    flops = 2 * rows * dim * (2 * pool + sides[1].shape[0])
+    cost = Cost(bytes=2 * (q.nbytes + documents.nbytes), flops=flops)
+    row = f"InfoNCE {rows:,} x {pool:,}, d={dim}, bf16{kind}"
+    check = functools.partial(check_loss, wanted=ours())
+    measure(row, ours, cost, peers, start, check, logits_bytes=2 * rows * pool)
+
+
+@BESIDE
+@pytest.mark.covers("info_nce_forward", "info_nce_backward")
+def test_siglip(beside, measure):
+    sides = embeddings(65_536, 65_536, 768, torch.bfloat16, "cuda")
+    check_part(losses.siglip, losses.siglip_stored, *sides)
+
+    def start(function: Callable) -> Callable:
+        return functools.partial(gradients, function, *sides)
+
+    ours = start(losses.siglip)
+    torch_peer = {"torch, logits stored": Peer(losses.siglip_stored)}
+    peers = torch_peer if beside == "beside_torch" else gpu_peers.SIGLIP
+    cost = Cost(bytes=4 * sides[0].nbytes, flops=6 * 65_536**2 * 768)
+    row = "SigLIP 65,536 x 65,536, d=768, bf16"
+    check = functools.partial(check_loss, wanted=ours())
+    measure(row, ours, cost, peers, start, check, logits_bytes=2 * 65_536**2)
+
+
+@pytest.mark.covers("sparse_scatter")
+@pytest.mark.parametrize("kind", ["dense", "CSR"])
+def test_sparse_scatter(kind, measure):
+    generator = torch.Generator("cuda").manual_seed(0)
+    on_gpu = {"generator": generator, "device": "cuda"}
+    weights = torch.randn(32, 512, **on_gpu).relu().flatten().bfloat16()
+    ids = torch.randint(250_002, (32 * 512,), **on_gpu)
+    bounds = torch.arange(33, device="cuda", dtype=torch.int32) * 512
+    options = {"cu_seqlens": bounds, "vocabulary": 250_002 if kind == "dense" else None}
+    rows = torch.arange(32, device="cuda").repeat_interleave(512)
+
+    def ours():
+        return ops.sparse_scatter(weights, ids, **options)
+
+    def theirs():
+        out = torch.zeros(32 * 250_002, device="cuda", dtype=weights.dtype)
+        return out.scatter_reduce_(0, rows * 250_002 + ids, weights, "amax").view(32, -1)
+
+    found = ours()
+    found = found if kind == "dense" else found.dense(250_002)
+    check = functools.partial(close, wanted=found, share=0, what="weights")
+    check(theirs())
+    # Dense: 16 MB of mostly zeros are written.
+    written = 2 * 32 * 250_002 if kind == "dense" else 10 * weights.numel()
+    cost = Cost(bytes=10 * weights.numel() + written, flops=0)
+    row = f"sparse scatter 32x512, V=250,002, {kind}"
+    peers = {"torch scatter_reduce, dense": Peer(theirs)}
+    measure(row, ours, cost, peers, lambda function: function, check)
+
+
+@pytest.mark.covers("pool_normalize")
+def test_pool_normalize(measure):
+    x = torch.randn(64, 512, 4096, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(64, 512, device="cuda", dtype=torch.int64)
+
+    def ours():
+        return ops.pool_normalize(x, attention_mask=mask, pooling="last")
+
+    def theirs():
+        return normalize(x[torch.arange(64, device="cuda"), mask.sum(1) - 1].float(), dim=1)
+
+    check = functools.partial(close, wanted=ours(), share=0.01, what="vectors")
+    check(theirs())
+    cost = Cost(bytes=mask.nbytes + 2 * 64 * 4096 * 2, flops=3 * 64 * 4096)
+    row = "pool + normalize 64x512x4096, last, bf16"
+    peers = {"torch, three kernels": Peer(theirs)}
+    measure(row, ours, cost, peers, lambda function: function, check)

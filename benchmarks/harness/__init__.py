@@ -1,0 +1,1 @@
+"""How calls are timed, stored and shown."""

@@ -1,0 +1,1 @@
+"""Single ops, beside their peers."""

@@ -1,0 +1,123 @@
+"""Models of true architecture with random weights, made on the device: no checkpoint is written.
+
+Each stands there twice: as transformers has it, for the peers, and patched.
+"""
+
+import contextlib
+import copy
+import functools
+import importlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer, BertConfig
+
+import embedfuse
+from benchmarks.models import checkpoints
+from benchmarks.models.workloads import LONGEST
+
+
+class Served:
+    """name, pooling, original (transformers' own) and fast (patched), both on `device` in `dtype`.
+
+    reuse_prefixes is off: a batch that is timed again and again would be one known prefix.
+    """
+
+    def __init__(self, name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16):
+        self.name, self.device, self.dtype = name, device, dtype
+        make_config, self.write_files, self.pooling = MODELS[name]
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.original = AutoModel.from_config(make_config(), dtype=dtype).eval()
+        self.original.requires_grad_(False)
+        self.fast = copy.deepcopy(self.original)
+        embedfuse.patch(self.fast, reuse_prefixes="off")
+
+    @property
+    def padding(self) -> int:
+        return self.original.config.pad_token_id or 0
+
+    @functools.cached_property
+    def folder(self) -> str:
+        """Tokenizer and settings as they lie beside a checkpoint's weights."""
+        folder = tempfile.mkdtemp(prefix="embedfuse-")
+        self.write_files(Path(folder))
+        self.original.config.save_pretrained(folder)
+        return folder
+
+    @functools.cached_property
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @functools.cached_property
+    def embedder(self) -> embedfuse.Embedder:
+        dtype = str(self.dtype).removeprefix("torch.")
+        options = {"device": self.device, "max_length": LONGEST, "reuse_prefixes": "off"}
+        embedfuse.unpatch(self.fast)  # Embedder patches it itself
+        with weights(self.fast):
+            return embedfuse.Embedder(self.folder, dtype=dtype, **options)
+
+    @functools.cached_property
+    def sentence_transformer(self):
+        library = importlib.import_module("sentence_transformers")
+        with weights(self.original):
+            model = library.SentenceTransformer(self.folder, device=self.device)
+        model.max_seq_length = LONGEST
+        return model
+
+    @torch.inference_mode()
+    def embed(self, batch: dict) -> Tensor:
+        return embedfuse.embed(self.fast, **batch, pooling=self.pooling)
+
+    def forward_of(self, peer: str) -> Callable[[dict], Tensor]:
+        """batch -> pooled, normalised vectors by one of FORWARDS; ImportError where it is not installed."""
+        model = FORWARDS[peer](self.original)
+
+        @torch.inference_mode()
+        def run(batch: dict) -> Tensor:
+            states = model(**batch).last_hidden_state
+            return normalize(pooled(states, batch["attention_mask"], self.pooling).float())
+
+        return run
+
+
+def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """As users of transformers write it; padding on the right."""
+    if pooling == "cls":
+        return states[:, 0]
+    if pooling == "last":
+        return states[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+    mask = mask[:, :, None].to(states.dtype)
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+@contextlib.contextmanager
+def weights(model) -> Iterator[None]:
+    """Whoever loads a checkpoint inside the block gets `model`."""
+    with mock.patch.object(AutoModel, "from_pretrained", return_value=model):
+        yield
+
+
+def with_flash_attention(model):
+    importlib.import_module("flash_attn")
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("flash_attention_2")
+    return model
+
+
+FORWARDS = {
+    "transformers": lambda model: model,
+    "transformers, flash-attn": with_flash_attention,
+    "transformers, torch.compile": lambda model: torch.compile(model, dynamic=False),
+}
+# Configuration, the files beside the weights, and how vectors are pooled.
+MODELS = {
+    "BGE-M3": (checkpoints.bge_m3_config, checkpoints.write_bge_m3_files, "cls"),
+    "E5-mistral-7B": (checkpoints.e5_mistral_config, checkpoints.write_e5_mistral_files, "last"),
+    "BERT-base": (BertConfig, None, "mean"),
+}

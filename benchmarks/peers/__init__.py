@@ -1,0 +1,1 @@
+"""Other libraries, behind one call each."""

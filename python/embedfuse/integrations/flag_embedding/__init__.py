@@ -1,0 +1,1 @@
+"""FlagEmbedding: BGEM3FlagModel, FlagLLMModel, FlagReranker, and its losses."""

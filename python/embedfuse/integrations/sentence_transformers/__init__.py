@@ -1,0 +1,1 @@
+"""sentence-transformers: SentenceTransformer, CrossEncoder, MultiVectorEncoder, and its losses."""

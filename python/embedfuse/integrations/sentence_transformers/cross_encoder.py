@@ -1,0 +1,23 @@
+"""CrossEncoder: the transformers model inside does it all; its own code is left as it is."""
+
+import sentence_transformers
+from torch import nn
+
+from embedfuse.integrations.sentence_transformers.model import transformers_model
+from embedfuse.patching.report import Report
+from embedfuse.patching.swap import Options
+from embedfuse.patching.wrapper import PatchedWrapper
+
+_ORIGINAL = sentence_transformers.CrossEncoder
+
+
+class CrossEncoder(PatchedWrapper, _ORIGINAL):
+    original = _ORIGINAL
+
+    @classmethod
+    def held(cls, model: _ORIGINAL) -> nn.Module:
+        return transformers_model(model)
+
+    @classmethod
+    def wrap(cls, model: _ORIGINAL, report: Report, options: Options) -> None:
+        cls.swap_in(model, report, options)

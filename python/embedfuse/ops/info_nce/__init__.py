@@ -1,0 +1,1 @@
+"""Contrastive losses over a pool of any size; logits are never stored."""

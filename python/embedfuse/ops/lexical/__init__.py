@@ -1,0 +1,1 @@
+"""Lexical (sparse) embeddings over a vocabulary of token ids."""

@@ -1,0 +1,291 @@
+"""Token weights to one sparse vector per text: the maximum over the tokens of equal id."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embedfuse import native
+from embedfuse.ops.checks import check_tensors
+from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
+from embedfuse.ops.lexical.csr import Csr, running_sum
+from embedfuse.registry import Cost, Op, triton_function
+
+# index (tokens,): from cu_seqlens[b] on, the tokens that sequence b keeps, by rising id, then -1;
+# counts (batch,): how many those are; order (tokens,): likewise, the numbers of its entries, from 0, in the
+# order in which their ids first stand in it. Ids and weights are gathered by index, so that a gradient
+# reaches each kept token, and no other, without a backward of its own.
+OP = Op(
+    "sparse_scatter(Tensor token_weights, Tensor input_ids, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def sparse_scatter(
+    token_weights: Tensor,
+    input_ids: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    excluded: Sequence[int] = (),
+    vocabulary: int | None = None,
+) -> Tensor | Csr:
+    """One sparse vector per text: x_bv = max over the tokens t of text b with id v of max(w_t, 0).
+
+    Tokens that the mask leaves out and ids in `excluded` give nothing. A NaN weight is not dropped: it
+    counts as the largest, and stays NaN in the result. Of tokens with the same id and weight the first
+    is taken. Source: BGE-M3's sparse embedding (arXiv 2402.03216), `_sparse_embedding` and
+    `_process_token_weights` of FlagEmbedding, which drops NaN.
+
+    token_weights, input_ids: (tokens,) with `cu_seqlens`, sequences end to end; or (batch, length).
+    input_ids: int64; 0 <= id < 2^31 where the weight counts.
+    cu_seqlens: (batch + 1,) int32, 0 = first <= ... <= tokens: where each sequence starts, and the end.
+    attention_mask: (batch, length), nonzero marks tokens.
+
+    Returns a Csr with weights in the dtype of token_weights, which on a GPU waits for the number of
+    entries; with `vocabulary` the dense (batch, vocabulary) instead, which does not wait.
+    Differentiable in token_weights: the gradient of an entry goes to the token it was taken from.
+    Raises ValueError for shapes, devices or ids that do not fit (ids and cu_seqlens are not read on a
+    GPU), TypeError for dtypes that are not accepted.
+    """
+    kept, cu_seqlens = _kept(token_weights, input_ids, cu_seqlens, attention_mask, excluded)
+    return kept.csr() if vocabulary is None else _dense(kept, cu_seqlens, vocabulary)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """What a Csr is made of once its size may be waited for: the tokens that give an entry.
+
+    index, counts, order: as the op gives them. input_ids, weights: (tokens,), of all tokens.
+    """
+
+    index: Tensor
+    counts: Tensor
+    order: Tensor
+    input_ids: Tensor
+    weights: Tensor
+
+    def csr(self) -> Csr:
+        index = self.index.masked_select(self.index >= 0)
+        return Csr(
+            running_sum(self.counts),
+            self.input_ids.index_select(0, index),
+            self.weights.index_select(0, index),
+            self.order.masked_select(self.order >= 0),
+        )
+
+
+def kept_tokens(
+    token_weights: Tensor, input_ids: Tensor, *, cu_seqlens: Tensor, excluded: Sequence[int] = ()
+) -> KeptTokens:
+    """`sparse_scatter` up to where it would wait for a GPU: its `csr()` is what that returns."""
+    return _kept(token_weights, input_ids, cu_seqlens, None, excluded)[0]
+
+
+def _kept(
+    token_weights, input_ids, cu_seqlens, attention_mask, excluded
+) -> tuple[KeptTokens, Tensor]:
+    """And cu_seqlens, made of the batch's shape where there is none."""
+    _check(token_weights, input_ids, cu_seqlens, attention_mask)
+    keep = None if attention_mask is None else attention_mask != 0
+    for token_id in excluded:
+        other = input_ids != token_id
+        keep = other if keep is None else keep & other
+    if keep is not None:
+        token_weights = torch.where(keep, token_weights, 0)
+    if cu_seqlens is None:
+        batch, length = input_ids.shape
+        cu_seqlens = torch.arange(batch + 1, device=input_ids.device, dtype=torch.int32) * length
+    token_weights, input_ids = token_weights.reshape(-1), input_ids.reshape(-1)
+    found = OP(token_weights.detach(), input_ids, cu_seqlens)
+    return KeptTokens(*found, input_ids, token_weights), cu_seqlens
+
+
+def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
+    tensors = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+    check_tensors(token_weights=token_weights, **tensors)
+    shape = tuple(token_weights.shape)
+    if token_weights.dtype not in (*native.DTYPES, torch.float64):
+        raise TypeError(
+            f"token_weights: {token_weights.dtype}; accepted are float16, bfloat16, float32 and float64"
+        )
+    if input_ids.dtype != torch.int64:
+        raise TypeError(f"input_ids: {input_ids.dtype}; accepted is int64")
+    if len(shape) != (2 if cu_seqlens is None else 1):
+        raise ValueError(
+            f"token_weights: shape {shape}; accepted are (batch, length), "
+            "or (tokens,) together with cu_seqlens"
+        )
+    for name, tensor in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)}; accepted is that of token_weights, {shape}"
+            )
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != token_weights.device:
+            raise ValueError(
+                f"{name}: on {tensor.device}; accepted is the device of token_weights, {token_weights.device}"
+            )
+    if cu_seqlens is not None:
+        check_layout("cu_seqlens", cu_seqlens)
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask: not accepted together with cu_seqlens, which already bounds tokens"
+            )
+
+
+def _dense(tokens: KeptTokens, cu_seqlens: Tensor, vocabulary: int) -> Tensor:
+    """Places that hold no token add zero to id 0, so that no shape depends on values."""
+    token_weights, input_ids, index = tokens.weights, tokens.input_ids, tokens.index
+    out = token_weights.new_zeros(len(cu_seqlens) - 1, vocabulary)
+    if not len(index):
+        return out
+    kept, index = index >= 0, index.clamp_min(0)
+    ids = torch.where(kept, input_ids.index_select(0, index), 0)
+    if ids.is_cpu and (largest := int(ids.max())) >= vocabulary:
+        raise ValueError(f"input_ids: {largest}; accepted are ids below vocabulary, {vocabulary}")
+    weights = torch.where(kept, token_weights.index_select(0, index), 0)
+    row = sequence_of(cu_seqlens, len(ids))
+    return out.index_put((row, ids), weights, accumulate=True)
+
+
+@OP.reference
+def _(token_weights, input_ids, cu_seqlens):
+    check_values("cu_seqlens", cu_seqlens, len(input_ids))
+    counting = ~(token_weights <= 0)
+    ids = torch.where(counting, input_ids, 0)
+    if ids.is_cpu and len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
+        raise ValueError("input_ids: an id is out of range; accepted are 0 to 2^31 - 1")
+    # By weight falling, NaN first, then by sequence and id, each sort keeping the order of equals.
+    order = token_weights.argsort(descending=True, stable=True)
+    key = (sequence_of(cu_seqlens, len(ids)) << 32) + torch.where(counting, ids, 2**31)
+    order = order[key[order].argsort(stable=True)]
+    sorted_key = key[order]
+    largest = torch.ones_like(counting)
+    largest[1:] = sorted_key[1:] != sorted_key[:-1]
+    kept = counting & torch.empty_like(counting).index_put((order,), largest)
+    return _by_id(kept, token_weights, input_ids, cu_seqlens)
+
+
+def _by_id(
+    kept: Tensor, token_weights: Tensor, input_ids: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's outputs from (tokens,) bool: whether each token is kept. Waits for nothing."""
+    tokens, sequence = len(kept), sequence_of(cu_seqlens, len(kept))
+    key, place = ((sequence << 32) + torch.where(kept, input_ids, 2**31)).sort()
+    is_entry = kept[place]
+    # Of each entry the first token that counts, which need not be the kept one; `tokens` where none counts.
+    entry = torch.searchsorted(key, (sequence << 32) + input_ids)
+    entry = torch.where(token_weights <= 0, tokens, entry)
+    number = torch.arange(tokens, device=kept.device)
+    first = number.new_full((tokens + 1,), tokens).scatter_reduce(0, entry, number, "amin")[:-1]
+    order = ((sequence << 32) + first).argsort() - cu_seqlens[sequence]
+    return (
+        torch.where(is_entry, place, -1),
+        running_sum(kept)[cu_seqlens].diff(),
+        torch.where(is_entry, order, -1),
+    )
+
+
+@OP.fake
+def _(token_weights, input_ids, cu_seqlens):
+    counts = input_ids.new_empty(cu_seqlens.shape[0] - 1)
+    return torch.empty_like(input_ids), counts, torch.empty_like(input_ids)
+
+
+def _load_cpp():
+    kernel = native.cpu().sparse_scatter
+
+    def run(token_weights, input_ids, cu_seqlens):
+        token_weights = token_weights.float().contiguous()
+        input_ids, cu_seqlens = input_ids.contiguous(), cu_seqlens.contiguous()
+        index, order = torch.empty_like(input_ids), torch.empty_like(input_ids)
+        counts = input_ids.new_empty(len(cu_seqlens) - 1)
+        kernel(
+            token_weights.data_ptr(),
+            input_ids.data_ptr(),
+            cu_seqlens.data_ptr(),
+            len(input_ids),
+            len(counts),
+            *(x.data_ptr() for x in (index, counts, order)),
+        )
+        return index, counts, order
+
+    return run
+
+
+def _load_cuda():
+    kernel = native.cuda().sparse_scatter
+
+    def run(token_weights, input_ids, cu_seqlens):
+        token_weights = token_weights.float().contiguous()
+        input_ids, cu_seqlens = input_ids.contiguous(), cu_seqlens.contiguous()
+        kept = torch.empty_like(input_ids, dtype=torch.bool)
+        # Hash tables of the sequences that shared memory cannot hold: 12 bytes for each of 2 places a token.
+        scratch = input_ids.new_empty(3 * len(input_ids))
+        with torch.cuda.device(kept.device):
+            kernel(
+                token_weights.data_ptr(),
+                input_ids.data_ptr(),
+                cu_seqlens.data_ptr(),
+                len(input_ids),
+                len(cu_seqlens) - 1,
+                kept.data_ptr(),
+                scratch.data_ptr(),
+                torch.cuda.current_stream().cuda_stream,
+            )
+        return kept
+
+    return run
+
+
+def _sorted_by_torch(load: Callable[[], Callable]) -> Callable[[], Callable]:
+    """Loader of a GPU version: its kernel tells which tokens are kept, torch's radix sort orders them."""
+
+    def load_both():
+        kernel = load()
+        return lambda *args: _by_id(kernel(*args), *args)
+
+    return load_both
+
+
+OP.impl("cpp", _load_cpp)
+# Before Triton: hashing compares each token once, not with every other of its sequence.
+OP.impl("cuda", _sorted_by_torch(_load_cuda))
+OP.impl("triton", _sorted_by_torch(triton_function("lexical:sparse_scatter")))
+
+
+@OP.samples
+def _(device, dtype, size):
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(lengths, vocabulary, step=1):
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        shape = (int(ends[-1]) * step,)
+        weights = torch.randn(shape, generator=generator).to(device, dtype)[::step]
+        ids = torch.randint(vocabulary, shape, generator=generator).to(device)[::step]
+        return weights, ids, ends.to(device, torch.int32)
+
+    if size == "bench":
+        return [sample([512] * 32, 250_002), sample([8192] * 4, 250_002)]
+    samples = [
+        sample([5, 0, 1, 70, 0], 10),
+        sample([1100, 3, 300], 400),
+        sample([64], 2**31, step=2),
+        sample([1], 5),
+        sample([], 5),
+        sample([33, 40], 250_002, step=3),
+    ]
+    weights, ids, cu_seqlens = sample([9, 130], 7)
+    samples += [
+        (-weights.abs(), ids, cu_seqlens),
+        (torch.zeros_like(weights), ids, cu_seqlens),
+        (torch.ones_like(weights), ids, cu_seqlens),
+        (torch.where(weights > 1, float("nan"), weights), ids, cu_seqlens),
+    ]
+    return samples
+
+
+@OP.cost
+def _(token_weights, input_ids, cu_seqlens):
+    return Cost(bytes=token_weights.nbytes + 2 * input_ids.nbytes + 3 * cu_seqlens.nbytes, flops=0)

@@ -1,0 +1,211 @@
+"""Layout: a model's layers as the packed tower sees them, or why its own forward has to run."""
+
+import sys
+import weakref
+from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType, ModuleType
+
+from torch import Tensor, nn
+
+from embedfuse.nn.decoder import DecoderLayer
+from embedfuse.nn.encoder import EncoderLayer
+from embedfuse.patching.watch import (
+    GLOBAL_HOOKS,
+    HOOKS,
+    ROW_BY_ROW,
+    TORCH_FUNCTIONS,
+    F,
+    Watch,
+    differ,
+    methods_of,
+    tables_of,
+)
+
+# transformers' own hooks that the packed path may pass over: the first records only while a call with
+# output_hidden_states runs, and that one goes to the original; the second (gradient checkpointing,
+# PEFT) sits on the word embeddings, which the packed path calls as the module that they are.
+_HARMLESS = ("output_capturing_hook", "make_inputs_require_grads")
+# All compute softmax(q k^T scale) v; a name registered by somebody else may compute anything.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_STOCK = {"transformers", "torch", "huggingface_hub", *sys.stdlib_module_names}
+
+
+class Layout:
+    """layers, or `refusal`: why this model's own forward has to run.
+
+    modules: all inside the model. foreign: path and module of those that are neither of the model's own file
+    nor layers that are known; where they stand for a layer they are called as the modules that they are.
+    """
+
+    def __init__(self, model: nn.Module, buffers: tuple[Tensor, ...]):
+        self._model = weakref.ref(model)  # which holds the layout
+        self.watch = Watch(model, model.original, buffers)  # before anything is read
+        self.layers: list[EncoderLayer] | list[DecoderLayer] = []
+        self.refusal = obstacle(model)
+        named = list(model.named_modules())[1:]
+        self.modules = [module for _, module in named]
+        own = (model.original.__module__, "transformers.activations")
+        self.foreign = [
+            (path, module)
+            for path, module in named
+            if type(module).__module__ not in own and type(module) not in ROW_BY_ROW
+        ]
+        weights = [(n, p) for n, p in model.named_parameters() if type(p) is not nn.Parameter]
+        # Path and class of modules and of weights that may compute anything.
+        self.foreign_kinds = tuple((path, type(it)) for path, it in (*self.foreign, *weights))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it was made of this model, not of one that this is a copy of."""
+        return self._model() is model
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model still is as it was when the layout was made of it."""
+        return not self.watch.changed(model)
+
+    def one_of_each_kind(self) -> dict[nn.Module, str]:
+        """The first foreign module of each class, and its path; of nested ones the outer."""
+        found: dict[type, tuple[nn.Module, str]] = {}
+        outer = "\0"
+        for path, module in self.foreign:
+            if not path.startswith(outer):
+                outer = f"{path}."
+                found.setdefault(type(module), (module, path))
+        return dict(found.values())
+
+    def suspect(self) -> str:
+        """For errors: what inside may compute another thing for packed tokens than for padded ones."""
+        for path, kind in self.foreign_kinds:
+            return f"; {path} is a {name_of(kind)}, which may mix rows or round by the batch"
+        return ""
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """The first thing about the model that the packed path would not run, whatever its family."""
+    if any(GLOBAL_HOOKS):
+        return "a hook on all modules"
+    inner = [(path, module) for path, module in model.named_modules() if path]
+    for path, module in inner:
+        if reason := _obstacle_of(module):
+            return f"{path} {reason}"
+        if type(module).__module__ == model.original.__module__:
+            config = vars(module).get("config", model.config)
+            if differ([vars(config)], [vars(model.config)]):
+                return f"{path} has a config of its own"
+            for name, value in vars(module).items():
+                if callable(value) and hasattr(type(module), name) and name != "forward":
+                    return f"{path} has a {name} of its own"
+    if reason := _replaced_method(model.original, {type(module) for _, module in inner}):
+        return reason
+    return _replaced_function(model)
+
+
+def _replaced_method(original: type, kinds: set[type]) -> str | None:
+    if name_of(nn.Module.__call__) != "torch.nn.modules.module.Module._wrapped_call_impl":
+        return f"torch.nn.Module.__call__ was replaced by {name_of(nn.Module.__call__)}"
+    for kind in {original, *kinds}:
+        if _is_stock(kind.__module__):
+            for name, method in methods_of(kind, original).items():
+                if not _is_own(method, kind):
+                    return f"{kind.__name__}.{name} was replaced by {name_of(method)}"
+    return None
+
+
+def _replaced_function(model: nn.Module) -> str | None:
+    chosen = model.config._attn_implementation
+    if chosen not in _ATTENTIONS:
+        return f"attention {chosen!r} is not one of transformers' own"
+    (file, names), *registries = tables_of(model.original)
+    for name, value in names.items():
+        if _is_code(value) and not _is_stock_function(value, name, file):
+            return f"{file}.{name} was replaced by {name_of(value)}"
+    for registry, table in registries:
+        if chosen in table and not _is_stock_function(table[chosen]):
+            return f"{registry}[{chosen!r}] was replaced by {name_of(table[chosen])}"
+    for name, function in TORCH_FUNCTIONS.items():
+        if vars(F)[name] is not function or not _is_stock_function(function):
+            return f"torch.nn.functional.{name} was replaced by {name_of(vars(F)[name])}"
+    return None
+
+
+def not_stock(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """The first of these (path, module) whose class is not of the model's own file."""
+    stock = model.original.__module__
+    for path, module in modules:
+        kind = type(module)
+        if kind.__module__ != stock:
+            return f"{path} is a {name_of(kind)}, not one of {stock}"
+    return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its class's forward."""
+    return has_own_forward(module) or any(vars(module).get(name) for name in HOOKS)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody put another forward on this very module (accelerate does, to offload)."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return False
+    # transformers 5.0, and tools that undo theirs, leave the class's own forward behind as an attribute.
+    own = getattr(forward, "__func__", module) is getattr(type(module), "forward", None)
+    return not (own and forward.__self__ is module)
+
+
+def _obstacle_of(module: nn.Module) -> str | None:
+    if has_own_forward(module):
+        return "has a forward of its own (offloaded, compiled or wrapped)"
+    hooks = (hook for name in HOOKS for hook in vars(module).get(name, {}).values())
+    return None if all(map(_is_harmless, hooks)) else "has a hook"
+
+
+def _is_harmless(hook) -> bool:
+    ours = getattr(hook, "__module__", "").startswith("transformers.")
+    return ours and hook.__qualname__.rsplit(".", 1)[-1] in _HARMLESS
+
+
+def _is_stock(module: str) -> bool:
+    return module.split(".")[0] in _STOCK
+
+
+def _is_code(value) -> bool:
+    """Whether a name of a modelling file stands for something that a forward may call."""
+    if not callable(value) or isinstance(value, (type, ModuleType)):
+        return False
+    kind = type(value).__module__.split(".")[0]
+    return isinstance(value, FunctionType) or kind not in ("transformers", "typing", "collections")
+
+
+def _is_stock_function(function, name: str | None = None, file: str | None = None) -> bool:
+    """Whether a function and all that it wraps come from transformers, torch or Python.
+
+    name, file: of a name in a modelling file, which finds functions of models nowhere but there.
+    """
+    if isinstance(function, BuiltinFunctionType):
+        return True
+    if not isinstance(function, FunctionType) or name not in (None, function.__name__):
+        return False
+    model = function.__module__.startswith("transformers.models.")
+    if file is not None and model and function.__module__ != file:
+        return False
+    while function is not None:
+        if not _is_stock(getattr(function, "__globals__", {}).get("__name__", "")):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _is_own(method, kind: type) -> bool:
+    """Whether a method is as its class was written."""
+    if isinstance(method, property):
+        return True
+    method = getattr(method, "__func__", method)  # of a staticmethod or classmethod
+    if isinstance(method, type):
+        return True
+    inside = getattr(method, "__qualname__", "").startswith(f"{kind.__name__}.")
+    return inside and method.__module__ == kind.__module__ and _is_stock_function(method)
+
+
+def name_of(thing) -> str:
+    thing = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{thing.__module__}.{thing.__qualname__}"
