@@ -23,7 +23,7 @@ def draw(*shape, seed):
 def one_by_one(sides, matryoshka, **settings):
     """(widths, B): the definition. sides: q, pool, hard negatives and bank, Rows or None."""
 
-    def prefix(side, width):
+    def cut(side, width):
         if side is None:
             return None
         x = side.vectors[..., :width]
@@ -31,7 +31,7 @@ def one_by_one(sides, matryoshka, **settings):
 
     losses = []
     for width in matryoshka.widths:
-        q, pool, hard, bank = (prefix(side, width) for side in sides)
+        q, pool, hard, bank = (cut(side, width) for side in sides)
         losses.append(info_nce(q, pool, hard_negatives=hard, bank=bank, **settings).loss)
     return torch.stack(losses)
 
@@ -161,7 +161,7 @@ def test_values_by_hand(backend):
     assert out.loss.flatten().tolist() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_prefix_of_zeros_has_a_gradient_as_torchs(backend):
+def test_zeros_in_the_first_components_have_the_gradient_of_torch(backend):
     q, pool = draw(6, 8, seed=0), draw(20, 8, seed=1)
     q[2, :3], pool[2, :3], pool[9] = 0, 0, 0
     matryoshka, found = Matryoshka((3, 8)), []

@@ -1,7 +1,7 @@
 """Linear layers on the CPU that read the model's weights where they are: no packed copy, nothing goes stale.
 
 Formula: y = x weight^T + bias.
-Limits: CPU only; no gradient; faster than torch up to most_rows(dtype) rows.
+Limits: the kernel runs on the CPU alone; no gradient; faster than torch up to most_rows(dtype) rows.
 """
 
 import functools

@@ -122,11 +122,11 @@ class _Batch:
         directions, joint = self.loss.directions, self.loss.partition_mode == "joint"
         parts = {"query_to_doc": self.query_to_doc()}
         if "query_to_query" in directions:
-            columns = Excluded(self.own)
-            parts["query_to_query"] = [statistics(self.q, self.queries, self.scale, columns)]
+            excluded = Excluded(self.own)
+            parts["query_to_query"] = [statistics(self.q, self.queries, self.scale, excluded)]
         if "doc_to_query" in directions:
-            columns = Excluded(None if joint else self.own)
-            parts["doc_to_query"] = [statistics(self.d, self.queries, self.scale, columns)]
+            excluded = Excluded(None if joint else self.own)
+            parts["doc_to_query"] = [statistics(self.d, self.queries, self.scale, excluded)]
         if "doc_to_doc" in directions:
             parts["doc_to_doc"] = [statistics(self.d, self.pool, self.scale, self.same_query)]
         return parts
@@ -136,8 +136,8 @@ class _Batch:
         in_batch = strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
         of_row = strength if mode in ("hard_negatives", "all_negatives") else 0.0
         if not self.hard or in_batch == of_row:
-            own = Excluded(self.own)
-            return [statistics(self.q, self.pool, self.scale, own, hardness=in_batch)]
+            excluded = Excluded(self.own)
+            return [statistics(self.q, self.pool, self.scale, excluded, hardness=in_batch)]
         hard = torch.stack(self.hard, 1)
         return [
             statistics(self.q, self.pool, self.scale, self.same_query, hardness=in_batch),

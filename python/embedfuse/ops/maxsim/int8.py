@@ -1,4 +1,8 @@
-"""Vectors as bytes: whole numbers up to 127 in absolute value, and the step between them."""
+"""Vectors as bytes: whole numbers up to 127 in absolute value, and the step between them.
+
+Formula: x ~ scale * values, scale = max|x| / 127 over a token or a document.
+Limits: no gradient.
+"""
 
 from dataclasses import dataclass
 
