@@ -35,12 +35,10 @@ def linears(modules: tuple[nn.Module, ...], x: Tensor, plain: bool) -> tuple[Ten
 def linear_takes(x: Tensor, *modules: nn.Linear) -> bool:
     """Whether our kernel is the faster for x and may read what the modules hold; torch raises what does not
     fit."""
-    return (
-        x.is_cpu
-        and x.shape[0] <= most_rows(x.dtype)
-        and all(_fits(x, m.weight, m.bias) for m in modules)
-        and kernel_takes(LINEAR, x, *(p for m in modules for p in (m.weight, m.bias)))
-    )
+    if not x.is_cpu or x.shape[0] > most_rows(x.dtype):
+        return False
+    parameters = [(m.weight, m.bias) for m in modules]  # once: nn.Module looks them up slowly
+    return all(_fits(x, *p) for p in parameters) and kernel_takes(LINEAR, x, *sum(parameters, ()))
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
