@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from embedfuse import use_backend
 from embedfuse.nn import attention as nn_attention
-from embedfuse.nn.attention import attention, runs
+from embedfuse.nn.attention import attention, equal_length_groups
 from embedfuse.packing import unpadded
 
 CPU = torch.device("cpu")
@@ -95,8 +95,8 @@ def test_who_computes(monkeypatch):
 
 def test_runs():
     queries, keys = unpadded([1, 1, 2, 2, 1], CPU), unpadded([5, 5, 5, 2, 2], CPU)
-    assert runs(queries, keys) == [(2, 1, 5), (1, 2, 5), (1, 2, 2), (1, 1, 2)]
-    assert runs(unpadded([], CPU), unpadded([], CPU)) == []
+    assert equal_length_groups(queries, keys) == [(2, 1, 5), (1, 2, 5), (1, 2, 2), (1, 1, 2)]
+    assert equal_length_groups(unpadded([], CPU), unpadded([], CPU)) == []
 
 
 def test_no_tokens():

@@ -64,7 +64,7 @@ def call(cache, sequences, stream, kind=OnGpu, layers=2):
             own = ids[step.tokens].float()[:, None, None].as_subclass(kind)
             if isinstance(stream, Stream) and step.reused:
                 stream.log.append((stream.name, "reads"))
-            key, value = step.unfold(layer, own, -own)
+            key, value = step.gather(layer, own, -own)
             assert torch.equal(key, -value)
         parts = torch.Tensor(key).flatten().long().split(step.keys.lengths)
         found |= {i: part.tolist() for i, part in zip(step.sequences.tolist(), parts, strict=True)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from embedfuse import compatibility, config, native, registry
-from embedfuse.nn.attention import cuda_answers
+from embedfuse.nn.attention import cuda_refusals
 
 PACKAGES = (
     *("embedfuse", "torch", "triton", "numpy", "transformers", "sentence-transformers"),
@@ -112,7 +112,7 @@ def answer(op: registry.Op, backend: str, device: str) -> str:
 def attention(dtype: torch.dtype) -> dict[str, str]:
     """For heads of 64 in inference, in order of preference: the first "yes" runs."""
     try:
-        return {name: reason or "yes" for name, reason in cuda_answers(dtype, 64).items()}
+        return {name: reason or "yes" for name, reason in cuda_refusals(dtype, 64).items()}
     except ValueError as error:
         return {"none": str(error)}
 

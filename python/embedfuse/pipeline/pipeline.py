@@ -159,7 +159,7 @@ class EmbeddingPipeline:
             kept = self._lexical(states, input_ids, packed)
         if "multi" in outputs:
             head = self.heads.multi
-            rows = head(states) if is_hooked(head) else linear(head, states, plain=True)
+            rows = head(states) if is_hooked(head) else linear(head, states, inference=True)
             rows = rows[:, : self.dimensions]
             each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)
             multi = pool_normalize(
