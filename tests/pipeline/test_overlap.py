@@ -1,4 +1,4 @@
-"""What lets a GPU go on: no forward reads from it or waits for a copy to it, and results come one behind."""
+"""What keeps a GPU busy: no forward waits for it or for a copy to it, and results come one batch later."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from embedfuse import Embedder, ops
 from embedfuse.pipeline import scores
-from embedfuse.pipeline.batches import behind
+from embedfuse.pipeline.batches import delayed
 from embedfuse.pipeline.embeddings import OUTPUTS
 from tests.pipeline.families import make, write_sentence_transformers
 from tests.pipeline.reference import tensors
@@ -74,11 +74,11 @@ def moved(embedder):
     return embedder._pipeline
 
 
-def forward(staged, embedder, sequences, outputs, own=None):
+def forward(staged, embedder, sequences, outputs, counts=None):
     pipeline = moved(embedder)
     staged.clear()  # what the check in patch took there
     with NoTensorOfAList(), NoWait():
-        return pipeline._forward(sequences, outputs, torch.float32, own)
+        return pipeline._forward(sequences, outputs, torch.float32, counts)
 
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
@@ -113,7 +113,7 @@ def test_towers_wait_for_nothing(tmp_path, staged, kind, pooling, reuse):
 def test_pooling_of_the_texts_own_tokens_waits_for_nothing(tmp_path, staged):
     write_sentence_transformers(make(tmp_path, "mistral"), "mean")
     embedder = Embedder(str(tmp_path), device="cpu")
-    found = forward(staged, embedder, SEQUENCES, ("dense",), own=[2, 1, 3])
+    found = forward(staged, embedder, SEQUENCES, ("dense",), counts=[2, 1, 3])
     assert found.dense.shape == (3, 48)
     assert len(staged) == 2
 
@@ -124,7 +124,9 @@ def test_scores_wait_for_nothing(m3_folder, staged):
     queries = scores.Side(SEQUENCES, [0, 2, 1, 2])
     passages = scores.Side([[5, 6, 7, 8], [9, 10]], [0, 0, 1, 1])
     with NoTensorOfAList(), NoWait():
-        scores.start(pipeline, queries, passages, lambda *tensors: sent.append(tensors), None)
+        scores.start_scores(
+            pipeline, queries, passages, lambda *tensors: sent.append(tensors), None
+        )
     lexical = [[(n,), (texts,), (n,), (n,)] for n, texts in ((6, 1), (4, 2), (6, 2))]
     shapes = [[t.shape for t in tensors if t is not None] for tensors in sent]
     assert shapes == [*lexical, [(4,), (4,)]]  # no dense vector, no multi-vector
@@ -163,9 +165,9 @@ def test_ids_that_the_table_has_not_are_found_on_the_host(m3_folder, staged):
 
 
 class Late:
-    """ToHost of a device one batch behind: what arrives is there only once it is waited for."""
+    """ToHost of a device with one batch in flight: results are there only after the wait."""
 
-    behind = 1
+    in_flight = 1
 
     def __init__(self, device):
         self.log = []
@@ -209,7 +211,7 @@ def test_each_batch_starts_before_the_one_before_is_waited_for(embedder, texts, 
 def test_scores_are_waited_for_once_the_next_pairs_have_started(embedder, texts, late, monkeypatch):
     pairs = list(zip(texts[:10], texts[5:15], strict=True))
     expected = embedder.compute_score(pairs)
-    sizes, start = [], scores.start
+    sizes, start = [], scores.start_scores
 
     def counted(*args):
         before = len(Late.last.log)
@@ -218,7 +220,7 @@ def test_scores_are_waited_for_once_the_next_pairs_have_started(embedder, texts,
         return result
 
     monkeypatch.setattr(scores, "ToHost", Late)
-    monkeypatch.setattr(scores, "start", counted)
+    monkeypatch.setattr(scores, "start_scores", counted)
     found = embedder.compute_score(pairs)
     assert found == expected
     assert len(sizes) == 3
@@ -266,7 +268,7 @@ def test_what_came_before_an_error_is_handed_out(embedder, texts, late):
         next(stream)
 
 
-def test_behind():
+def test_delayed():
     taken = []
 
     def items(n):
@@ -276,15 +278,15 @@ def test_behind():
 
     for count, read in ((0, 1), (1, 2), (3, 4)):
         taken.clear()
-        stream = behind(items(6), count)
+        stream = delayed(items(6), count)
         assert next(stream) == 0
         assert len(taken) == read
         assert list(stream) == [1, 2, 3, 4, 5]
-    assert list(behind([], 2)) == []
-    assert list(behind([1], 2)) == [1]
+    assert list(delayed([], 2)) == []
+    assert list(delayed([1], 2)) == [1]
 
 
-def test_behind_is_closed_with_its_source():
+def test_delayed_is_closed_with_its_source():
     closed = []
 
     def items():
@@ -293,7 +295,7 @@ def test_behind_is_closed_with_its_source():
         finally:
             closed.append(True)
 
-    stream = behind(items(), 1)
+    stream = delayed(items(), 1)
     next(stream)
     stream.close()
     del stream

@@ -7,7 +7,7 @@ import pytest
 
 from embedfuse import PRESETS, Preset
 from embedfuse.pipeline.checkpoint import adapter_base, read_preset
-from embedfuse.pipeline.presets import find_preset, own_name
+from embedfuse.pipeline.presets import find_preset, repository_name
 from tests.pipeline.families import write_sentence_transformers
 
 SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
@@ -64,8 +64,8 @@ def test_found_by_name_and_model_type(name, model_type, preset):
 
 
 def test_a_name_on_windows():
-    assert own_name(r"C:\models\e5-base-v2") == "e5-base-v2"
-    assert own_name("") == ""
+    assert repository_name(r"C:\models\e5-base-v2") == "e5-base-v2"
+    assert repository_name("") == ""
 
 
 @pytest.mark.parametrize(
