@@ -101,7 +101,7 @@ def test_doctor_environment(facts, monkeypatch):
         "value": "baseline",
         "meaning": config.VARIABLES["EMBEDFUSE_CPU_ISA"].meaning,
         "accepted": "amx, avx512_bf16, avx512, avx2, baseline",
-        "default": "the best there is",
+        "default": "the best that the processor has",
     }
     assert environment["EMBEDFUSE_BUILD_CPP"]["value"] is None
     assert "'opencl': accepted are" in environment["EMBEDFUSE_BACKEND"]["error"]

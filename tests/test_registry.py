@@ -223,3 +223,12 @@ def test_environment_reaches_the_public_function(monkeypatch):
         embedfuse.ops.pool_normalize(torch.ones(1, 2, 3))
     monkeypatch.setenv("EMBEDFUSE_BACKEND", "reference")
     assert embedfuse.ops.pool_normalize(torch.ones(1, 2, 4)).eq(0.5).all()
+
+
+def test_every_op_says_what_it_means_and_whether_it_has_a_gradient():
+    for op in registry.OPS.values():
+        assert op.meaning, op.name
+        assert "\n" not in op.meaning
+    without = {name for name, op in registry.OPS.items() if not op.differentiable}
+    assert {"linear", "varlen_attention", "segment_sum"} < without
+    assert {"maxsim", "pool_normalize", "rope_", "info_nce_forward"}.isdisjoint(without)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> dict:
     return {
         "versions": versions(),
-        "versions that go together": {str(p): p.answer() for p in compatibility.PAIRS},
+        "versions that go together": {str(p): p.status() for p in compatibility.PAIRS},
         "cpu": cpu(),
         "gpu": gpu(),
         "build": native.build_notes() or {"note": "this copy of embedfuse was not built"},

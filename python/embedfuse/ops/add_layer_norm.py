@@ -8,7 +8,9 @@ from embedfuse import native
 from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> Tensor"
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    "residual addition and LayerNorm",
+    differentiable=True,
 )
 
 

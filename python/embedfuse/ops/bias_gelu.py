@@ -9,7 +9,11 @@ from embedfuse.registry import Cost, Op, triton_function
 
 # No C++ version: torch's gelu already runs at the speed of memory on the CPU, and the bias rides in
 # the GEMM before it.
-OP = Op("bias_gelu(Tensor x, Tensor? bias) -> Tensor")
+OP = Op(
+    "bias_gelu(Tensor x, Tensor? bias) -> Tensor",
+    "bias and exact GELU",
+    differentiable=True,
+)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,10 @@ from embedfuse import native
 from embedfuse.registry import Cost, Op
 
 # Several weights are read where they lie: x is rearranged once for all, and one set of threads serves them.
-OP = Op("linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
+OP = Op(
+    "linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor",
+    "linear layers with a common input, for inference on few rows",
+)
 
 # Up to this many rows the result is computed as dot products along the weight's rows, above in tiles
 # (csrc/cpu/linear_few_rows.h and linear.h). They cross between 20 and 32 rows in fp32 and bf16, for

@@ -8,7 +8,11 @@ from torch.autograd.function import once_differentiable
 from embedfuse import native
 from embedfuse.registry import Cost, Op, triton_function
 
-OP = Op("silu_mul(Tensor gate, Tensor up) -> Tensor")
+OP = Op(
+    "silu_mul(Tensor gate, Tensor up) -> Tensor",
+    "silu(gate) * up (SwiGLU)",
+    differentiable=True,
+)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
