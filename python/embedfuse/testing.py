@@ -1,10 +1,10 @@
-"""The bound every fast version is held to: at most twice plain torch's own error, plus a floor.
+"""The error bound that every fast version must meet: at most twice the error of plain torch, plus a floor.
 
     |got - ref64| <= 2 |ref - ref64| + FLOOR[dtype] * |ref64|
 
-in the root mean square, which hardly depends on chance, and in the largest, which one wrong number moves.
-ref64 is the reference on the same inputs widened to fp64, ref the reference in its own dtype. The floor is
-for references that happen to round to the right value.
+It is checked for the root mean square, which hardly depends on chance, and for the largest value, which a
+single wrong number changes. ref is the reference in the dtype of the inputs, ref64 the reference on the same
+inputs widened to fp64. The floor is needed where the reference happens to round to the exact value.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from embedfuse.ops.maxsim.op import _pairs as every_pair
 from embedfuse.registry import Op, use_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# By dtype of the output: one step of the 16-bit formats just under 1, some sixteen of fp32.
+# By dtype of the output: one rounding step of the 16-bit formats just below 1, about sixteen of fp32.
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def backends(op: Op, device: str) -> list[str]:
-    """Backends that this op has for tensors on such a device, whether or not they load here."""
+    """Backends that an op has for tensors on a device, whether or not they load on this machine."""
     return [i.backend for i in op.implementations if device in i.devices()]
 
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and its kin give NaN (integers: the largest), so what a kernel leaves out shows."""
+    """Make torch.empty and the like return NaN (integers: the largest), which a kernel has to overwrite."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -41,7 +41,7 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def run(op: Op, args: tuple, function=None):
-    """function(*args), by default the op's own; of one that writes its first argument, that, copied."""
+    """function(*args), by default op(*args). An op that works in place gets a copy, which is returned."""
     function = function or op
     if not op.schema.startswith(f"{op.name}(Tensor(a!)"):
         return function(*args)
@@ -51,10 +51,16 @@ def run(op: Op, args: tuple, function=None):
 
 
 def assert_close_to_reference(op: Op, args: tuple, backend: str, scale: float | None = None):
-    """Run op(*args) on `backend` and hold every output to the bound above.
+    """Run op(*args) on a backend and check every output against the bound above.
 
-    scale: what FLOOR is relative to instead of the size of ref64, where outputs cancel (a loss near zero).
-    Returns the backend's outputs as a tuple, for further checks.
+    Args:
+        op: the op.
+        args: its arguments.
+        backend: name of the backend.
+        scale: what FLOOR is relative to, instead of the size of ref64, if outputs cancel (a loss near zero).
+
+    Returns:
+        The outputs as a tuple.
     """
     with use_backend(backend), poisoned_empty():
         got = run(op, args)
@@ -62,22 +68,22 @@ def assert_close_to_reference(op: Op, args: tuple, backend: str, scale: float | 
 
 
 def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
-    """Outputs of the reference in the op's own dtype, and in fp64."""
+    """Outputs of the reference in the dtype of the arguments, and in fp64."""
     exact = run(op, tuple(map(_widen, args)), op._reference)
     return _tuple(run(op, args, op._reference)), _tuple(exact)
 
 
 def assert_within_bounds(op: Op, args: tuple, backend: str, got, references, scale=None):
-    """Hold what op(*args) gave on `backend` to its references(op, args); as assert_close_to_reference."""
+    """Check the outputs of op(*args) on a backend against references(op, args), by the bound above."""
     got = _tuple(got)
     assert len(got) == len(references[0])
-    for index, (x, own, exact) in enumerate(zip(got, *references, strict=True)):
+    for index, (x, reference, exact) in enumerate(zip(got, *references, strict=True)):
         name = f"{op.name}[{backend}] output {index}"
-        assert (x.dtype, x.shape) == (own.dtype, own.shape), name
+        assert (x.dtype, x.shape) == (reference.dtype, reference.shape), name
         if x.is_floating_point():
-            assert_as_good(x, own, exact, scale=scale, name=name)
+            assert_as_good(x, reference, exact, scale=scale, name=name)
         elif op.name == "maxsim" and x.numel():
-            chosen = [_chosen_products(args, argmax) for argmax in (x, own, exact)]
+            chosen = [_chosen_products(args, argmax) for argmax in (x, reference, exact)]
             assert_as_good(chosen[0].float(), chosen[1].float(), chosen[2], name=name)
         else:
             assert torch.equal(x, exact), name
@@ -85,9 +91,9 @@ def assert_within_bounds(op: Op, args: tuple, backend: str, got, references, sca
 
 
 def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
-    """In fp64 the products that maxsim's argmax stands for, 0 for none.
+    """The products in fp64 at maxsim's argmax; 0 where there is none.
 
-    An argmax is held to the bound by these: of products that fp32 cannot tell apart either may be chosen.
+    These are checked instead of the argmax, because fp32 may choose either of two nearly equal products.
     """
     query, query_spans, documents, document_spans, scale, _, pairs, normalize, width = args
     query, document = query.double(), torch.cat(documents).double()
@@ -106,33 +112,45 @@ def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
 
 
 def assert_as_good(
-    got: Tensor, own: Tensor, exact: Tensor, *, scale: float | None = None, name: str = "value"
+    got: Tensor,
+    reference: Tensor,
+    exact: Tensor,
+    *,
+    scale: float | None = None,
+    name: str = "value",
 ):
-    """Hold `got` to the bound above, where plain torch gives `own`, and in fp64 `exact`.
+    """Check a value against the bound above.
 
-    scale: what FLOOR is relative to instead of the size of `exact`, where that cancels.
+    Args:
+        got: the value.
+        reference: the result of plain torch in the same dtype.
+        exact: the result in fp64.
+        scale: what FLOOR is relative to, instead of the size of `exact`, if that cancels.
+        name: of the value, in errors.
     """
-    assert (got.dtype, got.shape) == (own.dtype, own.shape), name
-    got, own, exact = got.detach(), own.detach(), exact.detach().double()
-    assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN stands elsewhere"
-    errors, own_errors = _difference(got, exact), _difference(own, exact)
-    assert own_errors.isfinite().all(), f"{name}: plain torch overflows {got.dtype} on this sample"
+    assert (got.dtype, got.shape) == (reference.dtype, reference.shape), name
+    got, reference, exact = got.detach(), reference.detach(), exact.detach().double()
+    assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in other places"
+    errors, torch_errors = _difference(got, exact), _difference(reference, exact)
+    assert torch_errors.isfinite().all(), (
+        f"{name}: plain torch overflows {got.dtype} on this sample"
+    )
     size = exact.nan_to_num(0, 0, 0)
     for measure in (_rms, _largest):
-        error, own_error = measure(errors), measure(own_errors)
-        bound = 2 * own_error + FLOOR[got.dtype] * (scale or measure(size))
+        error, torch_error = measure(errors), measure(torch_errors)
+        bound = 2 * torch_error + FLOOR[got.dtype] * (scale or measure(size))
         assert error <= bound, (
-            f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {own_error:.3g}"
+            f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {torch_error:.3g}"
         )
 
 
 def _difference(got: Tensor, exact: Tensor) -> Tensor:
-    # Equal infinities differ by NaN; NaN against NaN was checked before.
+    # The difference of equal infinities would be NaN. That both are NaN in the same places was checked.
     return torch.where((got == exact) | exact.isnan(), 0, got.double() - exact)
 
 
 def _rms(x: Tensor) -> float:
-    # Scaled, so that no square leaves the range.
+    # Scaled, so that no square overflows.
     largest = _largest(x)
     return largest * (x / largest).square().mean().sqrt().item() if largest > 0 else 0.0
 
