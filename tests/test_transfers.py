@@ -50,7 +50,7 @@ class Played:
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that a GPU would hold: it knows the streams that it was recorded on."""
+    """A tensor in the memory of the simulated GPU, which records the streams that use it."""
 
     def record_stream(self, stream):
         self.recorded = stream
@@ -85,7 +85,7 @@ def test_results_are_there_after_the_wait_and_not_before(played):
     first, second = (torch.tensor(x).as_subclass(OnGpu) for x in ([[1.0, 2.0]], [[3.0, 4.0]]))
     numbers = torch.tensor([7, 8, 9]).as_subclass(OnGpu)
     wait_first, wait_second = to_host(first, None, numbers), to_host(second)
-    assert played.log == ["copies wait for cuda:0's stream"] * 2  # started, and nobody waited
+    assert played.log == ["copies wait for cuda:0's stream"] * 2  # both started, and nothing waited
     assert all(t.recorded is to_host._stream for t in (first, second, numbers))
     (found,) = wait_second()
     assert found.tolist() == [[3.0, 4.0]]

@@ -15,7 +15,7 @@ LENGTHS = [[3, 1, 7], [4, 4, 4], [2, 2, 5, 5, 5, 1], [6]]
 
 
 def plain(q, k, v, rows, tokens):
-    """Sequence by sequence; rows, tokens: how many query rows and keys each has."""
+    """Plain attention, one sequence after another. rows, tokens: query rows and keys of each."""
     out = []
     for q_b, k_b, v_b in zip(q.split(rows), k.split(tokens), v.split(tokens), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q_b, k_b) * SCALE
@@ -63,7 +63,7 @@ def test_gradient_of_fewer_query_rows():
 
 
 def test_who_computes(monkeypatch):
-    """The kernel in inference on the CPU; SDPA where it has no version, and where torch has to record."""
+    """The kernel in inference on the CPU; SDPA if it has no version, and if gradients are recorded."""
     lengths = [4, 2]
     q, k, v = inputs(lengths, lengths)
     packed = unpadded(lengths, CPU)

@@ -1,4 +1,4 @@
-"""Which attention runs on a GPU, what it is called with, and what doctor and report say: without a GPU."""
+"""Which attention is chosen on a GPU, its arguments, and what doctor and report say. Needs no GPU."""
 
 import importlib
 import sys
@@ -29,7 +29,7 @@ CACHES = (
 
 
 class OnGpu:
-    """Shape, dtype and device of a CUDA tensor, which is all that the choice looks at."""
+    """Shape, dtype and device of a CUDA tensor: all that the choice depends on."""
 
     is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)
@@ -39,7 +39,7 @@ class OnGpu:
 
 
 class Stub:
-    """flash_attn_varlen_func, or torch's: notes its arguments and computes by the op's reference."""
+    """flash_attn_varlen_func, or torch's: records its arguments and computes by the op's reference."""
 
     def __init__(self, scale_name, tuple_=False):
         self.scale_name, self.tuple, self.calls = scale_name, tuple_, []
@@ -75,7 +75,7 @@ def torch_2_13(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(capability, flash_attention_3, torch_varlen): a machine with such a card and such packages."""
+    """gpu(capability, flash_attention_3, torch_varlen): a machine with that GPU and those packages."""
     varlen = importlib.import_module("torch.nn.attention.varlen")
     caches = [function.cache_clear for function in CACHES]
 
@@ -186,7 +186,7 @@ def test_arguments_and_values(gpu, monkeypatch, name, group, causal, window, win
 
 
 def test_the_op_gets_no_lengths(gpu, monkeypatch):
-    """Only cu_seqlens, which lies on the device: nothing to read on the host."""
+    """Only cu_seqlens, which is on the device: there is nothing to read on the host."""
     packed = unpadded([3, 5], CPU)
     x = torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(0))
     expected = attention(x, x, x, packed, scale=0.3, dropout=0.0, causal=True)

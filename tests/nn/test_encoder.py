@@ -197,7 +197,7 @@ def test_other_norms_run_as_they_are(x, norm):
 
 
 def test_dropout_in_training_and_of_another_kind(x):
-    """A third of the sums' first term is dropped, and a module in its place is called."""
+    """nn.Dropout drops a third of the first term; a module in its place is called."""
     norm = nn.LayerNorm(HIDDEN)
 
     class Triple(nn.Module):

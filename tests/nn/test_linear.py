@@ -13,7 +13,7 @@ def layers(bias=True, sizes=(6, 6, 4)):
 
 
 class Kernel:
-    """Takes the kernel's place, and notes how many rows and weights come."""
+    """Replaces the op, and records how many rows and weights it is called with."""
 
     def __init__(self, monkeypatch):
         self.calls, self.op = [], subject.LINEAR
@@ -68,6 +68,6 @@ def test_the_kernel_runs_where_it_is_faster(monkeypatch):
         linear(modules[0], torch.zeros(2, 8), inference=True)
         linear(modules[0], torch.zeros(1, 8), inference=False)
         linear(modules[0].double(), torch.zeros(1, 8).double(), inference=True)
-        with pytest.raises(RuntimeError):  # torch's word for another dtype
+        with pytest.raises(RuntimeError):  # torch's error for another dtype
             linears(modules, torch.zeros(1, 8), inference=True)
     assert kernel.calls == [(1, 3), (5, 3), (2, 1)]

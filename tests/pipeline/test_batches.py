@@ -20,7 +20,7 @@ def run(budget: TokenBudget, lengths, function):
 
 
 def out_of_memory_above(limit: int, lengths, error):
-    """A forward that fails on more than `limit` tokens and else returns the tokens of its batch."""
+    """A forward that fails for more than `limit` tokens, and otherwise returns the tokens of its batch."""
     sizes = []
 
     def forward(batch):

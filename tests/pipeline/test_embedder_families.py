@@ -1,4 +1,4 @@
-"""Embedder on a checkpoint of each family: the vectors that transformers gives with the family's prompts."""
+"""Embedder on a checkpoint of each family: the vectors of transformers with the family's prompts."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which entry of the table a checkpoint gets, and what wins over what."""
+"""Which preset a checkpoint gets, and which source takes precedence."""
 
 import json
 from dataclasses import fields, replace
@@ -235,7 +235,7 @@ def test_llm2vec_config_alone_tells_the_family(folder):
 
 
 def test_an_adapter_on_an_adapter(folder):
-    # LLM2Vec's last adapters name the plain model, and are for the one with the -mntp adapter.
+    # LLM2Vec's final adapters name the original model, but belong on top of the -mntp adapter.
     plain = str(folder("plain", model_type="llama"))
     for name in ("LLM2Vec-Sheared-LLaMA-mntp", "LLM2Vec-Sheared-LLaMA-mntp-supervised"):
         path = folder(name)
