@@ -48,6 +48,7 @@ VARIABLES = {
         "80;90;100",
     ),
 }
+"""Every environment variable, by name."""
 
 
 def read(name: str) -> str | None:

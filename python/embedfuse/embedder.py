@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Embedder:
         strict: bool = False,
         dimensions: int | None = None,
         reuse_prefixes: str = "stream",
-        **hub,
+        **hub: Any,
     ):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r}: accepted are float32, bfloat16 and float16")
@@ -189,7 +190,7 @@ class Embedder:
         texts: Iterable[str],
         instruction: str | None = None,
         outputs: Sequence[str] = ("dense",),
-        **options,
+        **options: Any,
     ) -> Embeddings:
         """Embed queries: `encode` with the prompt that the model was trained with for queries.
 
@@ -210,7 +211,7 @@ class Embedder:
         return self.encode(texts, outputs, prompt=prompt, **options)
 
     def encode_documents(
-        self, texts: Iterable[str], outputs: Sequence[str] = ("dense",), **options
+        self, texts: Iterable[str], outputs: Sequence[str] = ("dense",), **options: Any
     ) -> Embeddings:
         """Embed passages: `encode` with the prompt that the model was trained with for passages.
 

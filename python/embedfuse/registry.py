@@ -1,7 +1,4 @@
-"""Ops and their backends: what each op means, what runs it, and which backend is chosen.
-
-OPS holds every op by name.
-"""
+"""Ops and their backends: what each op means, what runs it, and which backend is chosen."""
 
 import contextlib
 import contextvars
@@ -19,6 +16,7 @@ from embedfuse.native import Unavailable
 
 _library = torch.library.Library("embedfuse", "DEF")
 OPS: dict[str, "Op"] = {}
+"""Every op, by name."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "embedfuse_backend", default=None

@@ -50,7 +50,9 @@ def run(op: Op, args: tuple, function=None):
     return first
 
 
-def assert_close_to_reference(op: Op, args: tuple, backend: str, scale: float | None = None):
+def assert_close_to_reference(
+    op: Op, args: tuple, backend: str, scale: float | None = None
+) -> tuple:
     """Run op(*args) on a backend and check every output against the bound above.
 
     Args:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,7 +179,7 @@ class Step:
 
 
 def shared_steps(
-    ids: Tensor, packed: Packed, step_tokens: int, cache: PrefixCache | None, stamp=None
+    ids: Tensor, packed: Packed, step_tokens: int, cache: PrefixCache | None, stamp: Any = None
 ) -> Iterator[Step] | None:
     """The steps that compute a batch with its shared prefixes; None if that would save too little.
 

@@ -101,7 +101,7 @@ class TokenBudget:
         A batch that does not fit into memory is run again in halves. A single sequence that does not
         fit raises, as every other error does.
 
-        max_batch_tokens: a lower limit for this run only.
+        max_batch_tokens: limits the batches of this run further than `tokens` does.
         """
         todo = deque(token_batches(lengths, min(self.tokens, max_batch_tokens or self.tokens)))
         while todo:

@@ -1,6 +1,7 @@
 """BGE-M3's sparse and multi-vector heads (arXiv 2402.03216), read from the checkpoint."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ class Heads:
     multi: nn.Linear | None = None
 
 
-def load_heads(model: str, hidden: int, device, dtype: torch.dtype, **hub) -> Heads:
+def load_heads(
+    model: str, hidden: int, device: torch.device | str, dtype: torch.dtype, **hub: Any
+) -> Heads:
     """Read sparse_linear.pt and colbert_linear.pt. Pickled code in them is never run.
 
     Args:

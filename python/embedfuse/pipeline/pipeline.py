@@ -81,7 +81,7 @@ class EmbeddingPipeline:
             max_length: tokens of a text, special ones included.
             dtype: of dense and multi-vector rows.
             advance: called with the number of texts that have been finished since the last call.
-            max_batch_tokens: a lower limit on the tokens of one forward than the budget's.
+            max_batch_tokens: limits the tokens of one forward further than the budget does.
             prompt: put before every text.
             on_host: whether to copy the results to the host, while the next batch is computed.
         """

@@ -258,6 +258,7 @@ FAMILIES = {
     ),
 }
 PRESETS: Mapping[str, Preset] = {name: family.preset for name, family in FAMILIES.items()}
+"""The built-in presets, by family. `Embedder` finds the one for a checkpoint by its name."""
 
 
 def find_preset(names: Iterable[str], model_type: str | None) -> Preset:

@@ -53,7 +53,7 @@ def score_pairs(
         max_query_length: tokens.
         max_passage_length: tokens.
         advance: called with the number of pairs that have been finished since the last call.
-        max_batch_tokens: a lower limit on the tokens of one forward than the budget's.
+        max_batch_tokens: limits the tokens of one forward further than the budget does.
     """
     pipeline.check_outputs(OUTPUTS)
     longest = 16 * max(max_query_length, max_passage_length)
