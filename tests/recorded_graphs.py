@@ -1,4 +1,4 @@
-"""CUDA graphs' semantics on the CPU, to test what surrounds them: ops recorded with the memory they used."""
+"""The semantics of CUDA graphs on the CPU, for tests: ops are recorded with the memory that they used."""
 
 import contextlib
 import threading
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Recorder(TorchDispatchMode):
-    """Every op that ran, its arguments' memory and its results' memory: values are no part of it."""
+    """Records every op with the memory of its arguments and results, without their values."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Recorder(TorchDispatchMode):
 
 
 class RecordedGraphs:
-    """In the place of nn.graphs.CudaGraphs; its instances are counted."""
+    """Replaces nn.graphs.CudaGraphs, and counts its instances."""
 
     device_type = "cpu"
     made: list["RecordedGraphs"] = []

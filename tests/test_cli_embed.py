@@ -1,4 +1,4 @@
-"""embedfuse embed: the vectors of Embedder, in the order of the lines, or no file at all."""
+"""embedfuse embed: the vectors of Embedder in the order of the lines, and no file after an error."""
 
 import io
 import json
@@ -219,7 +219,7 @@ def test_what_the_model_refuses_is_told(work, folder, capsys):
 
 
 def test_a_byte_order_mark_is_no_text(work, monkeypatch):
-    """Of a file's first line alone, however the file is read."""
+    """Removed from the first line of each file only."""
     mark = "\ufeff".encode()
     (work / "a.txt").write_bytes(mark + b"one\r\n" + mark + b"two\n")
     (work / "b.jsonl").write_bytes(mark + b'{"text": "three"}\n')

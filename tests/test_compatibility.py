@@ -1,4 +1,4 @@
-"""What goes together is said by doctor, and by the error where it does not."""
+"""Which releases work together: what doctor says, and the error of an import that fails."""
 
 import sys
 

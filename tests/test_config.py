@@ -1,4 +1,4 @@
-"""The table of environment variables is what the code reads, and values outside it are refused."""
+"""The table of environment variables has all that the code reads, and other values are refused."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,12 @@
 """`import embedfuse` loads no model library and changes nothing outside itself."""
 
 import json
+import re
 import subprocess
 import sys
+from importlib import metadata
+
+import embedfuse
 
 SCRIPT = """
 import json, logging, os, sys, warnings
@@ -48,3 +52,20 @@ def test_import_has_no_effects():
     )
     assert not seen["cuda"]
     assert not seen["native"]
+
+
+def test_dir_lists_what_is_loaded_on_first_use():
+    assert {"Embedder", "losses", "__version__", *embedfuse.__all__} <= set(dir(embedfuse))
+    assert all(getattr(embedfuse, name) is not None for name in embedfuse.__all__)
+
+
+def test_version(monkeypatch):
+    assert re.match(r"\d+", embedfuse.__version__)
+
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", lambda package: f"1.2.3 of {package}")
+    assert embedfuse.__version__ == "1.2.3 of embedfuse"
+    monkeypatch.setattr(metadata, "version", missing)
+    assert embedfuse.__version__ == "0+source"

@@ -17,7 +17,7 @@ CPU, F32 = "cpu", torch.float32
 
 @pytest.fixture(scope="module")
 def defined():
-    """An op of this file's own; torch keeps what is defined, so once, and out of the list."""
+    """An op for this file, not in OPS. Defined once, because torch keeps definitions."""
     op = Op("selection_under_test(Tensor x) -> Tensor")
     del registry.OPS[op.name]
     op.reference(lambda x: x * 0)
@@ -171,7 +171,7 @@ def test_reason_of_a_missing_gpu():
 
 @pytest.fixture
 def reloaded(monkeypatch):
-    """native's modules are looked up anew, in the test and after it."""
+    """native loads its modules again, in the test and after it."""
     caches = (native._load_cpu, native.cpu)
     for cache in caches:
         cache.cache_clear()
@@ -223,3 +223,12 @@ def test_environment_reaches_the_public_function(monkeypatch):
         embedfuse.ops.pool_normalize(torch.ones(1, 2, 3))
     monkeypatch.setenv("EMBEDFUSE_BACKEND", "reference")
     assert embedfuse.ops.pool_normalize(torch.ones(1, 2, 4)).eq(0.5).all()
+
+
+def test_every_op_says_what_it_means_and_whether_it_has_a_gradient():
+    for op in registry.OPS.values():
+        assert op.meaning, op.name
+        assert "\n" not in op.meaning
+    without = {name for name, op in registry.OPS.items() if not op.differentiable}
+    assert {"linear", "varlen_attention", "segment_sum"} < without
+    assert {"maxsim", "pool_normalize", "rope_", "info_nce_forward"}.isdisjoint(without)

@@ -1,11 +1,11 @@
-// Whether Python objects are what they were: no more than pointers are compared, and nothing is called.
+// Whether Python objects are unchanged. Only pointers are compared; no Python code runs.
 #pragma once
 #include <pybind11/pybind11.h>
 
 namespace embedfuse {
 
-// True where each object still has its class, each dict its length, and each (dict, key) its value. Keys are
-// str, owners and dicts are dict, which the caller sees to.
+// True if each object still has its class, each dict its length, and each (dict, key) its value. The caller
+// guarantees that keys are str, and owners and dicts are dict.
 inline bool unchanged(const pybind11::tuple& objects, const pybind11::tuple& classes,
                       const pybind11::tuple& dicts, const pybind11::tuple& lengths,
                       const pybind11::tuple& owners, const pybind11::tuple& keys,

@@ -1,9 +1,9 @@
 // out = LayerNorm(x + residual) weight + bias, one row after the other.
 //
-// Two passes for the statistics: the mean, then the deviations from it, whose squares give the
-// variance and whose own mean corrects the rounding of the first (corrected two-pass algorithm, Chan,
-// Golub and LeVeque 1983), so that a large mean costs no precision. The sum is formed again in each
-// pass: the row lies in the L1 cache by then.
+// Two passes for the statistics: the mean, then the deviations from it. Their squares give the variance, and
+// their mean corrects the rounding of the first mean (corrected two-pass algorithm, Chan, Golub and LeVeque
+// 1983), so that a large mean costs no precision. Each pass adds x and residual again: the row is in the L1 cache
+// by then.
 // Included once per ISA (no include guard).
 
 template <class T>

@@ -1,7 +1,7 @@
 // normed = round(s rstd) weight,  rstd = 1 / sqrt(mean(s^2) + eps),  s = round(x + residual), row by row.
 //
-// round: to the element type, as the model does it between its steps; statistics are fp32. The row
-// lies in the L1 cache after the first pass, which also writes s.
+// round: to the element type, as the model does between its steps. Statistics are fp32. The row is in the L1 cache
+// after the first pass, which also writes s.
 // Included once per ISA (no include guard).
 
 template <class T>

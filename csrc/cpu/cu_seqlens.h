@@ -1,4 +1,4 @@
-// Where sequences that lie end to end start and end.
+// The bounds of packed sequences.
 #pragma once
 #include <cstdint>
 

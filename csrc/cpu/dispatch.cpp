@@ -1,4 +1,4 @@
-// Picks the kernels of one instruction set at run time; isa_*.cpp have them.
+// Selects the kernels of one instruction set at run time; they are compiled in isa_*.cpp.
 #include "cpu/dispatch.h"
 
 #include <stdexcept>
@@ -39,7 +39,7 @@ bool has_avx512_bf16() {
 #if defined(EMBEDFUSE_EMULATE_AMX)
 bool has_amx() { return has_avx512_bf16(); }
 #elif defined(EMBEDFUSE_HAS_AMX)
-// Whether the processor has tiles of bf16 and bytes and the system gives them to this process; it is asked once.
+// Whether the processor has tiles for bf16 and bytes and the system enables them for this process; asked once.
 bool has_amx() {
   static const bool given = [] {
     constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25;
@@ -53,7 +53,7 @@ bool has_amx() {
 }
 #endif
 
-// Best first. A further ISA is one entry here, one block above and one Vec or tile type.
+// Best first. A new ISA needs an entry here, a function above, and a Vec or tile type.
 const Isa kIsas[] = {
 #if defined(EMBEDFUSE_HAS_AMX)
     {"amx", has_amx, amx::kKernels},

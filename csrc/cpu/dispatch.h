@@ -5,7 +5,7 @@
 
 #include "embedfuse/args.h"
 
-// Linux gives a process its tiles when asked. Compilers with this header come with an assembler that knows them.
+// Linux enables tiles for a process on request. Compilers with this header have an assembler that knows them.
 #if defined(__x86_64__) && defined(__linux__) && __has_include(<amxtileintrin.h>)
   #define EMBEDFUSE_HAS_AMX
 #endif
@@ -34,11 +34,11 @@ namespace amx {
 extern const CpuKernels kKernels;
 }
 
-// ISAs that this build has and this processor runs, best first.
+// ISAs that this build and this processor have, best first.
 std::vector<std::string> supported_isas();
 // Throws std::invalid_argument for a name that supported_isas() does not list.
 void select_isa(const std::string& name);
-// Name of the ISA whose kernels cpu_kernels() gives.
+// Name of the ISA whose kernels cpu_kernels() returns.
 std::string selected_isa();
 const CpuKernels& cpu_kernels();
 

@@ -2,11 +2,11 @@
 //   update:   maximum m, sum of e^(z - m), sum of z  |  sigmoid: -, sum of softplus(z), sum of sigmoid(z)
 //   gradient: c_j = w g_statistic + g_total,  w = e^(z - statistic)  |  sigmoid: w = sigmoid(z);  own column: g_own
 //             | into a sum: sum_j += a_i b_j w'_j, c_j = w'_j c_j, with w' that gradient
-// where c is what is stored times a_i b_j (x_factor, y_factor), if these are given.
+// where c is the stored value times a_i b_j (x_factor, y_factor), if these are given.
 //
-// A row is masked and scaled once into a buffer of the L1 cache, where columns that do not count are
-// -inf. Rows are dealt out to threads, so no sum depends on how many there are. Included once per ISA (no
-// include guard).
+// A row is masked and scaled once into a buffer in the L1 cache, where columns that do not count are -inf. Each
+// row is computed by one thread, so no sum depends on the number of threads. Included once per ISA (no include
+// guard).
 
 constexpr float kLowest = -3.402823466e+38f;
 
@@ -37,8 +37,8 @@ inline Vec load_scores(const InfoNceTile& t, int64_t row, int64_t j) {
   return t.y_factor ? c * Vec::all(t.x_factor[row]) * load_first(t.y_factor + j, n) : c;
 }
 
-// logits[j] = scale c_j + bias where j counts, -inf elsewhere and up to a whole number of registers. The one
-// place that knows which columns count.
+// logits[j] = scale c_j + bias if j counts, else -inf, which also pads the last register. Nothing else decides
+// which columns count.
 inline void fill_logits(const InfoNceTile& t, int64_t row, float* logits) {
   const Vec none = Vec::all(-__builtin_inff());
   for (int64_t j = 0; j < t.columns; j += Vec::N) {
@@ -94,7 +94,7 @@ inline float exp(float x) {
   return lanes[0];
 }
 
-// A row without columns has the maximum or statistic -inf, which no logit is to be compared with.
+// A row without columns has the maximum or statistic -inf, which must not be subtracted from a logit.
 inline float finite_base(float x) { return x == -__builtin_inff() ? 0.f : x; }
 
 inline void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row, float* logits) {
@@ -124,7 +124,7 @@ inline void update_row(const InfoNceTile& t, const InfoNceState& s, int64_t row,
     count = count + where_greater(lowest, z, Vec::zero(), Vec::all(1.f));
     if (s.factor) store_first(weight, t.scores + row * t.columns + j, t.columns - j);
   }
-  // The sum of a row without columns so far is 0: no difference to a maximum that is none.
+  // Without columns so far the sum is 0, and there is no maximum to rescale from.
   const float factor = t.sigmoid ? 1.f : before == -__builtin_inff() ? 0.f : exp(before - base);
   s.maximum[row] = now;
   s.sum[row] = s.sum[row] * factor + sum(sums);
@@ -140,7 +140,7 @@ inline void weigh_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t ro
   const Vec scale = Vec::all(g.g_statistic[row]), offset = Vec::all(g.g_total[row]);
   for (int64_t j = 0; j < t.columns; j += Vec::N) {
     const Vec z = Vec::load(logits + j);
-    // No weight is above 1; of large logits the statistic's rounding would make it so.
+    // A weight is at most 1; with large logits the rounding of the statistic could exceed that.
     const Vec weight = t.sigmoid ? sigmoid(z, nullptr) : exp(min(Vec::zero(), z - base));
     const Vec grad = fma(weight, scale, offset);
     store_first(where_greater(Vec::all(kLowest), z, Vec::zero(), grad), out + j, t.columns - j);

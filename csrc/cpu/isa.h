@@ -1,6 +1,6 @@
-// What an isa_*.cpp includes before its kernels: all standard headers, and the target that the kernels get.
+// Included by each isa_*.cpp before its kernels: all standard headers, and the target pragma of the kernels.
 //
-// Each instruction set has its own namespace and target pragma. The bodies use no standard library: an inline
+// Each instruction set has its own namespace and target pragma. The kernels use no standard library: an inline
 // template compiled for AVX-512 could be the copy that the linker keeps for the baseline.
 #pragma once
 #include "cpu/dispatch.h"

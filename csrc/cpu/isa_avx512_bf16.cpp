@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with bf16 and VNNI, and on top of them for AMX.
+// The kernels for AVX-512 with bf16 and VNNI, and those for AMX, which extend them.
 #include "cpu/isa.h"
 
 #if defined(__x86_64__)

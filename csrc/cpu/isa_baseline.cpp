@@ -1,4 +1,4 @@
-// The kernels for the instructions that every processor of its kind has.
+// The kernels for every processor of the architecture.
 #include "cpu/isa.h"
 
 #define EMBEDFUSE_ISA EMBEDFUSE_BASELINE

@@ -3,7 +3,7 @@
 
 #include "cpu/add_layer_norm.h"
 #include "cpu/add_rms_norm.h"
-#include "cpu/linear_units.h"
+#include "cpu/linear_words.h"
 
 #include "cpu/linear.h"
 #include "cpu/linear_few_rows.h"
@@ -24,7 +24,7 @@
 
 #include "cpu/maxsim.h"
 
-// A constant: a function compiled for this ISA must not run before the processor was asked.
+// A constant, because no function compiled for this ISA may run before the processor is known to have it.
 constexpr CpuKernels kKernels{
 #define KERNEL(name, ...) name,
 #include "cpu/kernel_list.h"

@@ -14,7 +14,7 @@ struct Token {
   int32_t position;
 };
 
-// Sorts by id and keeps the order of equal ids; a byte a pass, as many as the ids have.
+// Stable sort by id: one pass per byte, as many as the largest id has.
 void sort_by_id(std::vector<Token>& tokens, std::vector<Token>& scratch) {
   uint32_t counts[4][256] = {}, bits = 0;
   for (const Token& token : tokens) {
@@ -81,8 +81,8 @@ struct ScoresJob {
   int64_t vocabulary;  // above every id of the queries
 };
 
-// Rows [first_query, last_query) against documents [first, last): a query lies spread out by id
-// while the documents' entries look it up.
+// Queries [first_query, last_query) against documents [first, last). A query's weights are written into a dense
+// array by id, in which the ids of the documents are looked up.
 void score_block(const ScoresJob& job, int64_t first_query, int64_t last_query, int64_t first,
                  int64_t last) {
   const CsrArgs &queries = job.a.queries, &documents = job.a.documents;

@@ -1,57 +1,57 @@
-// out = x weight^T + bias for one or several weights, their results side by side; each weight is read as the
-// model holds it.
+// out = x weight^T + bias for one or several weights, their results side by side. Weights are read as the model
+// stores them.
 //
-// Other GEMMs rearrange the weight, at every call or once into a copy; here x is rearranged, which is
-// small: kBlockRows rows at a time, so that a register holds one unit (linear_units.h) of Vec::N rows.
-// A tile is kTileColumns columns by kBlockRows rows of the result in registers; each unit takes
+// Other GEMMs rearrange the weight, at every call or once into a copy. This one rearranges x, which is
+// small: kBlockRows rows at a time, so that a register holds one word (linear_words.h) of Vec::N rows.
+// A tile is kTileColumns columns by kBlockRows rows of the result in registers; each word takes
 // kTileVecs loads of x, kTileColumns broadcasts from as many rows of the weight, and a multiply-add for
 // each pair of these. Included once per ISA (no include guard).
 
 constexpr int kTileVecs = 3, kBlockRows = Vec::N * kTileVecs;
 constexpr int kTileColumns = Vec::N > 1 ? Vec::N / 2 : 1;
-// Sums of so many products in one register before they are added up: rounding grows with the length.
-constexpr int64_t kUnits = 256;
-// Rearranged rows of x that are worked on together: they stay in the caches while the weight passes by.
+// Products summed in one register before they are added to the total: rounding grows with their number.
+constexpr int64_t kWords = 256;
+// Rearranged rows of x that are processed together: they stay in the caches while the weight is read.
 constexpr int64_t kPackedFloats = 1024 * 1024;
 
 struct LinearJob {
   const LinearArgs& a;
-  float* packed;      // (blocks, units, kBlockRows)
+  float* packed;      // (blocks, words, kBlockRows)
   int64_t row, rows;  // of x that `packed` holds
 };
 
-// Rows [0, rows) of x to packed[unit][row], zero beyond them.
+// Rows [0, rows) of x to packed[word][row], zero beyond them.
 template <class U>
-void pack_rows(const typename U::Element* x, int64_t stride, int64_t rows, int64_t units,
+void pack_rows(const typename U::Element* x, int64_t stride, int64_t rows, int64_t words,
                float* packed) {
   for (int v = 0; v < kTileVecs; ++v) {
     int64_t u = 0;
-    for (; u + Vec::N <= units; u += Vec::N) {
+    for (; u + Vec::N <= words; u += Vec::N) {
       Vec square[Vec::N];
       for (int r = 0; r < Vec::N; ++r) {
         const int64_t row = v * Vec::N + r;
-        square[r] = row < rows ? U::load(x + row * stride + u * U::kPerUnit) : Vec::zero();
+        square[r] = row < rows ? U::load(x + row * stride + u * U::kPerWord) : Vec::zero();
       }
       transpose(square);
       for (int i = 0; i < Vec::N; ++i) square[i].store(packed + (u + i) * kBlockRows + v * Vec::N);
     }
-    for (; u < units; ++u) {
+    for (; u < words; ++u) {
       for (int64_t row = v * Vec::N; row < (v + 1) * Vec::N; ++row) {
         packed[u * kBlockRows + row] =
-            row < rows ? U::unit(x + row * stride + u * U::kPerUnit) : 0.f;
+            row < rows ? U::word(x + row * stride + u * U::kPerWord) : 0.f;
       }
     }
   }
 }
 
-// sums[m][row] = weight row m . x row, over VECS registers of rows. AHEAD: what lies a tile further in memory
-// is fetched meanwhile, a little with each step; at once it would fill the queue of misses.
+// sums[m][row] = weight row m . x row, over VECS registers of rows. AHEAD: prefetches the next tile in memory, a
+// little with each step; all at once would fill the miss queue.
 template <class U, int VECS, bool AHEAD = false>
 void multiply_tile(const typename U::Element* const weight[kTileColumns], const float* packed,
-                   int64_t units, float* sums) {
-  const char* ahead = (const char*)weight[0] + kTileColumns * units * sizeof(float);
-  for (int64_t begin = 0; begin == 0 || begin < units; begin += kUnits) {
-    const int64_t end = begin + kUnits < units ? begin + kUnits : units;
+                   int64_t words, float* sums) {
+  const char* ahead = (const char*)weight[0] + kTileColumns * words * sizeof(float);
+  for (int64_t begin = 0; begin == 0 || begin < words; begin += kWords) {
+    const int64_t end = begin + kWords < words ? begin + kWords : words;
     Vec acc[kTileColumns][VECS];
     for (int m = 0; m < kTileColumns; ++m) {
       for (int v = 0; v < VECS; ++v) acc[m][v] = Vec::zero();
@@ -61,7 +61,7 @@ void multiply_tile(const typename U::Element* const weight[kTileColumns], const 
       for (int v = 0; v < VECS; ++v) x[v] = Vec::load(packed + u * kBlockRows + v * Vec::N);
       if (AHEAD) __builtin_prefetch(ahead + u * kTileColumns * sizeof(float));
       for (int m = 0; m < kTileColumns; ++m) {
-        const Vec w = Vec::all(U::unit(weight[m] + u * U::kPerUnit));
+        const Vec w = Vec::all(U::word(weight[m] + u * U::kPerWord));
         for (int v = 0; v < VECS; ++v) acc[m][v] = U::multiply_add(w, x[v], acc[m][v]);
       }
     }
@@ -79,7 +79,7 @@ template <class U, int VECS>
 void linear_block(const LinearArgs& a, const LinearPart& part, const float* packed, int64_t row,
                   int64_t rows, int64_t column, int columns) {
   using T = typename U::Element;
-  const int64_t units = a.depth / U::kPerUnit;
+  const int64_t words = a.depth / U::kPerWord;
   float sums[Vec::N * kBlockRows];
   for (int half = 0; half < Vec::N; half += kTileColumns) {
     const T* weight[kTileColumns];  // past the last column, the last one again
@@ -87,7 +87,7 @@ void linear_block(const LinearArgs& a, const LinearPart& part, const float* pack
       const int c = half + m < columns ? half + m : columns - 1;
       weight[m] = (const T*)part.weight + (column + c) * a.depth;
     }
-    multiply_tile<U, VECS>(weight, packed, units, sums + half * kBlockRows);
+    multiply_tile<U, VECS>(weight, packed, words, sums + half * kBlockRows);
   }
   float bias[Vec::N];
   for (int c = 0; c < Vec::N; ++c) {
@@ -115,12 +115,12 @@ template <class U>
 void linear_pack(int64_t begin, int64_t end, void* context) {
   const LinearJob& job = *(const LinearJob*)context;
   const LinearArgs& a = job.a;
-  const int64_t units = a.depth / U::kPerUnit;
+  const int64_t words = a.depth / U::kPerWord;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlockRows, left = job.rows - first;
     const auto* x = (const typename U::Element*)a.x + (job.row + first) * a.x_stride;
-    pack_rows<U>(x, a.x_stride, left < kBlockRows ? left : kBlockRows, units,
-                 job.packed + first * units);
+    pack_rows<U>(x, a.x_stride, left < kBlockRows ? left : kBlockRows, words,
+                 job.packed + first * words);
   }
 }
 
@@ -132,7 +132,7 @@ template <class U>
 void linear_groups(int64_t begin, int64_t end, void* context) {
   const LinearJob& job = *(const LinearJob*)context;
   const LinearArgs& a = job.a;
-  const int64_t units = a.depth / U::kPerUnit;
+  const int64_t words = a.depth / U::kPerWord;
   const LinearPart* part = a.parts;
   int64_t first_group = 0;  // of the part
   for (int64_t group = begin; group < end; ++group) {
@@ -141,7 +141,7 @@ void linear_groups(int64_t begin, int64_t end, void* context) {
     const int columns = left < Vec::N ? int(left) : Vec::N;
     for (int64_t first = 0; first < job.rows; first += kBlockRows) {
       const int64_t rows = job.rows - first < kBlockRows ? job.rows - first : kBlockRows;
-      const float* packed = job.packed + first * units;
+      const float* packed = job.packed + first * words;
       const int64_t row = job.row + first;
       if (rows > 2 * Vec::N) linear_block<U, 3>(a, *part, packed, row, rows, column, columns);
       if (rows > Vec::N && rows <= 2 * Vec::N)

@@ -1,17 +1,17 @@
 // out = x weight^T + bias for few rows of x (a query or a few), read straight from the model's weight.
 //
-// With so few rows the time is that of reading the weight once. Each thread takes a run of weight
-// rows; a few of them meet a few rows of x at a time, so that a loaded register is used several times.
+// With so few rows the time is that of reading the weight once. Each thread takes consecutive weight rows and
+// multiplies a few of them with a few rows of x at a time, so that a loaded register is used several times.
 // Included once per ISA (no include guard).
 
-// Columns of a tile: 24 sums fit into the registers beside what is loaded.
+// Columns of a tile: 24 sums fit into the registers along with the loaded values.
 constexpr int few_columns(int64_t rows) { return rows <= 6 ? 4 : int(24 / rows); }
 
 template <class U, int ROWS>
 void dot_tile(const LinearArgs& a, const LinearPart& part, int64_t row, int64_t column,
               int columns) {
   using T = typename U::Element;
-  constexpr int COLUMNS = few_columns(ROWS), kStep = Vec::N * U::kPerUnit;
+  constexpr int COLUMNS = few_columns(ROWS), kStep = Vec::N * U::kPerWord;
   const T* x = (const T*)a.x + row * a.x_stride;
   const T* w[COLUMNS];  // past the last column, the last one again
   for (int c = 0; c < COLUMNS; ++c) {

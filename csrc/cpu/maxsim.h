@@ -1,11 +1,12 @@
 // score(q, d) = sum over the rows i of q of max over the rows j of d of q_i d_j, and where each maximum is.
 //
-// The queries are few and small: a thread rearranges a group of them as linear.h does with x, so that
-// query rows stand in the lanes of the registers, and every document then passes by once, kTileColumns rows at a time. A
-// maximum is thus lane by lane, without a horizontal step. Documents that no instruction multiplies as
-// they are become fp32 a chunk at a time; a chunk stays in the caches for all queries of the group. Where the
+// The queries are few and small: a thread rearranges a group of them as linear.h does with x, so that query
+// rows are in the lanes of the registers, and reads every document once, kTileColumns rows at a time. Maxima are
+// then computed lane by lane, without a horizontal step. Documents in a dtype without an instruction are
+// converted to fp32 a chunk at a time; a chunk stays in the caches for all queries of the group. If the
 // processor multiplies bytes, int8 documents are screened first (maxsim_screen.h).
-// Limits: a query pays for whole registers of rows. Included once per ISA (no include guard).
+// Limits: a query costs as much as its rows rounded up to whole registers.
+// Included once per ISA (no include guard).
 
 struct MaxSimJob {
   const MaxSimArgs& a;
@@ -13,7 +14,7 @@ struct MaxSimJob {
   int64_t thread_floats;  // of scratch
   int64_t items;
   int64_t queries_at_once;  // of an item
-  int64_t next;             // item that nobody has taken yet
+  int64_t next;             // the next item to take
 };
 
 inline int64_t longest_query(const MaxSimArgs& a) {  // in blocks
@@ -46,29 +47,31 @@ inline int64_t maxsim_threads(const MaxSimArgs& a) {
     for (int64_t i = 0; i < a.document.count; ++i) documents += span_rows(a.document, i);
     rows *= documents;
   }
-  // A further thread for every 2 million multiplications, which take one some 50 us.
+  // One thread per 2 million multiplications, which take it about 50 us.
   const int64_t wanted = 1 + rows * a.depth / 2000000;
   return wanted < num_threads() ? wanted : num_threads();
 }
 
-// Floats that one row may take: a tile unit fills up its 32 values of bf16.
+// Floats of a packed row: the tile unit pads it to 32 values of bf16.
 inline int64_t row_floats(const MaxSimArgs& a) { return a.depth < 16 ? 16 : a.depth; }
 
-// One chunk of a document against all queries of the group.
+// Updates the maxima of all queries of the group with one chunk of a document.
 template <class M>
-void meet_queries(const MaxSimArgs& a, const QueryGroup& group, const typename M::Element* document,
-                  int64_t stride, int64_t rows, int64_t place, const float* factors) {
+void update_queries(const MaxSimArgs& a, const QueryGroup& group,
+                    const typename M::Element* document, int64_t stride, int64_t rows,
+                    int64_t place, const float* factors) {
   int64_t block = 0;
   for (int64_t q = group.first; q < group.last; ++q) {
     for (int64_t live = span_rows(a.query, q); live > 0; live -= kBlockRows, ++block) {
-      meet_block<M>(a, group, block, live, document, stride, rows, place, factors);
+      update_block<M>(a, group, block, live, document, stride, rows, place, factors);
     }
   }
 }
 
-// Doc: elements as they lie in memory; M multiplies its own, the same where they need no conversion.
+// The same with a whole document. Doc: its elements in memory; M multiplies those that it names, after a
+// conversion if they differ.
 template <class Doc, class M>
-void pass_document(const MaxSimArgs& a, const QueryGroup& group, int64_t document) {
+void update_document(const MaxSimArgs& a, const QueryGroup& group, int64_t document) {
   const int64_t step = chunk_rows(a, M::kRows), all = span_rows(a.document, document);
   const int64_t stride = a.document.stride;
   const auto* x = (const typename Doc::Element*)a.document.texts[document];
@@ -77,26 +80,26 @@ void pass_document(const MaxSimArgs& a, const QueryGroup& group, int64_t documen
     const int64_t rows = all - row < step ? all - row : step;
     const float* factors = row_factors(a, x, rows, scale ? scale + row : nullptr, group.factor);
     if constexpr (sizeof(typename Doc::Element) == sizeof(typename M::Element)) {
-      meet_queries<M>(a, group, x, stride, rows, row, factors);
+      update_queries<M>(a, group, x, stride, rows, row, factors);
     } else {
       load_rows(x, stride, rows, a.depth, a.depth, group.chunk);
-      meet_queries<M>(a, group, group.chunk, a.depth, rows, row, factors);
+      update_queries<M>(a, group, group.chunk, a.depth, rows, row, factors);
     }
   }
 }
 
-// In `padded` units for each row, zero beyond its own.
+// Packs the group's query rows, `padded` words each, zero beyond the row's end.
 template <class In>
 void pack_group(const MaxSimArgs& a, const QueryGroup& group, int64_t padded) {
-  const int64_t units = a.depth / In::kPerUnit, stride = a.query.stride;
+  const int64_t words = a.depth / In::kPerWord, stride = a.query.stride;
   int64_t block = 0;
   for (int64_t q = group.first; q < group.last; ++q) {
     const auto* x = (const typename In::Element*)a.query.texts[q];
     for (int64_t left = span_rows(a.query, q); left > 0; left -= kBlockRows, ++block) {
       const int64_t rows = left < kBlockRows ? left : kBlockRows;
       float* packed = group.packed + block * kBlockRows * padded;
-      pack_rows<In>(x, stride, rows, units, packed);
-      for (int64_t i = units * kBlockRows; i < padded * kBlockRows; ++i) packed[i] = 0.f;
+      pack_rows<In>(x, stride, rows, words, packed);
+      for (int64_t i = words * kBlockRows; i < padded * kBlockRows; ++i) packed[i] = 0.f;
       for (int64_t r = 0; r < rows && a.normalize; ++r, x += stride) {
         group.query_norm[block * kBlockRows + r] = normalizer(x, a.depth, 1.f);
       }
@@ -105,7 +108,7 @@ void pack_group(const MaxSimArgs& a, const QueryGroup& group, int64_t padded) {
   }
 }
 
-// A document that also holds a zero vector begins with that one's product, at no place.
+// A document with an additional zero vector starts from its product 0, at no place.
 inline void start_best(const MaxSimArgs& a, const QueryGroup& group, int64_t blocks,
                        int64_t document) {
   const bool zero = a.zero && a.zero[document];
@@ -115,7 +118,7 @@ inline void start_best(const MaxSimArgs& a, const QueryGroup& group, int64_t blo
   }
 }
 
-// The group's queries against a document: those of pair `pair`, and of every `step`th pair from there.
+// Stores the scores of the group's queries for a document: pair `pair`, and every `step`th pair after it.
 inline void store_scores(const MaxSimArgs& a, const QueryGroup& group, int64_t document,
                          int64_t pair, int64_t step) {
   const bool empty = span_rows(a.document, document) == 0;
@@ -134,21 +137,21 @@ inline void store_scores(const MaxSimArgs& a, const QueryGroup& group, int64_t d
   }
 }
 
-// Every product by M.
+// Computes every product, by M.
 template <class Query, class Doc, class M>
 struct Direct {
   Direct(const MaxSimArgs&, int64_t, float*) {}
   static int64_t floats(const MaxSimArgs&, int64_t) { return 0; }
   void pack(const MaxSimArgs& a, const QueryGroup& group) const {
-    pack_group<Query>(a, group, M::units(a.depth));
+    pack_group<Query>(a, group, M::words(a.depth));
   }
-  void pass(const MaxSimArgs& a, const QueryGroup& group, int64_t document) const {
-    pass_document<Doc, M>(a, group, document);
+  void update(const MaxSimArgs& a, const QueryGroup& group, int64_t document) const {
+    update_document<Doc, M>(a, group, document);
   }
 };
 
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
-// The products that may be a maximum, found by `Bytes`.
+// Computes in fp32 only the products that may be a maximum, found by `Bytes`.
 template <class Query, class Bytes>
 struct Screened {
   Screen screen;
@@ -161,14 +164,14 @@ struct Screened {
     pack_group<Query>(a, group, a.depth);
     screen_queries<Query>(a, group, screen);
   }
-  void pass(const MaxSimArgs& a, const QueryGroup& group, int64_t document) const {
-    screen_pass<Query, Bytes>(a, group, screen, document);
+  void update(const MaxSimArgs& a, const QueryGroup& group, int64_t document) const {
+    screen_document<Query, Bytes>(a, group, screen, document);
   }
 };
 #endif
 
-// Takes one item after the other until none is left: documents differ too much in length to be dealt
-// out beforehand. An item is a pair, or a document with a group of queries; a group's items are neighbours.
+// Takes one item after another until none is left, because documents differ too much in length to be assigned in
+// advance. An item is a pair, or a document with a group of queries; the items of a group are consecutive.
 template <class Version>
 void maxsim_items(int64_t slot, int64_t, void* context) {
   MaxSimJob& job = *(MaxSimJob*)context;
@@ -198,7 +201,7 @@ void maxsim_items(int64_t slot, int64_t, void* context) {
       version.pack(a, group);
     }
     start_best(a, group, blocks, document);
-    version.pass(a, group, document);
+    version.update(a, group, document);
     const int64_t pair = a.pairs ? item : first * a.document.count + document;
     store_scores(a, group, document, pair, a.document.count);
   }
@@ -219,8 +222,8 @@ MaxSimVersion version_of(const MaxSimArgs& a) {
   return {maxsim_items<Version>, (floats + 15) / 16 * 16};  // whole cache lines
 }
 
-// What this ISA has besides arithmetic in fp32: pairs of bf16, and bytes.
-struct OfIsa {
+// Products that this ISA computes besides those in fp32: of pairs of bf16, and of bytes.
+struct IsaProducts {
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
   using Bf16 = Direct<Bf16Pairs, Bf16Pairs, Registers<Bf16Pairs>>;
   template <class Query>
@@ -228,26 +231,26 @@ struct OfIsa {
 #endif
 };
 
-template <class Unit, class Query>
+template <class Products, class Query>
 MaxSimVersion int8_version(const MaxSimArgs& a) {
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
-  if (a.depth <= kScreenDepth) return version_of<typename Unit::template Int8<Query>>(a);
+  if (a.depth <= kScreenDepth) return version_of<typename Products::template Int8<Query>>(a);
 #endif
   return version_of<Direct<Query, Floats<int8_t>, Registers<Floats<float>>>>(a);
 }
 
-template <class Unit>
+template <class Products>
 MaxSimVersion maxsim_version(const MaxSimArgs& a) {
   using Fp32 = Floats<float>;
   using Fp16 = Floats<f16>;
   using Bf16 = Floats<bf16>;
   if (a.scale) {
-    return a.dtype == kFloat32   ? int8_version<Unit, Fp32>(a)
-           : a.dtype == kFloat16 ? int8_version<Unit, Fp16>(a)
-                                 : int8_version<Unit, Bf16>(a);
+    return a.dtype == kFloat32   ? int8_version<Products, Fp32>(a)
+           : a.dtype == kFloat16 ? int8_version<Products, Fp16>(a)
+                                 : int8_version<Products, Bf16>(a);
   }
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
-  if (a.dtype == kBFloat16 && a.depth % 2 == 0) return version_of<typename Unit::Bf16>(a);
+  if (a.dtype == kBFloat16 && a.depth % 2 == 0) return version_of<typename Products::Bf16>(a);
 #endif
   return a.dtype == kFloat32   ? version_of<Direct<Fp32, Fp32, Registers<Fp32>>>(a)
          : a.dtype == kFloat16 ? version_of<Direct<Fp16, Fp16, Registers<Fp32>>>(a)
@@ -255,19 +258,19 @@ MaxSimVersion maxsim_version(const MaxSimArgs& a) {
 }
 
 // Floats of scratch that `maxsim` needs.
-template <class Unit = OfIsa>
+template <class Products = IsaProducts>
 int64_t maxsim_scratch(const MaxSimArgs& a) {
-  return maxsim_threads(a) * maxsim_version<Unit>(a).thread_floats + 16;
+  return maxsim_threads(a) * maxsim_version<Products>(a).thread_floats + 16;
 }
 
-template <class Unit = OfIsa>
+template <class Products = IsaProducts>
 void maxsim(const MaxSimArgs& a, float* scratch) {
   const int64_t threads = maxsim_threads(a);
-  const MaxSimVersion version = maxsim_version<Unit>(a);
+  const MaxSimVersion version = maxsim_version<Products>(a);
   scratch = (float*)((uintptr_t(scratch) + 63) / 64 * 64);
   MaxSimJob job{a, scratch, version.thread_floats, a.pair_count, 1, 0};
   if (!a.pairs && a.query.count && a.document.count) {
-    // Groups as large as the scratch allows, but items enough for all threads.
+    // Groups as large as the scratch memory allows, but enough items for all threads.
     const int64_t most = group_blocks(a) / longest_query(a);
     const int64_t fair = a.query.count * a.document.count / (4 * threads) + 1;
     job.queries_at_once = most < fair ? most : fair;

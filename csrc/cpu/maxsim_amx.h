@@ -1,15 +1,15 @@
 // maxsim's products by the tile unit: 64 document rows at a time, in tiles of 16, with query rows as pack_rows and
 // screen_query leave them, 16 to a tile. Like registers, the tiles of the result hold query rows side by side,
-// so all else is avx512_bf16's, in whose pragma this stands.
+// so everything else is that of avx512_bf16, whose pragma this file is under.
 //
 // A step over 64 bytes of depth takes four products, of 4 document tiles with 1 of the queries or of 2 with 2: a
-// product takes 16 cycles and its result 52, so four results hide what each of them waits. Tiles of the result
-// are 0 to 3. Proved by emulation alone so far (tests/build/test_amx.py): no timing stands behind any of this.
+// product takes 16 cycles and its result 52, so four results hide the latency. Result tiles are 0 to 3.
+// Tested by emulation only so far (tests/build/test_amx.py); none of this has been timed.
 // Included once (no include guard).
 #include "embedfuse/amx.h"
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64;
-constexpr int64_t kPackedStride = kBlockRows * 4;  // bytes from unit to unit
+constexpr int64_t kPackedStride = kBlockRows * 4;  // bytes from word to word
 
 // Document rows of bf16: `rows` of them, and where they end. A tile that would reach beyond a row, or beyond the
 // last one, is loaded from a copy, zero there.
@@ -48,7 +48,7 @@ struct Bf16Rows {
 struct ByteRows {
   const uint8_t* data;
   int64_t stride;
-  const float* start;  // what the sums begin at, of each query row
+  const float* start;  // initial value of the sums, for each query row
   const int8_t* ahead;
   template <int C>
   void begin(int query_tile) const {
@@ -105,11 +105,11 @@ inline void multiply_tiles(const Rows& rows, const float* packed, int64_t steps,
   store_result<3, VECS>(products, pitch);
 }
 
-// Multiplies bf16 document rows: takes the place of Registers<Bf16Pairs>.
+// Multiplies bf16 document rows, in place of Registers<Bf16Pairs>.
 struct Bf16Tiles {
   using Element = bf16;
   static constexpr int64_t kRows = 64;
-  static int64_t units(int64_t depth) { return (depth + 31) / 32 * kTileRows; }
+  static int64_t words(int64_t depth) { return (depth + 31) / 32 * kTileRows; }
   template <int VECS>
   static void multiply(const bf16* document, int64_t stride, int64_t rows, int64_t depth,
                        const float* packed, float* products) {
@@ -128,7 +128,7 @@ struct Bf16Tiles {
   }
 };
 
-// Multiplies bytes: takes the place of VnniBytes.
+// Multiplies bytes, in place of VnniBytes.
 struct ByteTiles {
   static constexpr int64_t kRows = 64, kQuads = kTileRows;
   template <int VECS>
@@ -160,22 +160,22 @@ struct ByteTiles {
   }
 };
 
-// A version whose threads have tiles while they work: they may belong to another library's pool.
+// A version that configures the tiles only while it runs: the threads may belong to another library's pool.
 template <class Version>
 struct WithTiles : Version {
   Tiles tiles;
   using Version::Version;
 };
 
-struct OfTiles {
+struct TileProducts {
   using Bf16 = WithTiles<Direct<Bf16Pairs, Bf16Pairs, Bf16Tiles>>;
   template <class Query>
   using Int8 = WithTiles<Screened<Query, ByteTiles>>;
 };
 
 constexpr CpuKernels with_tiles(CpuKernels kernels) {
-  kernels.maxsim_scratch = avx512_bf16::maxsim_scratch<OfTiles>;
-  kernels.maxsim = avx512_bf16::maxsim<OfTiles>;
+  kernels.maxsim_scratch = avx512_bf16::maxsim_scratch<TileProducts>;
+  kernels.maxsim = avx512_bf16::maxsim<TileProducts>;
   return kernels;
 }
 constexpr CpuKernels kKernels = with_tiles(avx512_bf16::kKernels);

@@ -12,7 +12,7 @@ inline void screen_copy(const int8_t* const rows[kTileColumns], int64_t depth, i
       const __mmask64 inside = depth - k < 64 ? (1ull << (depth - k)) - 1 : ~0ull;
       const __m512i x = _mm512_maskz_loadu_epi8(inside, rows[m] + k);
       _mm512_storeu_si512(chunk + k, _mm512_xor_si512(x, _mm512_set1_epi8(-128)));
-      // |-128| is no signed byte, 127 stands for it; the bound makes up for that.
+      // |-128| is not a signed byte and becomes 127; screen_bound allows for that.
       const __m512i size = _mm512_abs_epi8(x);
       sum = _mm512_dpbusd_epi32(sum, size, _mm512_min_epu8(size, _mm512_set1_epi8(127)));
     }
@@ -21,8 +21,8 @@ inline void screen_copy(const int8_t* const rows[kTileColumns], int64_t depth, i
   for (int m = 0; m < kTileColumns; m += 4) sum4(sums + m, squares + m);
 }
 
-// products[m] = factors[m] sums[m] over VECS registers of query rows, and the largest of each in `tops`. Without the
-// pragmas GCC unrolls too late to keep the sums in registers.
+// products[m] = factors[m] sums[m] over VECS registers of query rows, and the largest of each in `tops`.
+// Without the pragmas GCC unrolls too late to keep the sums in registers.
 template <int VECS>
 inline void screen_products(const __m512i (&sums)[kTileColumns][VECS], const float* factors,
                             float* products, float* tops) {
@@ -41,11 +41,11 @@ inline void screen_products(const __m512i (&sums)[kTileColumns][VECS], const flo
   for (int v = 0; v < VECS; ++v) top[v].store(tops + v * Vec::N);
 }
 
-// Multiplies bytes that stand in registers (VNNI).
+// Multiplies bytes in registers (VNNI).
 struct VnniBytes {
   static constexpr int64_t kRows = kTileColumns;  // of a document, at a time
   static constexpr int64_t kQuads = 1;            // packed queries have a multiple of it
-  // The first `rows` of kRows chunk rows, to `products` and `tops`. Meanwhile what lies at `ahead` is fetched.
+  // The first `rows` of kRows chunk rows, to `products` and `tops`. Prefetches from `ahead`.
   template <int VECS>
   static void multiply(const uint8_t* chunk, int64_t stride, int64_t /*rows*/, const float* packed,
                        const float* start, int64_t quads, const float* factors, const int8_t* ahead,

@@ -1,20 +1,20 @@
 // maxsim over int8 documents where the processor multiplies bytes (VNNI): products of the documents with
-// queries rounded to int8 show which rows may hold a maximum, and only those meet the queries themselves.
+// queries rounded to int8 show which rows may hold a maximum, and only these are multiplied with the queries in fp32.
 // Included once per ISA (no include guard).
 //
 // q = c Q + e with Q whole numbers up to 127. For a document row with values D and factor f
 //     | f q D - c f Q D |  <=  |e| |f D|  <=  |e| B,   B the largest |f D| of the chunk,
-// so a row whose f Q D lies more than 2 (|e| / c) B below the largest cannot hold the maximum. What is left
-// (one or two rows for each query row) is multiplied in fp32; the result is the exact maximum, as if all had been.
-// Where more than an eighth is left, or numbers are not finite, all rows of the chunk are multiplied in fp32.
-// `Bytes` multiplies: VnniBytes (maxsim_bytes.h), or the tile unit's (maxsim_amx.h).
+// so a row whose f Q D is more than 2 (|e| / c) B below the largest cannot hold the maximum. The others are the
+// candidates (one or two rows for each query row); their products in fp32 give the exact maximum.
+// If more than an eighth are candidates, or numbers are not finite, all rows of the chunk are multiplied in fp32.
+// `Bytes` multiplies bytes: VnniBytes (maxsim_bytes.h) or ByteTiles (maxsim_amx.h).
 
 constexpr int64_t kScreenBytes = 384 * 1024;
 // Sums of more products could pass 2^31.
 constexpr int64_t kScreenDepth = 32768;
 
-// Products of `live` query rows with `rows` document rows that may be left.
-inline int64_t most_left(int64_t live, int64_t rows) { return live + live * rows / 8; }
+// How many products of `live` query rows with `rows` document rows may be candidates.
+inline int64_t max_candidates(int64_t live, int64_t rows) { return live + live * rows / 8; }
 
 struct ScreenShape {
   int64_t stride;  // of a document's row in the chunk, in bytes
@@ -30,14 +30,14 @@ ScreenShape screen_shape(const MaxSimArgs& a) {
   return {stride, fit < step ? step : fit > kChunkRows ? kChunkRows : fit, quads};
 }
 
-// What a thread holds; arrays of one value per query row of the group come first.
+// Buffers of a thread. Those with one value per query row of the group come first.
 struct Screen {
   ScreenShape shape;
-  float *packed, *start;                            // int8 (quad, kBlockRows, 4) per block; int32
-  float *inverse, *slack;                           // 1 / c, and |e| / c with what fp32 may round
-  float *chunk, *squares, *products, *tops, *left;  // of a document
+  float *packed, *start;   // int8 (quad, kBlockRows, 4) per block; int32
+  float *inverse, *slack;  // 1 / c, and |e| / c with what fp32 may round
+  float *chunk, *squares, *products, *tops, *candidates;  // of a document
 
-  Screen(const ScreenShape& its_shape, int64_t query_rows, float* scratch) : shape(its_shape) {
+  Screen(const ScreenShape& shape, int64_t query_rows, float* scratch) : shape(shape) {
     packed = scratch;
     start = packed + query_rows * shape.quads;
     inverse = start + query_rows;
@@ -46,17 +46,17 @@ struct Screen {
     squares = chunk + shape.rows * shape.stride / 4;
     products = squares + shape.rows + Vec::N;
     tops = products + shape.rows * kBlockRows;
-    left = tops + shape.rows * kBlockRows / kTileColumns;
+    candidates = tops + shape.rows * kBlockRows / kTileColumns;
   }
 };
 
 inline int64_t screen_floats(const ScreenShape& shape, int64_t query_rows) {
   return query_rows * (shape.quads + 3) + shape.rows * (shape.stride / 4 + 1 + kBlockRows) +
-         shape.rows * kBlockRows / kTileColumns + Vec::N + most_left(kBlockRows, shape.rows);
+         shape.rows * kBlockRows / kTileColumns + Vec::N + max_candidates(kBlockRows, shape.rows);
 }
 
-// One query row, number `row` of the group. One that is not finite, or too small for c, gets a slack with
-// which every product is left.
+// Rounds query row number `row` of the group to int8. A row that is not finite, or too small for c, gets an
+// infinite slack: every product is a candidate.
 template <class T>
 void screen_query(const T* x, int64_t depth, int64_t row, const Screen& screen) {
   const int64_t quads = screen.shape.quads;
@@ -97,7 +97,7 @@ void screen_queries(const MaxSimArgs& a, const QueryGroup& group, const Screen& 
     for (int64_t r = 0; r < span_rows(a.query, q); ++r, x += a.query.stride, ++row) {
       screen_query(x, a.depth, row, screen);
     }
-    for (; row % kBlockRows; ++row) {  // lanes without a row: nothing is ever left
+    for (; row % kBlockRows; ++row) {  // lanes without a row have no candidates
       screen.start[row] = screen.inverse[row] = 0.f;
       screen.slack[row] = -__builtin_inff();
       int32_t* packed = (int32_t*)screen.packed + row / kBlockRows * kBlockRows * quads;
@@ -106,7 +106,7 @@ void screen_queries(const MaxSimArgs& a, const QueryGroup& group, const Screen& 
   }
 }
 
-// The largest |f D| of the chunk, rounded up; -1 where it is of no use.
+// The largest |f D| of the chunk, rounded up; -1 if it cannot be used as a bound.
 inline float screen_bound(const float* squares, const float* factors, int64_t rows) {
   __m512 most = _mm512_setzero_ps(), total = most;
   for (int64_t r = 0; r < rows; r += Vec::N) {
@@ -122,15 +122,14 @@ inline float screen_bound(const float* squares, const float* factors, int64_t ro
   return usable ? bound : -1.f;
 }
 
-// Lanes in which x is at least `floor`, or `floor` is NaN: inf - inf, after an infinite maximum of a query that
-// has no bound.
+// Lanes in which x >= floor, or floor is NaN (inf - inf, if a query without a bound has an infinite maximum).
 inline uint32_t reached(Vec x, Vec floor) { return _mm512_cmp_ps_mask(x.v, floor.v, _CMP_NLT_UQ); }
 
-// Numbers (row * VECS * N + lane) of the products that reach `floor`, of tiles whose tops do; -1 where they
-// are more than `most`.
+// Finds the products that reach `floor`, as row * VECS * N + lane, in tiles whose tops reach it. Returns their
+// number; -1 if there are more than `limit`.
 template <int VECS>
-int64_t screen_left(const float* products, const float* tops, int64_t rows, const Vec floor[VECS],
-                    int64_t most, uint32_t* left) {
+int64_t find_candidates(const float* products, const float* tops, int64_t rows,
+                        const Vec floor[VECS], int64_t limit, uint32_t* candidates) {
   int64_t count = 0;
   for (int64_t r = 0; r < rows; r += kTileColumns, tops += VECS * Vec::N) {
     for (int v = 0; v < VECS; ++v) {
@@ -139,8 +138,8 @@ int64_t screen_left(const float* products, const float* tops, int64_t rows, cons
         const int64_t at = (m * VECS + v) * Vec::N;
         for (uint32_t lanes = reached(Vec::load(products + at), floor[v]); lanes;
              lanes &= lanes - 1) {
-          if (count == most) return -1;
-          left[count++] = uint32_t(at + __builtin_ctz(lanes));
+          if (count == limit) return -1;
+          candidates[count++] = uint32_t(at + __builtin_ctz(lanes));
         }
       }
     }
@@ -167,7 +166,7 @@ struct ScreenChunk {
   const float* factors;
 };
 
-// Rows [row, row + Bytes::kRows) of the document's chunk, where there are any, to the screen's.
+// Copies rows [row, row + Bytes::kRows) of the document's chunk, as far as it has them, to screen.chunk.
 template <class Bytes>
 void screen_rows(const MaxSimArgs& a, const Screen& screen, const ScreenChunk& chunk, int64_t row) {
   for (int64_t r = row; r < row + Bytes::kRows && r < chunk.count; r += kTileColumns) {
@@ -181,7 +180,7 @@ void screen_rows(const MaxSimArgs& a, const Screen& screen, const ScreenChunk& c
 }
 
 // Products of the whole chunk with block `block` of the group, to screen.products and screen.tops. The first
-// block also brings the chunk into place. What the step after next begins with is fetched meanwhile.
+// block also copies the chunk. The rows that the step after next begins with are prefetched.
 template <class Bytes, int VECS>
 void screen_multiply(const MaxSimArgs& a, const Screen& screen, int64_t block,
                      const ScreenChunk& chunk) {
@@ -202,8 +201,8 @@ void screen_multiply(const MaxSimArgs& a, const Screen& screen, int64_t block,
   }
 }
 
-// A chunk against block `block` of the group, whose `live` rows begin at `query`. False: too many products
-// are left.
+// A chunk against block `block` of the group, whose `live` rows begin at `query`. False if there are too many
+// candidates.
 template <class T, class Bytes, int VECS>
 bool screen_block(const MaxSimArgs& a, const QueryGroup& group, const Screen& screen, int64_t block,
                   int64_t live, const T* query, const ScreenChunk& chunk) {
@@ -224,12 +223,12 @@ bool screen_block(const MaxSimArgs& a, const QueryGroup& group, const Screen& sc
     const Vec so_far = Vec::load(best + v * Vec::N) * Vec::load(screen.inverse + base + v * Vec::N);
     floor[v] = max(so_far, top - slack) - slack;
   }
-  uint32_t* left = (uint32_t*)screen.left;
-  const int64_t most = most_left(live < kBlockRows ? live : kBlockRows, chunk.count);
+  uint32_t* candidates = (uint32_t*)screen.candidates;
+  const int64_t limit = max_candidates(live < kBlockRows ? live : kBlockRows, chunk.count);
   const int64_t count =
-      screen_left<VECS>(screen.products, screen.tops, chunk.count, floor, most, left);
+      find_candidates<VECS>(screen.products, screen.tops, chunk.count, floor, limit, candidates);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = left[i] / kLanes, lane = left[i] % kLanes;
+    const int64_t row = candidates[i] / kLanes, lane = candidates[i] % kLanes;
     const float product = chunk.factors[row] * dot(query + lane * a.query.stride,
                                                    chunk.rows + row * a.document.stride, a.depth);
     if (best[lane] != best[lane] || product <= best[lane]) continue;
@@ -255,8 +254,8 @@ void screen_chunk(const MaxSimArgs& a, const QueryGroup& group, const Screen& sc
         const int64_t rows = chunk.count - r < step ? chunk.count - r : step;
         load_rows(chunk.rows + r * a.document.stride, a.document.stride, rows, a.depth, a.depth,
                   group.chunk);
-        meet_block<Registers<Floats<float>>>(a, group, block, live, group.chunk, a.depth, rows,
-                                             chunk.place + r, chunk.factors + r);
+        update_block<Registers<Floats<float>>>(a, group, block, live, group.chunk, a.depth, rows,
+                                               chunk.place + r, chunk.factors + r);
       }
       x += kBlockRows * a.query.stride;
     }
@@ -264,8 +263,8 @@ void screen_chunk(const MaxSimArgs& a, const QueryGroup& group, const Screen& sc
 }
 
 template <class Query, class Bytes>
-void screen_pass(const MaxSimArgs& a, const QueryGroup& group, const Screen& screen,
-                 int64_t document) {
+void screen_document(const MaxSimArgs& a, const QueryGroup& group, const Screen& screen,
+                     int64_t document) {
   const int64_t step = screen.shape.rows, all = span_rows(a.document, document);
   const auto* x = (const int8_t*)a.document.texts[document];
   const float* scale = a.scale + a.document.spans[2 * document];

@@ -1,14 +1,14 @@
-// What all versions of maxsim share: a thread's queries, and their products with rows of a document.
+// Used by all versions of maxsim: a thread's queries, and their products with rows of a document.
 // Included once per ISA (no include guard).
 
-// Rearranged queries of one group: they stay in the L2 cache while documents pass by.
+// Rearranged queries of one group: they stay in the L2 cache while the documents are read.
 constexpr int64_t kGroupFloats = 256 * 1024;
-// Document rows that meet all queries of a group before the next ones do.
+// Document rows that are multiplied with all queries of a group before the next rows are read.
 constexpr int64_t kChunkBytes = 128 * 1024;
 constexpr int64_t kChunkRows = 1024;
 
-// What a thread holds of its group of queries: rows rearranged in blocks of kBlockRows, and for each row the
-// largest product so far and its place in the document, an integer's bits.
+// A thread's group of queries: rows rearranged in blocks of kBlockRows, and for each row the largest product so
+// far and its place in the document (the bits of an integer).
 struct QueryGroup {
   float *packed, *best, *place, *query_norm;  // norms are inverse
   float* chunk;                               // of a document, as fp32
@@ -42,7 +42,7 @@ float normalizer(const T* x, int64_t depth, float scale) {
   return scale / (norm < 1e-12f ? 1e-12f : norm);
 }
 
-// What products with rows [0, rows) of a document's chunk are multiplied by; null: by nothing.
+// Factors of the products with rows [0, rows) of a document's chunk; null if there are none.
 template <class T>
 const float* row_factors(const MaxSimArgs& a, const T* x, int64_t rows, const float* scale,
                          float* factors) {
@@ -53,23 +53,23 @@ const float* row_factors(const MaxSimArgs& a, const T* x, int64_t rows, const fl
   return factors;
 }
 
-// Multiplies document rows with query rows that stand in registers, in the arithmetic of U.
+// Multiplies document rows with query rows in registers, in the arithmetic of U.
 template <class U>
 struct Registers {
   using Element = typename U::Element;
   static constexpr int64_t kRows = kTileColumns;                       // of a document, at a time
-  static int64_t units(int64_t depth) { return depth / U::kPerUnit; }  // of a packed row
+  static int64_t words(int64_t depth) { return depth / U::kPerWord; }  // of a packed row
   // products[m][row] of document rows m < rows.
   template <int VECS>
   static void multiply(const Element* document, int64_t stride, int64_t rows, int64_t depth,
                        const float* packed, float* products) {
     const Element* tile[kTileColumns];  // past the last row, the last one again
     for (int m = 0; m < kTileColumns; ++m) tile[m] = document + (m < rows ? m : rows - 1) * stride;
-    multiply_tile<U, VECS, true>(tile, packed, units(depth), products);
+    multiply_tile<U, VECS, true>(tile, packed, words(depth), products);
   }
 };
 
-// Document rows [0, rows), `place` the first one's number, against one block of query rows.
+// Updates the maxima of one block of query rows with document rows [0, rows); `place`: number of the first.
 template <class M, int VECS>
 void update_best(const typename M::Element* document, int64_t stride, int64_t rows, int64_t place,
                  const float* factors, const float* packed, int64_t depth, float* best,
@@ -97,13 +97,13 @@ void update_best(const typename M::Element* document, int64_t stride, int64_t ro
   }
 }
 
-// The same against block `block` of the group, of which `live` rows are a query's.
+// The same for block `block` of the group, of which `live` rows belong to the query.
 template <class M>
-void meet_block(const MaxSimArgs& a, const QueryGroup& group, int64_t block, int64_t live,
-                const typename M::Element* document, int64_t stride, int64_t rows, int64_t place,
-                const float* factors) {
+void update_block(const MaxSimArgs& a, const QueryGroup& group, int64_t block, int64_t live,
+                  const typename M::Element* document, int64_t stride, int64_t rows, int64_t place,
+                  const float* factors) {
   const int64_t depth = a.depth;
-  const float* packed = group.packed + block * kBlockRows * M::units(depth);
+  const float* packed = group.packed + block * kBlockRows * M::words(depth);
   float *best = group.best + block * kBlockRows, *places = group.place + block * kBlockRows;
   if (live > 2 * Vec::N)
     return update_best<M, 3>(document, stride, rows, place, factors, packed, depth, best, places);

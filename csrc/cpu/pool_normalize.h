@@ -1,11 +1,11 @@
 // pooled_b = sum_t w_bt h_bt / sum_t w_bt ;  out_b = pooled_b / max(|pooled_b|, 1e-12)
 //
-// Reads every used row once and accumulates in fp32. Threads share the sequences, cut where the
-// tokens are cut evenly; with fewer sequences than threads they share the columns instead.
+// Reads every used row once and accumulates in fp32. The sequences are divided among the threads so that each
+// has about equally many tokens; with fewer sequences than threads the columns are divided instead.
 // Included once per ISA (no include guard).
 
-// acc += sum_r w_r x_r over four rows: one pass over acc serves four rows, and the four are summed
-// among themselves first, which halves the rounding error of long sequences.
+// acc += sum_r w_r x_r over four rows: one pass over acc for four rows, which are summed among themselves first.
+// That halves the rounding error of long sequences.
 template <class T>
 void add_rows(float* acc, const T* const x[4], const float w[4], int64_t n, int64_t row_stride) {
   const Vec w0 = Vec::all(w[0]), w1 = Vec::all(w[1]), w2 = Vec::all(w[2]), w3 = Vec::all(w[3]);
@@ -17,7 +17,7 @@ void add_rows(float* acc, const T* const x[4], const float w[4], int64_t n, int6
     const Vec b = fma(w3, Vec::load(x[3] + j), w2 * Vec::load(x[2] + j));
     (Vec::load(acc + j) + (a + b)).store(acc + j);
   }
-  // Rounded as above, so that it does not matter where threads cut the columns.
+  // Rounded as above, so that the result does not depend on how the columns are divided.
   for (; j < n; ++j) {
     const float a = __builtin_fmaf(w[1], to_float(x[1][j]), w[0] * to_float(x[0][j]));
     const float b = __builtin_fmaf(w[3], to_float(x[3][j]), w[2] * to_float(x[2][j]));
@@ -52,7 +52,7 @@ void pool_sequence(const PoolNormalizeArgs& a, int64_t b, int64_t begin, int64_t
 
   const T* block[4];
   float w[4];
-  double total = 0;  // 1 + 2 + ... + n leaves the integers of fp32 at n = 5,793
+  double total = 0;  // 1 + 2 + ... + n is not exact in fp32 from n = 5,793 on
   int filled = 0;
   for (int64_t t = first; t <= last; ++t) {
     if (!is_token(a, b, t)) continue;
@@ -69,28 +69,28 @@ void pool_sequence(const PoolNormalizeArgs& a, int64_t b, int64_t begin, int64_t
   for (int64_t j = 0; j < n; ++j) acc[j] *= scale;
 }
 
-// |unit x|
-inline float scaled_norm(const float* x, int64_t n, float unit) {
-  const Vec units = Vec::all(unit);
+// |factor x|
+inline float scaled_norm(const float* x, int64_t n, float factor) {
+  const Vec factors = Vec::all(factor);
   Vec squares = Vec::zero();
   float square = 0.f;
   int64_t j = 0;
   for (; j + Vec::N <= n; j += Vec::N) {
-    const Vec v = Vec::load(x + j) * units;
+    const Vec v = Vec::load(x + j) * factors;
     squares = fma(v, v, squares);
   }
-  for (; j < n; ++j) square += x[j] * unit * (x[j] * unit);
+  for (; j < n; ++j) square += x[j] * factor * (x[j] * factor);
   return __builtin_sqrtf(sum(squares) + square);
 }
 
 template <class Out>
 void normalize_and_store(const PoolNormalizeArgs& a, int64_t b, const float* pooled) {
-  float unit = 1.f, norm = scaled_norm(pooled, a.hidden, unit);
-  // Squares from 2^128 on are none of fp32.
-  if (norm == __builtin_inff()) norm = scaled_norm(pooled, a.hidden, unit = 0x1p-96f);
-  a.norm[b] = norm / unit;
+  float factor = 1.f, norm = scaled_norm(pooled, a.hidden, factor);
+  // Squares from 2^128 on overflow fp32.
+  if (norm == __builtin_inff()) norm = scaled_norm(pooled, a.hidden, factor = 0x1p-96f);
+  a.norm[b] = norm / factor;
   // Written so that a NaN norm stays NaN.
-  const float scale = a.normalize ? unit / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
+  const float scale = a.normalize ? factor / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
   Out* out = (Out*)a.out + b * a.hidden;
   for (int64_t j = 0; j < a.hidden; ++j) from_float(pooled[j] * scale, out + j);
 }
@@ -112,7 +112,7 @@ struct PoolJob {
   float* pooled;
 };
 
-// Sequences whose first row lies in [begin, end); the range over rows balances ragged batches.
+// Sequences whose first row is in [begin, end); dividing by rows balances batches of unequal lengths.
 inline void pool_rows(int64_t begin, int64_t end, void* context) {
   const PoolJob& job = *(const PoolJob*)context;
   for (int64_t b = first_sequence_at(job.a, begin); b < first_sequence_at(job.a, end); ++b) {
@@ -136,7 +136,7 @@ void pool_normalize(const PoolNormalizeArgs& a, float* scratch) {
   // Under about 128 KB, waking the other threads costs more than they save.
   const int64_t small = 32768;
   if (a.batch >= num_threads() || rows * a.hidden < small) {
-    // One more than the rows, so that empty sequences at the very end belong to someone.
+    // One more than the rows, so that empty sequences at the end are included.
     return parallel_for(0, rows + 1, small / (a.hidden + 1) + 1, pool_rows, &job);
   }
   parallel_for(0, a.hidden, 64, pool_columns, &job);

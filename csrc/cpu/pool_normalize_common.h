@@ -1,4 +1,4 @@
-// The parts of pool_normalize that touch no vector registers.
+// The parts of pool_normalize without vector instructions.
 #pragma once
 #include "embedfuse/args.h"
 

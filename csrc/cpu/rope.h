@@ -1,6 +1,6 @@
 // (x_d, x_{d + half}) = (x_d cos_d - x_{d + half} sin_d, x_{d + half} cos_d + x_d sin_d), in place.
 //
-// A token's cos and sin serve all its heads while they lie in the L1 cache; fp32 inside.
+// A token's cos and sin are used for all its heads while they are in the L1 cache. Computes in fp32.
 // Included once per ISA (no include guard).
 
 template <class T>

@@ -1,7 +1,7 @@
 // out_r = sum over the entries k of segment r of w_k x_{i_k}
 //
-// A row of the result stays in the L1 cache while its entries are added in their order, by one thread: the
-// bits do not depend on the number of threads. Included once per ISA (no include guard).
+// A row of the result stays in the L1 cache while one thread adds its entries in order, so the result does not
+// depend on the number of threads. Included once per ISA (no include guard).
 
 template <class T>
 void sum_segments(int64_t begin, int64_t end, void* context) {

@@ -14,7 +14,7 @@ void silu_mul_rows(int64_t begin, int64_t end, void* context) {
     for (int64_t j = 0; j < whole; j += Vec::N) {
       (silu(Vec::load(gate + j)) * Vec::load(up + j)).store(out + j);
     }
-    // The rest one by one, each filling a register.
+    // The rest one by one, each in all lanes of a register.
     for (int64_t j = whole; j < a.columns; ++j) {
       float product[Vec::N];
       (silu(Vec::all(to_float(gate[j]))) * Vec::all(to_float(up[j]))).store(product);

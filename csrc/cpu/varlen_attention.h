@@ -1,21 +1,21 @@
 // out_i = sum_j p_ij v_j / sum_j p_ij,  p_ij = exp(q_i k_j scale - max_j),  j over the keys of i's sequence
 // that i sees: all, or those up to its own (causal) and no farther back than the window.
 //
-// A block of query rows meets its keys 64 at a time with a running maximum (online softmax, arXiv
-// 1805.02867), all in fp32. The query rows stand in the lanes of the registers: queries are transposed
-// once per block, results back once, and everything between (maximum, exp, sums, rescaling) is lane by
-// lane without a horizontal step. Keys and values are copied to dense fp32 first: their rows in a
-// fused QKV result lie a multiple of 4 KiB apart and would evict one another from the L1 cache.
-// Keys that no row of the block sees are not touched; where only some rows see a key, the others'
-// scores become -inf.
-// Limits: a sequence of one query row pays for a full register of them; heads that share their keys
-// each copy them.
+// A block of query rows is multiplied with 64 keys at a time, with a running maximum (online softmax, arXiv
+// 1805.02867), all in fp32. The query rows are in the lanes of the registers: queries are transposed once per
+// block, results back once, and everything between (maximum, exp, sums, rescaling) is lane by lane, without a
+// horizontal step. Keys and values are copied to dense fp32 first: their rows in a fused QKV result are a
+// multiple of 4 KiB apart and would evict one another from the L1 cache.
+// Keys that no row of the block sees are not read. If only some rows see a key, the scores of the others are
+// set to -inf.
+// Limits: a sequence of one query row costs as much as a full register of them; heads that share keys each copy
+// them.
 // Included once per ISA (no include guard).
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kKeyBlock = 64;
-// Registers of query rows per block, and keys or columns met by them at a time: their product is
-// the number of accumulators.
+// Registers of query rows per block, and keys or columns multiplied with them at a time. Their product is the
+// number of accumulators.
 constexpr int kQueryVecs = Vec::N == 16 ? 4 : 2;
 constexpr int kTile = 4;
 
@@ -116,7 +116,7 @@ struct SoftmaxState {
   Vec max[V], total[V];
 };
 
-// scores become exp(score - maximum); rescale: by what earlier sums have to be multiplied.
+// Replaces scores by exp(score - maximum). rescale: factors for the earlier sums.
 template <int V>
 void exponentiate(float* scores, int64_t keys, SoftmaxState<V>& state, Vec rescale[V]) {
   constexpr int64_t lanes = V * Vec::N;
@@ -168,7 +168,7 @@ struct Visible {
   int64_t first, last;
 };
 
-// Scores of the keys from `key` on that a row does not see become -inf.
+// Sets the scores of the keys from `key` on that a row does not see to -inf.
 inline void hide(const Visible& row0, bool window, int64_t key, int64_t keys, int64_t lanes,
                  float* scores) {
   for (int64_t j = 0; j < keys; ++j, scores += lanes) {
@@ -198,7 +198,7 @@ void attend(const VarlenAttentionArgs& a, int64_t head, int64_t first, int64_t l
 
   SoftmaxState<V> state;
   for (int v = 0; v < V; ++v) {
-    // The lowest number, not -inf, whose difference to a score of -inf would be NaN.
+    // Not -inf: its difference to a score of -inf would be NaN.
     state.max[v] = Vec::all(-0x1.fffffep127f);
     // Rows without keys are zero, not 0 / 0.
     state.total[v] = Vec::all(first_key < last_key ? 0.f : 1.f);
@@ -230,28 +230,28 @@ void attend(const VarlenAttentionArgs& a, int64_t head, int64_t first, int64_t l
 
 struct AttentionJob {
   const VarlenAttentionArgs& a;
-  int64_t next;  // unit of work that nobody has taken yet
+  int64_t next;  // the next item to take
 };
 
-// Takes one (sequence, head, block of query rows) after the other until none is left: they differ
-// too much in size to be dealt out beforehand.
+// Takes one item (sequence, head, block of query rows) after another until none is left, because they differ too
+// much in size to be assigned in advance.
 template <class T>
-void attend_units(int64_t, int64_t, void* context) {
+void attend_items(int64_t, int64_t, void* context) {
   AttentionJob& job = *(AttentionJob*)context;
   const VarlenAttentionArgs& a = job.a;
-  int64_t sequence = 0, first_unit = 0;
+  int64_t sequence = 0, first_item = 0;
   for (;;) {
-    const int64_t unit = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
+    const int64_t item = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
     int64_t begin, rows, vecs, blocks;
-    for (;; ++sequence, first_unit += blocks * a.heads) {
+    for (;; ++sequence, first_item += blocks * a.heads) {
       if (sequence == a.batch) return;
       begin = a.cu_seqlens_q[sequence];
       rows = a.cu_seqlens_q[sequence + 1] - begin;
       vecs = (rows + Vec::N - 1) / Vec::N;
       blocks = (vecs + kQueryVecs - 1) / kQueryVecs;
-      if (unit < first_unit + blocks * a.heads) break;
+      if (item < first_item + blocks * a.heads) break;
     }
-    const int64_t head = (unit - first_unit) / blocks, block = (unit - first_unit) % blocks;
+    const int64_t head = (item - first_item) / blocks, block = (item - first_item) % blocks;
     const int64_t first_vec = vecs * block / blocks, last_vec = vecs * (block + 1) / blocks;
     const int64_t first = begin + first_vec * Vec::N;
     const int64_t last = begin + (last_vec < vecs ? last_vec * Vec::N : rows);
@@ -280,11 +280,11 @@ void varlen_attention(const VarlenAttentionArgs& a) {
     const int64_t rows = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
     pairs += (rows + Vec::N) * (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b] + 16);
   }
-  // A further thread for every 4 million multiplications, which take one some 0.1 ms.
+  // One thread per 4 million multiplications, which take it about 0.1 ms.
   const int64_t wanted = 1 + pairs * a.heads * a.head_dim / 2000000;
   const int64_t threads = wanted < num_threads() ? wanted : num_threads();
   AttentionJob job{a, 0};
-  if (a.dtype == kFloat32) return parallel_for(0, threads, 1, attend_units<float>, &job);
-  if (a.dtype == kFloat16) return parallel_for(0, threads, 1, attend_units<f16>, &job);
-  parallel_for(0, threads, 1, attend_units<bf16>, &job);
+  if (a.dtype == kFloat32) return parallel_for(0, threads, 1, attend_items<float>, &job);
+  if (a.dtype == kFloat16) return parallel_for(0, threads, 1, attend_items<f16>, &job);
+  parallel_for(0, threads, 1, attend_items<bf16>, &job);
 }

@@ -8,7 +8,7 @@ namespace embedfuse::cuda {
 
 cudaError_t pool_normalize(const PoolNormalizeArgs&, cudaStream_t);
 cudaError_t token_weights(const TokenWeightsArgs&, cudaStream_t);
-// kept (tokens): whether each token stands for its id. scratch: 24 bytes a token.
+// kept (tokens): whether the token has the largest weight of its id. scratch: 24 bytes per token.
 cudaError_t sparse_scatter(const SparseScatterArgs&, bool* kept, void* scratch, cudaStream_t);
 
 }  // namespace embedfuse::cuda

@@ -3,9 +3,9 @@
 //
 // sparse_scatter takes a block per sequence. It hashes the ids into a table with open addressing whose
 // places hold the best token so far, as one 64-bit number that atomicMax compares: weight first, then
-// the earlier position. A second pass keeps each token that is its place's best. Up to kSharedTokens
-// tokens the table lies in shared memory, beyond in a scratch buffer, that is in L2.
-// Limits: with fewer sequences than the GPU has SMs the rest stand idle.
+// the earlier position. A second pass keeps each token that is the best of its place. Up to kSharedTokens
+// tokens the table is in shared memory, above that in a scratch buffer, that is in L2.
+// Limits: with fewer sequences than the GPU has SMs the others are idle.
 #include "cuda/kernels.h"
 #include "embedfuse/cuda.cuh"
 
@@ -19,7 +19,7 @@ constexpr int kRowThreads = 256;
 
 using Best = unsigned long long;
 
-// Of the order of the weights; 0 for what gives nothing, NaN above all.
+// Ordered as the weights; 0 for a weight that gives no entry, NaN largest.
 __device__ inline uint32_t order_key(float weight) {
   if (weight <= 0.f) return 0;
   return weight != weight ? 0x7fc00000u : __float_as_uint(weight);
@@ -35,7 +35,7 @@ struct Table {
   int places;
 };
 
-// One sequence of n tokens, by all threads of the block. No id is -1 and more places than tokens exist.
+// One sequence of n tokens, by all threads of the block. No id is -1, and there are more places than tokens.
 __device__ inline void keep_best(const float* weights, const int64_t* input_ids, int n, bool* kept,
                                  Table table) {
   for (int i = threadIdx.x; i < table.places; i += blockDim.x) {

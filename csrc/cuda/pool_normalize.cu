@@ -3,7 +3,7 @@
 // One block per sequence. It reduces the mask row to its first and last token, then `lanes` threads
 // side by side read a row with 16-byte loads while `groups` of them take every groups-th row; shared
 // memory adds the groups and holds the pooled row until its norm is known.
-// Limits: with fewer sequences than the GPU has SMs the rest stand idle; hidden is bounded by shared
+// Limits: with fewer sequences than the GPU has SMs the others are idle; hidden is bounded by shared
 // memory, about 36,000 on sm_80 and 53,000 on sm_90. Rows that are not 16-byte aligned load by element.
 #include "cuda/kernels.h"
 
@@ -16,7 +16,7 @@ namespace embedfuse::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-// 8 loads of 16 bytes by each of 512 threads are 64 KB on their way to an SM.
+// 8 loads of 16 bytes by each of 512 threads: 64 KB in flight per SM.
 constexpr int kRowsInFlight = 8;
 
 struct Tokens {
@@ -31,7 +31,7 @@ __device__ inline bool is_token(const void* mask, int mask_bytes, int t) {
   return static_cast<const int64_t*>(mask)[t] != 0;
 }
 
-// The rows that pooling looks at, by all threads of the block together.
+// The rows that are pooled, found by all threads of the block together.
 __device__ inline Tokens find_tokens(const void* mask, int mask_bytes, int rows, Pooling pooling) {
   __shared__ int firsts[kMaxWarps], lasts[kMaxWarps], counts[kMaxWarps];
   __shared__ long long sums[kMaxWarps];
@@ -127,18 +127,18 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  float unit = 1.f, norm = sqrtf(block_reduce(square, 0.f, Add{}, squares));
-  if (norm > FLT_MAX) {  // squares from 2^128 on are none of fp32
-    unit = 0x1p-96f, square = 0.f;
+  float factor = 1.f, norm = sqrtf(block_reduce(square, 0.f, Add{}, squares));
+  if (norm > FLT_MAX) {  // squares from 2^128 on overflow fp32
+    factor = 0x1p-96f, square = 0.f;
     for (int64_t c = threadIdx.x; c < a.hidden; c += blockDim.x) {
-      square += pooled[c] * unit * (pooled[c] * unit);
+      square += pooled[c] * factor * (pooled[c] * factor);
     }
     __syncthreads();  // all have read `squares`
     norm = sqrtf(block_reduce(square, 0.f, Add{}, squares));
   }
-  if (threadIdx.x == 0) a.norm[b] = norm / unit;
+  if (threadIdx.x == 0) a.norm[b] = norm / factor;
   // Written so that a NaN norm stays NaN.
-  const float scale = a.normalize ? unit / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
+  const float scale = a.normalize ? factor / (norm < 1e-12f ? 1e-12f : norm) : 1.f;
   const int out_bytes = a.out_dtype == kFloat32 ? 4 : 2;
   void* out = static_cast<char*>(a.out) + b * a.hidden * out_bytes;
   for (int64_t c = threadIdx.x * N; c < a.hidden; c += blockDim.x * N) {
@@ -163,7 +163,7 @@ cudaError_t launch(const PoolNormalizeArgs& a, cudaStream_t stream) {
   const int groups = one_row ? 1 : threads / lanes;
   const size_t bytes = (a.hidden + int64_t(groups) * lanes * N) * sizeof(float);
   auto* kernel = pool_normalize_kernel<T, N>;
-  // Up to 48 KB, the static part included, need no leave.
+  // Up to 48 KB, the static part included, need no opt-in.
   if (bytes > 46 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));

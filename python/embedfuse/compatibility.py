@@ -1,4 +1,4 @@
-"""Which releases of the libraries around embedfuse go together: one table, for `doctor` and for errors."""
+"""Which releases of other libraries work together: one table, for `doctor` and for errors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,15 @@ from packaging.specifiers import SpecifierSet
 
 @dataclass(frozen=True)
 class Pair:
-    """A library, another that it is used with, the releases that work, and what fails with others."""
+    """Releases of two libraries that work together.
+
+    Attributes:
+        package: a library.
+        releases: its releases that were tried.
+        other: a library that it imports.
+        needed: releases of the other that work with them.
+        otherwise: what fails with other releases.
+    """
 
     package: str
     releases: str
@@ -21,13 +29,13 @@ class Pair:
     def __str__(self) -> str:
         return f"{self.package} {self.releases} with {self.other} {self.needed}"
 
-    def answer(self) -> str:
-        """ "yes", or why not, of what is installed here."""
-        own, other = version(self.package), version(self.other)
-        if None in (own, other):
-            return f"{self.package if own is None else self.other} is not installed"
-        if own not in SpecifierSet(self.releases, prereleases=True):
-            return f"{self.package} is {own}: not tried"
+    def status(self) -> str:
+        """Whether the installed releases work together: "yes", or why not."""
+        installed, other = version(self.package), version(self.other)
+        if None in (installed, other):
+            return f"{self.package if installed is None else self.other} is not installed"
+        if installed not in SpecifierSet(self.releases, prereleases=True):
+            return f"{self.package} is {installed}: not tried"
         if other in SpecifierSet(self.needed, prereleases=True):
             return "yes"
         return f"no, {self.other} is {other}: {self.otherwise}"
@@ -48,6 +56,7 @@ PAIRS = (
 
 
 def version(package: str) -> str | None:
+    """The installed version; None if the package is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -56,14 +65,12 @@ def version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def explained(package: str) -> Iterator[None]:
-    """Around imports that need `package`: an ImportError also says which installed releases clash."""
+    """Around imports that need `package`: make an ImportError say which installed releases conflict."""
     try:
         yield
     except ImportError as error:
-        answers = {p: p.answer() for p in PAIRS if p.package == package.replace("_", "-")}
-        clashes = [
-            f"{pair}: {answer}" for pair, answer in answers.items() if answer.startswith("no, ")
-        ]
-        if not clashes:
+        pairs = {p: p.status() for p in PAIRS if p.package == package.replace("_", "-")}
+        conflicts = [f"{p}: {status}" for p, status in pairs.items() if status.startswith("no, ")]
+        if not conflicts:
             raise
-        raise ImportError(f"{error}. Accepted is {'; '.join(clashes)}") from error
+        raise ImportError(f"{error}. Accepted is {'; '.join(conflicts)}") from error

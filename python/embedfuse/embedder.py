@@ -1,7 +1,8 @@
-"""Embedder: load an embedding model and use it without padding, batch sizes or a second library."""
+"""Embedder: load an embedding model and encode texts, without padding and without batch sizes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,42 +16,54 @@ from embedfuse.patching.swap import Options
 from embedfuse.pipeline.checkpoint import read_preset
 from embedfuse.pipeline.embeddings import Embeddings, Vectors
 from embedfuse.pipeline.heads import load_heads
-from embedfuse.pipeline.llm2vec import WrappedTexts
+from embedfuse.pipeline.llm2vec import LLM2VecTokenizer
 from embedfuse.pipeline.loading import load_model, load_tokenizer
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from embedfuse.pipeline.presets import Preset
 from embedfuse.pipeline.scores import score_pairs
 from embedfuse.pipeline.tokenize import TextTokenizer
 
-_ARRAYS = {"float32": torch.float32, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
+_ARRAY_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Embedder:
     """An embedding model with its tokenizer, patched: BGE-M3 with all three outputs, and dense models.
 
-    model: folder or hub name of a checkpoint that `patch` takes. A PEFT adapter is merged into the
-        model that it is for.
-    dtype: "float32", "bfloat16" or "float16" of weights and arithmetic; sums are fp32 in all.
-    device: default the GPU when there is one.
-    max_length: tokens of a text, special ones included; default what the preset says.
-    preset: how the model wants its texts and gives its vectors (`embedfuse.Preset`). The fields of a
-        Preset that say something win over the files of sentence-transformers beside the weights, and
-        these over the entry of `embedfuse.PRESETS`. That is found by the checkpoint's name, and in its
-        stead may be named here. To change one field: `dataclasses.replace(PRESETS["e5"], ...)`.
-    strict: where the tokenizer does not add the token that ends every text, though the checkpoint wants
-        it: raise instead of having it added, with a warning.
-    dimensions: keep so many leading entries of dense and multi-vector rows, of models trained so that these
-        do alone (Matryoshka); they are normalised after that.
-    reuse_prefixes: as in `patch`, and without effect on a model that looks both ways; an instruction before
-        the queries of a decoder runs once, not per query.
-    hub: further arguments of transformers' from_pretrained (revision, token, cache_dir ...). Remote code
-        runs only with trust_remote_code=True among them.
+    An encoder for which no file and no preset says anything pools the first token, normalised.
+    Calls from several threads are safe.
 
-    An encoder that no file and no entry knows pools the first token, normalised. Calls from several
-    threads are safe.
+    Args:
+        model: folder or hub name of a checkpoint that `patch` accepts. A PEFT adapter is merged into its
+            base model.
+        dtype: "float32", "bfloat16" or "float16", of weights and arithmetic. Sums are fp32 in all three.
+        device: default: the GPU if there is one.
+        max_length: tokens of a text, special ones included; default: the preset's.
+        preset: how the model expects its texts and computes its vectors: a `Preset`, or a name in
+            `embedfuse.PRESETS`. Each setting comes from the first of these that has it: the fields of a
+            given Preset, the sentence-transformers files next to the weights, the entry of PRESETS with
+            the given name, or else with the checkpoint's name. To change one field use
+            `dataclasses.replace(PRESETS["e5"], ...)`.
+        strict: raise an error if the tokenizer does not add the end token that the checkpoint expects.
+            Default: add it, with a warning.
+        dimensions: keep this many leading entries of dense and multi-vector rows, for models trained for
+            it (Matryoshka). The rows are normalised afterwards.
+        reuse_prefixes: as in `patch`; without effect on a bidirectional model. With "stream" the
+            instruction before the queries of a decoder is computed once, not once per query.
+        hub: further arguments of transformers' from_pretrained (revision, token, cache_dir, ...). Remote
+            code runs only if trust_remote_code=True is one of them.
 
-    Raises ValueError for a dtype that the preset calls unsafe, more dimensions than there are, and a decoder
-    of which nothing says how it is pooled; TypeError for a checkpoint that `patch` does not take.
+    Raises:
+        ValueError: A dtype that the preset calls unsafe, more dimensions than the model has, or a decoder
+            whose pooling nothing says.
+        TypeError: A checkpoint that `patch` does not accept.
+
+    Example:
+        ```python
+        embedder = embedfuse.Embedder("BAAI/bge-m3")
+        found = embedder.encode(["a text"], outputs=("dense", "sparse"))
+        found.dense.shape  # (1, 1024)
+        ```
     """
 
     def __init__(
@@ -64,9 +77,9 @@ class Embedder:
         strict: bool = False,
         dimensions: int | None = None,
         reuse_prefixes: str = "stream",
-        **hub,
+        **hub: Any,
     ):
-        if dtype not in ("float32", "bfloat16", "float16"):
+        if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r}: accepted are float32, bfloat16 and float16")
         Options(reuse_prefixes=reuse_prefixes)  # for its error, before the weights are read
         if not isinstance(dimensions, Integral | None) or isinstance(dimensions, bool):
@@ -79,28 +92,32 @@ class Embedder:
         torch_dtype = getattr(torch, dtype)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         transformer = load_model(model, torch_dtype, hub).requires_grad_(False).to(device)
-        both_ways = self.preset.attention == "bidirectional"
-        attention = "bidirectional" if both_ways else None
-        keeps = not both_ways and "stream" in patched_class_of(transformer).reuses
-        reuse = "batch" if reuse_prefixes == "stream" and not keeps else reuse_prefixes
-        patch(transformer, attention=attention, reuse_prefixes=reuse)
+        self._patch(transformer, reuse_prefixes)
+        hidden_size = transformer.config.hidden_size
         self._pipeline = EmbeddingPipeline(
             transformer,
             tokenize,
-            load_heads(model, transformer.config.hidden_size, device, torch_dtype, **hub),
+            load_heads(model, hidden_size, device, torch_dtype, **hub),
             pooling=self.preset.pooling,
             normalize=self.preset.normalize,
             dimensions=dimensions,
-            wrapped=WrappedTexts(tokenize, self.preset) if self.preset.wraps else None,
+            llm2vec=LLM2VecTokenizer(tokenize, self.preset) if self.preset.wraps else None,
         )
-        width = transformer.config.hidden_size
-        if dimensions is not None and not 1 <= dimensions <= width:
-            raise ValueError(f"dimensions={dimensions}: accepted is 1 to {width}")
+        if dimensions is not None and not 1 <= dimensions <= hidden_size:
+            raise ValueError(f"dimensions={dimensions}: accepted is 1 to {hidden_size}")
         longest = min(self.tokenizer.model_max_length, transformer.longest_sequence())
         default = min(longest, self.preset.max_length or longest)
         self.max_length = default if max_length is None else max_length
         if not 3 <= self.max_length <= longest:
             raise ValueError(f"max_length={max_length}: accepted is 3 to {longest}")
+
+    def _patch(self, transformer, reuse_prefixes: str) -> None:
+        bidirectional = self.preset.attention == "bidirectional"
+        can_stream = not bidirectional and "stream" in patched_class_of(transformer).reuses
+        if reuse_prefixes == "stream" and not can_stream:
+            reuse_prefixes = "batch"
+        attention = "bidirectional" if bidirectional else None
+        patch(transformer, attention=attention, reuse_prefixes=reuse_prefixes)
 
     @property
     def model(self):
@@ -109,19 +126,29 @@ class Embedder:
 
     @property
     def tokenizer(self):
+        """The transformers tokenizer."""
         return self._pipeline.tokenize.tokenizer
 
     @property
     def report(self) -> Report:
-        """What was fused, what was refused, and which calls the original forward served."""
+        """What was fused, what was not and why, and which calls ran the original forward."""
         return report(self.model)
 
     def warm_up(
         self, tokens: int = 512, sequences: int = 8, outputs: Sequence[str] = ("dense",)
     ) -> int:
-        """`embedfuse.warm_up` for `encode` with these outputs."""
+        """Capture the CUDA graphs of small batches now, as `embedfuse.warm_up` does.
+
+        Args:
+            tokens: of the largest batch to expect, at most 1,024.
+            sequences: texts of the largest batch to expect, at most 64.
+            outputs: the outputs that `encode` will be called with.
+
+        Returns:
+            How many graphs the model has then; 0 if it can have none, and `report` says why.
+        """
         self._pipeline.check_outputs(outputs)
-        pruned = tuple(outputs) == ("dense",) and self._pipeline.wrapped is None
+        pruned = tuple(outputs) == ("dense",) and self._pipeline.llm2vec is None
         pooling = self.preset.pooling if pruned else None
         return warm_up(self.model, tokens=tokens, sequences=sequences, pooling=pooling)
 
@@ -134,46 +161,73 @@ class Embedder:
         array_dtype: str = "float32",
         show_progress: bool = False,
     ) -> Embeddings:
-        """Embeddings of texts, in their order.
+        """Embed texts. All outputs come from one forward.
 
-        outputs: any of "dense" (texts, hidden), "sparse" (lexical weights) and "multi" (one vector per
-            token but the first), all from one forward.
-        prompt: put before every text; default the preset's, which is empty for most.
-        array_dtype: "float32" or "float16" of the dense and multi-vector arrays.
-        show_progress: a bar on stderr.
+        Args:
+            texts: the texts.
+            outputs: any of "dense" (texts, hidden), "sparse" (lexical weights) and "multi" (one vector
+                per token except the first).
+            prompt: put before every text; default: the preset's, which is empty for most models.
+            array_dtype: "float32" or "float16", of the dense and multi-vector arrays.
+            show_progress: show a progress bar on stderr.
 
-        Raises TypeError or ValueError, naming the place, for a text that is not a str or holds a lone
-        surrogate, ValueError for outputs that this model does not have, and RuntimeError after somebody
-        unpatched `model`.
+        Returns:
+            The embeddings, in the order of the texts.
+
+        Raises:
+            TypeError: A text is not a str; the error names its index.
+            ValueError: A text contains a lone surrogate (the error names its index), or the model does
+                not have one of the outputs.
+            RuntimeError: `model` was unpatched.
         """
         dtype = _array_dtype(array_dtype)
-        how = {"prompt": prompt, "array_dtype": array_dtype, "show_progress": show_progress}
-        parts = list(self.iter_encode(texts, outputs, **how))
-        return Embeddings.cat(parts) if parts else self._pipeline.empty(outputs, dtype).host()
+        options = {"prompt": prompt, "array_dtype": array_dtype, "show_progress": show_progress}
+        parts = list(self.iter_encode(texts, outputs, **options))
+        return Embeddings.cat(parts) if parts else self._pipeline.empty(outputs, dtype).numpy()
 
     def encode_queries(
         self,
         texts: Iterable[str],
         instruction: str | None = None,
         outputs: Sequence[str] = ("dense",),
-        **how,
+        **options: Any,
     ) -> Embeddings:
-        """Embeddings of queries: `encode` with the prompt that the model was trained to see there.
+        """Embed queries: `encode` with the prompt that the model was trained with for queries.
 
-        instruction: one sentence that describes the task, as the model's family takes it; default the
-            preset's query_prompt, which for these families asks for web search.
-        how: array_dtype and show_progress, as in encode.
+        Args:
+            texts: the queries.
+            instruction: one sentence that describes the task, for models that take one. Default: the
+                preset's query_prompt, which for these models asks for web search.
+            outputs: as in `encode`.
+            options: array_dtype and show_progress, as in `encode`.
 
-        Raises ValueError for an instruction to a model that takes none, and otherwise as encode.
+        Returns:
+            The embeddings, in the order of the texts.
+
+        Raises:
+            ValueError: An instruction for a model that takes none; otherwise as `encode`.
         """
         prompt = self.preset.prompt_of_query(instruction)
-        return self.encode(texts, outputs, prompt=prompt, **how)
+        return self.encode(texts, outputs, prompt=prompt, **options)
 
     def encode_documents(
-        self, texts: Iterable[str], outputs: Sequence[str] = ("dense",), **how
+        self, texts: Iterable[str], outputs: Sequence[str] = ("dense",), **options: Any
     ) -> Embeddings:
-        """Embeddings of passages: `encode` with the prompt that the model was trained to see there."""
-        return self.encode(texts, outputs, prompt=self.preset.prompt_of_document(), **how)
+        """Embed passages: `encode` with the prompt that the model was trained with for passages.
+
+        Args:
+            texts: the passages.
+            outputs: as in `encode`.
+            options: array_dtype and show_progress, as in `encode`.
+
+        Returns:
+            The embeddings, in the order of the texts.
+
+        Raises:
+            TypeError: As `encode`.
+            ValueError: As `encode`.
+        """
+        return self.encode(texts, outputs, prompt=self.preset.prompt_of_document(), **options)
 
     def iter_encode(
         self,
@@ -184,17 +238,33 @@ class Embedder:
         array_dtype: str = "float32",
         show_progress: bool = False,
     ) -> Iterator[Embeddings]:
-        """As encode, a few hundred texts at a time; `texts` may be a generator over more than fits in
-        memory."""
+        """Embed texts a few hundred at a time.
+
+        Args:
+            texts: the texts; may be a generator over more than fits in memory.
+            outputs: as in `encode`.
+            prompt: as in `encode`.
+            array_dtype: as in `encode`.
+            show_progress: as in `encode`.
+
+        Returns:
+            An iterator over the embeddings of consecutive parts of the texts.
+
+        Raises:
+            TypeError: As `encode`. Errors of a text are raised by the iterator, after all earlier parts.
+            ValueError: As `encode`.
+        """
         dtype = _array_dtype(array_dtype)
-        self._pipeline.check(texts, outputs)  # now, not when the first part is asked for
+        self._pipeline.check(
+            texts, outputs
+        )  # here, because a generator would check at the first part
         prompt = self.preset.prompt if prompt is None else prompt
 
         def parts() -> Iterator[Embeddings]:
             total = len(texts) if hasattr(texts, "__len__") else None
             with tqdm(total=total, unit="text", disable=not show_progress) as bar:
                 call = (texts, outputs, self.max_length, dtype, bar.update)
-                yield from map(Vectors.host, self._pipeline.stream(*call, prompt=prompt))
+                yield from map(Vectors.numpy, self._pipeline.stream(*call, prompt=prompt))
 
         return parts()
 
@@ -205,15 +275,24 @@ class Embedder:
         *,
         show_progress: bool = False,
     ) -> dict[str, list[float]]:
-        """Scores of (query, passage) pairs by all three embeddings.
+        """Score (query, passage) pairs by all three embeddings.
 
-        weights: of dense, sparse and multi-vector score in the combined ones.
+        The keys and values are those of FlagEmbedding.
 
-        Returns one list per key: "dense" (q . p), "sparse" (sum of products of shared tokens' weights),
-        "colbert" (mean over query tokens of the best dot product with a passage token), "sparse+dense"
-        and "colbert+sparse+dense" (means with `weights`); keys and numbers of FlagEmbedding.
-        A mean whose weights sum to 0 is nan.
-        Raises TypeError for what is not a pair of texts, ValueError as encode does.
+        Args:
+            pairs: (query, passage) texts.
+            weights: of the dense, sparse and multi-vector score in the combined ones.
+            show_progress: show a progress bar on stderr.
+
+        Returns:
+            One list of scores per key: "dense" (q . p), "sparse" (sum over shared tokens of the product
+                of their weights), "colbert" (mean over the query's tokens of the largest dot product with
+                a passage token), "sparse+dense" and "colbert+sparse+dense" (means weighted by `weights`;
+                nan if the weights sum to 0).
+
+        Raises:
+            TypeError: An element of `pairs` is not a pair of texts.
+            ValueError: As `encode`, or not three weights.
         """
         if len(weights) != 3:
             raise ValueError(
@@ -228,9 +307,17 @@ class Embedder:
 
     @staticmethod
     def lexical_matching_score(queries: Csr, passages: Csr) -> np.ndarray:
-        """(queries, passages): sum over shared tokens of the product of their weights.
+        """Score sparse embeddings: sum over shared tokens of the product of their weights.
 
-        queries, passages: as encode gives them under "sparse". Raises TypeError for anything else.
+        Args:
+            queries: lexical weights as `encode` returns them in `sparse`.
+            passages: as queries.
+
+        Returns:
+            (queries, passages), float32.
+
+        Raises:
+            TypeError: An argument is not a Csr.
         """
         for name, side in (("queries", queries), ("passages", passages)):
             if not isinstance(side, Csr):
@@ -241,15 +328,20 @@ class Embedder:
 
     @staticmethod
     def colbert_score(query: np.ndarray, passage: np.ndarray) -> float:
-        """Mean over the query's rows of the largest dot product with a row of the passage.
+        """Score multi-vectors: mean over the query's rows of the largest dot product with a passage row.
 
-        query, passage: (tokens, columns), as encode gives them under "multi".
+        Args:
+            query: (tokens, columns), one array as `encode` returns them in `multi`.
+            passage: as query.
+
+        Returns:
+            The score.
         """
         query, passage = (as_tensor(x)[None].float() for x in (query, passage))
         return maxsim(query, passage, reduction="mean").item()
 
 
 def _array_dtype(name: str) -> torch.dtype:
-    if name not in _ARRAYS:
-        raise ValueError(f"array_dtype={name!r}: accepted are {' and '.join(_ARRAYS)}")
-    return _ARRAYS[name]
+    if name not in _ARRAY_DTYPES:
+        raise ValueError(f"array_dtype={name!r}: accepted are {' and '.join(_ARRAY_DTYPES)}")
+    return _ARRAY_DTYPES[name]

@@ -1,4 +1,4 @@
-"""The compiled modules: loaded once, handed torch's thread pool, and the reason when one is missing."""
+"""The compiled modules: loaded once, with torch's thread pool, or the reason why one is missing."""
 
 import ctypes
 import functools
@@ -16,11 +16,11 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class Unavailable(Exception):
-    """A backend cannot run here; the text is the reason."""
+    """A backend cannot run on this machine. The message is the reason."""
 
 
 def build_notes() -> dict[str, str]:
-    """What setup.py noted about each module when it built this copy of the package."""
+    """Module -> what setup.py recorded about its build; empty if this copy was not built."""
     path = Path(__file__).parent / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -36,8 +36,8 @@ def _load(module: str, backend: str) -> ModuleType:
 @functools.cache
 def _load_cpu() -> ModuleType:
     module = _load("_cpu", "cpp")
-    # torch exports its own parallel_for since 2.10, so torch.set_num_threads is obeyed and no
-    # second OpenMP runtime is linked.
+    # torch exports its parallel_for since 2.10. With it our kernels respect torch.set_num_threads and need
+    # no second OpenMP runtime.
     try:
         lib = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         pool = (lib.torch_parallel_for, lib.torch_get_num_threads)
@@ -49,15 +49,17 @@ def _load_cpu() -> ModuleType:
 
 @functools.cache
 def cpu() -> ModuleType:
-    """embedfuse._cpu, with the instruction set that EMBEDFUSE_CPU_ISA asks for.
+    """embedfuse._cpu, with the instruction set that EMBEDFUSE_CPU_ISA selects.
 
-    Raises Unavailable when it was not built, ValueError for an instruction set that is not there.
+    Raises:
+        Unavailable: It was not built, or torch has no thread pool for it.
+        ValueError: The processor does not have that instruction set.
     """
     module = _load_cpu()
     isa = config.read("EMBEDFUSE_CPU_ISA")
     supported = module.supported_isas()
     if isa and isa not in supported:
-        # Asked for by name, so not Unavailable: that would fall back to another backend.
+        # It was requested by name, so not Unavailable, which makes the registry choose another backend.
         raise ValueError(f"EMBEDFUSE_CPU_ISA={isa}: this processor runs {', '.join(supported)}")
     module.select_isa(isa or supported[0])
     return module
@@ -65,12 +67,17 @@ def cpu() -> ModuleType:
 
 @functools.cache
 def cuda() -> ModuleType:
-    """embedfuse._cuda; raises Unavailable when it was not built or no GPU is there."""
+    """embedfuse._cuda.
+
+    Raises:
+        Unavailable: It was not built, or there is no GPU.
+    """
     require_gpu()
     return _load("_cuda", "cuda")
 
 
 def require_gpu() -> None:
+    """Raise Unavailable, with the reason, if torch sees no GPU."""
     if torch.version.cuda is None:
         raise Unavailable(f"torch {torch.__version__} is built without CUDA")
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Op: schema, meaning, implementations and selection. The one place that knows torch.library."""
+"""Ops and their backends: what each op means, what runs it, and which backend is chosen."""
 
 import contextlib
 import contextvars
@@ -16,6 +16,7 @@ from embedfuse.native import Unavailable
 
 _library = torch.library.Library("embedfuse", "DEF")
 OPS: dict[str, "Op"] = {}
+"""Every op, by name."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "embedfuse_backend", default=None
@@ -23,14 +24,21 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run this call."""
+    """A backend was requested by name and cannot run a call. The message has the reason."""
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op on one backend inside the block; a backend that cannot run raises BackendError.
+    """Run every op on one backend, for the duration of a `with` block.
 
-    name: "reference", "cpp", "triton" or "cuda". Goes before EMBEDFUSE_BACKEND.
+    Takes precedence over the environment variable EMBEDFUSE_BACKEND. Applies to the current thread only.
+
+    Args:
+        name: "reference" (plain torch), "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: An unknown name.
+        BackendError: From an op inside the block that the backend cannot run.
     """
     if name not in config.BACKENDS:
         raise ValueError(f"name={name!r}: accepted are {', '.join(config.BACKENDS)}")
@@ -42,12 +50,18 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
+    """The backend that use_backend or EMBEDFUSE_BACKEND requests; None: chosen automatically."""
     return _forced.get() or config.read("EMBEDFUSE_BACKEND")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call must move and compute at least. bytes: read + written once; flops: multiply + add = 2."""
+    """The least that a call must move and compute.
+
+    Attributes:
+        bytes: inputs read once plus outputs written once.
+        flops: a multiplication and an addition count 2.
+    """
 
     bytes: int
     flops: int
@@ -55,11 +69,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class Implementation:
+    """A version of an op for one backend.
+
+    Attributes:
+        backend: "cpp", "triton" or "cuda".
+        load: returns the function that runs the op; raises Unavailable with the reason.
+        dtypes: of the op's first argument that it accepts.
+    """
+
     backend: str
-    load: Callable[[], Callable]  # raises Unavailable with the reason
+    load: Callable[[], Callable]
     dtypes: tuple[torch.dtype, ...]
 
     def devices(self) -> tuple[str, ...]:
+        """The types of device whose tensors it accepts: "cpu" or "cuda"."""
         if self.backend == "cpp":
             return ("cpu",)
         if self.backend == "triton" and triton_interprets():
@@ -67,7 +90,7 @@ class Implementation:
         return ("cuda",)
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
-        """Why this cannot run a call on such tensors; None when it can."""
+        """Why this cannot run a call on such tensors; None if it can."""
         if device not in self.devices():
             return f"runs on {self.devices()[0]} tensors, not on {device}"
         if dtype not in self.dtypes:
@@ -81,12 +104,12 @@ class Implementation:
 
 
 def triton_interprets() -> bool:
-    """Triton's own switch: kernels run on CPU tensors in numpy, for tests."""
+    """Whether TRITON_INTERPRET makes Triton run kernels on CPU tensors in numpy, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_function(path: str) -> Callable[[], Callable]:
-    """Loader of a launcher "module:function" in embedfuse.triton_kernels."""
+    """A loader of the launcher "module:function" in embedfuse.triton_kernels."""
     module, function = path.split(":")
 
     @functools.cache
@@ -102,22 +125,30 @@ def triton_function(path: str) -> Callable[[], Callable]:
 
 
 class Op:
-    """One operator of the library "embedfuse".
+    """An operator of the torch library "embedfuse", with one implementation per backend.
 
-    Declared by its torch schema; `reference` gives the meaning in plain torch on any device, `fake`
-    the shapes, `impl` the fast versions in order of preference, `samples` and `cost` feed the
-    generic tests and benchmarks. The first argument is the tensor that decides device and dtype.
+    Its first argument, a tensor, decides the device and dtype by which a backend is chosen. The decorators
+    `reference`, `fake`, `samples` and `cost` complete it; `impl` adds a backend.
+
+    Args:
+        schema: of torch.library, such as "silu_mul(Tensor gate, Tensor up) -> Tensor".
+        meaning: what it computes, in one line.
+        differentiable: whether the public function that calls it has a gradient.
+
+    Attributes:
+        name: as in torch.ops.embedfuse.
+        implementations: besides the reference, in order of preference.
     """
 
-    def __init__(self, schema: str):
-        self.schema = schema
+    def __init__(self, schema: str, meaning: str = "", *, differentiable: bool = False):
+        self.schema, self.meaning, self.differentiable = schema, meaning, differentiable
         self.name = schema.split("(")[0]
         self.implementations: list[Implementation] = []
         self._reference: Callable | None = None
         self._chosen: dict[tuple, Callable] = {}
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
-        # Not a cached_property: torch.compile cannot trace the lock of its first access.
+        # Not a cached_property: torch.compile cannot trace its lock.
         self.overload = getattr(torch.ops.embedfuse, self.name).default
         OPS[self.name] = self
 
@@ -125,30 +156,50 @@ class Op:
         return self.overload(*args)
 
     def reference(self, fn: Callable) -> Callable:
+        """Set the definition of the op in plain torch, for any device."""
         self._reference = fn
         return fn
 
     def fake(self, fn: Callable) -> Callable:
+        """Set the function that gives the shapes of the outputs, for torch.compile."""
         torch.library.register_fake(f"embedfuse::{self.name}", fn, lib=_library)
         return fn
 
     def samples(self, fn: Callable) -> Callable:
-        """fn(device, dtype, size) -> list of argument tuples; size is "test" or "bench"."""
+        """Set fn(device, dtype, size) -> list of argument tuples; size is "test" or "bench"."""
         self.make_samples = fn
         return fn
 
     def cost(self, fn: Callable) -> Callable:
-        """fn(*args) -> Cost."""
+        """Set fn(*args) -> Cost."""
         self.count_cost = fn
         return fn
 
     def impl(
         self, backend: str, load: Callable[[], Callable], dtypes: tuple = tuple(native.DTYPES)
     ):
+        """Add an implementation; the ones added first are preferred.
+
+        Args:
+            backend: "cpp", "triton" or "cuda".
+            load: returns the function that runs the op; raises Unavailable with the reason.
+            dtypes: of the op's first argument that it accepts.
+        """
         self.implementations.append(Implementation(backend, load, dtypes))
 
     def select(self, device: str, dtype: torch.dtype) -> Callable:
-        """The function that runs a call on such tensors now."""
+        """The function that runs a call.
+
+        Args:
+            device: type of the first argument's device, "cpu" or "cuda".
+            dtype: of the first argument.
+
+        Returns:
+            The implementation of the requested backend, or else of the first that can run.
+
+        Raises:
+            BackendError: The requested backend cannot run it.
+        """
         forced = forced_backend()
         key = (forced, device, dtype)
         if key not in self._chosen:
@@ -156,10 +207,9 @@ class Op:
         return self._chosen[key]
 
     def accelerates(self, x: Tensor) -> bool:
-        """Whether a call on such a tensor would run on something faster than the reference.
+        """Whether a call on such a tensor runs on something faster than torch.
 
-        A tower keeps torch's own layer where not, even if another backend was asked for. The C++
-        kernels without vector registers lose to torch.
+        If not, a tower calls torch's layer. The C++ kernels for "baseline" are slower than torch.
         """
         try:
             chosen = self.select(x.device.type, x.dtype)
@@ -170,7 +220,16 @@ class Op:
         return not x.is_cpu or triton_interprets() or native.cpu().selected_isa() != "baseline"
 
     def refusal(self, backend: str, device: str, dtype: torch.dtype) -> str | None:
-        """Why `backend` cannot run this op on such tensors; None when it can."""
+        """Why a backend cannot run this op.
+
+        Args:
+            backend: "reference", "cpp", "triton" or "cuda".
+            device: type of the first argument's device, "cpu" or "cuda".
+            dtype: of the first argument.
+
+        Returns:
+            The reason; None if it can.
+        """
         if backend == "reference":
             return None
         for implementation in self.implementations:

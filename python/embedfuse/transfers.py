@@ -1,7 +1,7 @@
-"""Between host and GPU without a wait: pinned memory to it, pinned memory and a stream of its own back.
+"""Copies between host and GPU that the host does not wait for, through pinned memory.
 
-No buffer is kept here. torch's allocators hand out a pinned block again only when the copies from or to it
-are done, and a block of the GPU only when the streams that it was recorded on are.
+No buffers are kept here. torch's allocators reuse a pinned block only after the copies from or to it have
+finished, and a block of GPU memory only after the streams that it was recorded on have.
 """
 
 from collections.abc import Callable
@@ -13,52 +13,52 @@ _ALIGNMENT = 16
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of the host on `device`: on a GPU one copy for all, which the host does not wait for.
+    """Host tensors on `device`. For a GPU they travel in one copy, which the host does not wait for.
 
-    There they are parts of one storage.
+    The results on a GPU are views of one storage.
     """
     if device.type != "cuda":
         return tuple(t.to(device) for t in tensors)
-    places, total = [], 0
+    offsets, total = [], 0
     for t in tensors:
-        places.append(total)
+        offsets.append(total)
         total += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
-    staged = pinned((total,), torch.uint8)
-    for part, t in zip(_parts(staged, places, tensors), tensors, strict=True):
+    buffer = pinned((total,), torch.uint8)
+    for part, t in zip(_views(buffer, offsets, tensors), tensors, strict=True):
         part.copy_(t)
-    return _parts(staged.to(device, non_blocking=True), places, tensors)
+    return _views(buffer.to(device, non_blocking=True), offsets, tensors)
 
 
-def _parts(buffer: Tensor, places: list[int], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _views(buffer: Tensor, offsets: list[int], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(
-        buffer[place : place + t.nbytes].view(t.dtype).view(t.shape)
-        for place, t in zip(places, like, strict=True)
+        buffer[offset : offset + t.nbytes].view(t.dtype).view(t.shape)
+        for offset, t in zip(offsets, like, strict=True)
     )
 
 
 class ToHost:
-    """Copies results of one device to the host while the device goes on.
+    """Copies results from a device to the host while the device continues.
 
-    behind: how many batches to start before the results of the first are waited for.
+    in_flight: how many batches to start before waiting for the results of the first.
     """
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.behind = 0 if self._stream is None else 1
+        self.in_flight = 0 if self._stream is None else 1
 
     def __call__(self, *tensors: Tensor | None) -> Callable[[], tuple[Tensor | None, ...]]:
-        """Starts the copies; what comes back waits for them, and for nothing else, and returns them.
+        """Start the copies and return a function that waits for them only, and returns them.
 
-        None stays None. What lies on the host already is returned as it is.
+        None stays None. Tensors on the host are returned as they are.
         """
         if self._stream is None:
             return lambda: tensors
         device = self._stream.device
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        # The tensors are of inference mode, outside of which torch may refuse to mark them.
+        # The tensors were made in inference mode; outside of it torch may refuse to mark them.
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             copies = tuple(None if t is None else self._copy(t) for t in tensors)
-        # blocking: the waiting thread sleeps, so that the one that tokenises has its core.
+        # blocking: the waiting thread sleeps, so that the tokenizer's thread can use its core.
         done = torch.cuda.Event(blocking=True)
         done.record(self._stream)
 

@@ -68,18 +68,18 @@ def test_copies_in_both_directions():
     device = torch.device("cuda", torch.cuda.current_device())
     to_host = ToHost(device)
     rows = torch.arange(2**20).view(-1, 64)
-    arriving = []
+    waits = []
     torch.cuda.set_sync_debug_mode("error")
     try:
         for i in range(20):
             on_device, ends = to_device(device, rows + i, torch.tensor([0, i], dtype=torch.int32))
             torch.cuda._sleep(2_000_000)
-            arriving.append(to_host(on_device * 2, ends, None))
+            waits.append(to_host(on_device * 2, ends, None))
             del on_device, ends  # their memory may go to the next, but not before it was read
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for i, arrive in enumerate(arriving):
-        found, ends, nothing = arrive()
+    for i, wait in enumerate(waits):
+        found, ends, nothing = wait()
         assert torch.equal(found, (rows + i) * 2)
         assert (ends.tolist(), ends.dtype, nothing) == ([0, i], torch.int32, None)
         assert found.is_pinned()
@@ -92,9 +92,9 @@ def test_a_copy_waits_for_what_it_copies_and_the_host_does_not():
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
     values += 1
-    arrive = ToHost(device)(values)
+    wait = ToHost(device)(values)
     assert not torch.cuda.current_stream().query()  # still asleep, and the host is here
-    assert arrive()[0].sum() == 1024
+    assert wait()[0].sum() == 1024
 
 
 def test_memory_that_runs_out_loses_nothing(m3_folder, monkeypatch):

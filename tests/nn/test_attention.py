@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from embedfuse import use_backend
 from embedfuse.nn import attention as nn_attention
-from embedfuse.nn.attention import attention, runs
+from embedfuse.nn.attention import attention, equal_length_groups
 from embedfuse.packing import unpadded
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ LENGTHS = [[3, 1, 7], [4, 4, 4], [2, 2, 5, 5, 5, 1], [6]]
 
 
 def plain(q, k, v, rows, tokens):
-    """Sequence by sequence; rows, tokens: how many query rows and keys each has."""
+    """Plain attention, one sequence after another. rows, tokens: query rows and keys of each."""
     out = []
     for q_b, k_b, v_b in zip(q.split(rows), k.split(tokens), v.split(tokens), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q_b, k_b) * SCALE
@@ -63,7 +63,7 @@ def test_gradient_of_fewer_query_rows():
 
 
 def test_who_computes(monkeypatch):
-    """The kernel in inference on the CPU; SDPA where it has no version, and where torch has to record."""
+    """The kernel in inference on the CPU; SDPA if it has no version, and if gradients are recorded."""
     lengths = [4, 2]
     q, k, v = inputs(lengths, lengths)
     packed = unpadded(lengths, CPU)
@@ -95,8 +95,8 @@ def test_who_computes(monkeypatch):
 
 def test_runs():
     queries, keys = unpadded([1, 1, 2, 2, 1], CPU), unpadded([5, 5, 5, 2, 2], CPU)
-    assert runs(queries, keys) == [(2, 1, 5), (1, 2, 5), (1, 2, 2), (1, 1, 2)]
-    assert runs(unpadded([], CPU), unpadded([], CPU)) == []
+    assert equal_length_groups(queries, keys) == [(2, 1, 5), (1, 2, 5), (1, 2, 2), (1, 1, 2)]
+    assert equal_length_groups(unpadded([], CPU), unpadded([], CPU)) == []
 
 
 def test_no_tokens():

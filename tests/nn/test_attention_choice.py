@@ -1,4 +1,4 @@
-"""Which attention runs on a GPU, what it is called with, and what doctor and report say: without a GPU."""
+"""Which attention is chosen on a GPU, its arguments, and what doctor and report say. Needs no GPU."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ from embedfuse import native, use_backend
 from embedfuse.cli import doctor
 from embedfuse.nn import attention as nn_attention
 from embedfuse.nn import flash
-from embedfuse.nn.attention import KERNEL, SDPA, VARLEN, attention, choose, cuda_answers
+from embedfuse.nn.attention import KERNEL, SDPA, VARLEN, attention, choose, cuda_refusals
 from embedfuse.nn.flash import FLASH_ATTENTION_3, TORCH_VARLEN
 from embedfuse.ops.varlen_attention import varlen_attention
 from embedfuse.packing import unpadded
@@ -24,12 +24,12 @@ CACHES = (
     nn_attention.choose_flash,
     flash.load_flash_attention_3,
     flash.load_torch_varlen,
-    flash.takes,
+    flash.accepts,
 )
 
 
 class OnGpu:
-    """Shape, dtype and device of a CUDA tensor, which is all that the choice looks at."""
+    """Shape, dtype and device of a CUDA tensor: all that the choice depends on."""
 
     is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)
@@ -39,7 +39,7 @@ class OnGpu:
 
 
 class Stub:
-    """flash_attn_varlen_func, or torch's: notes its arguments and computes by the op's reference."""
+    """flash_attn_varlen_func, or torch's: records its arguments and computes by the op's reference."""
 
     def __init__(self, scale_name, tuple_=False):
         self.scale_name, self.tuple, self.calls = scale_name, tuple_, []
@@ -75,7 +75,7 @@ def torch_2_13(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(capability, flash_attention_3, torch_varlen): a machine with such a card and such packages."""
+    """gpu(capability, flash_attention_3, torch_varlen): a machine with that GPU and those packages."""
     varlen = importlib.import_module("torch.nn.attention.varlen")
     caches = [function.cache_clear for function in CACHES]
 
@@ -164,7 +164,7 @@ def test_arguments_and_values(gpu, monkeypatch, name, group, causal, window, win
     k, v = torch.randn(2, 12, 4 // group, 8, generator=generator)
     stub = Stub("softmax_scale" if "fa3" in name else "scale", name == "fa3 of 2024")
     monkeypatch.setattr(
-        flash, "takes", lambda function, argument: "without" not in name or argument == "scale"
+        flash, "accepts", lambda function, argument: "without" not in name or argument == "scale"
     )
     gpu((9, 0), stub, stub)
     chosen = FLASH_ATTENTION_3 if "fa3" in name else TORCH_VARLEN
@@ -186,7 +186,7 @@ def test_arguments_and_values(gpu, monkeypatch, name, group, causal, window, win
 
 
 def test_the_op_gets_no_lengths(gpu, monkeypatch):
-    """Only cu_seqlens, which lies on the device: nothing to read on the host."""
+    """Only cu_seqlens, which is on the device: there is nothing to read on the host."""
     packed = unpadded([3, 5], CPU)
     x = torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(0))
     expected = attention(x, x, x, packed, scale=0.3, dropout=0.0, causal=True)
@@ -203,21 +203,21 @@ def test_reasons(gpu, monkeypatch):
     monkeypatch.setattr(VARLEN, "refusal", lambda *args: "Triton is not there")
     monkeypatch.setattr(torch, "__version__", "2.10.0")
     gpu((8, 0), None, torch_2_10)
-    assert list(cuda_answers(F16, 64).items()) == [
+    assert list(cuda_refusals(F16, 64).items()) == [
         (FLASH_ATTENTION_3.name, "runs on sm_90, not on sm_80"),
         (TORCH_VARLEN.name, "that of torch 2.10.0 does not take a scale"),
         (KERNEL, "Triton is not there"),
         (SDPA, None),
     ]
     gpu((7, 5), fa3)
-    assert cuda_answers(F16, 64)[TORCH_VARLEN.name] == "runs on sm_80 and later, not on sm_75"
+    assert cuda_refusals(F16, 64)[TORCH_VARLEN.name] == "runs on sm_80 and later, not on sm_75"
     gpu((9, 0))
-    answers = cuda_answers(F32, 64)
+    answers = cuda_refusals(F32, 64)
     assert answers[FLASH_ATTENTION_3.name] == "takes float16, bfloat16, not float32"
-    assert cuda_answers(F16, 300)[KERNEL] == "takes a head_dim up to 256, not 300"
+    assert cuda_refusals(F16, 300)[KERNEL] == "takes a head_dim up to 256, not 300"
     for head_dim in (20, 264):
         text = f"takes a head_dim that is a multiple of 8 up to 256, not {head_dim}"
-        assert cuda_answers(F16, head_dim)[TORCH_VARLEN.name] == text
+        assert cuda_refusals(F16, head_dim)[TORCH_VARLEN.name] == text
 
 
 def test_why_flash_attention_3_does_not_load(gpu, monkeypatch, tmp_path):
@@ -225,7 +225,7 @@ def test_why_flash_attention_3_does_not_load(gpu, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn_interface")
     name = FLASH_ATTENTION_3.name
-    assert cuda_answers(F16, 64)[name] == "flash_attn_interface is not installed"
+    assert cuda_refusals(F16, 64)[name] == "flash_attn_interface is not installed"
     for content, reason in (
         ("import flash_attn_3_that_is_not_there", "No module named 'flash_attn_3_that"),
         ("raise ImportError('undefined symbol')", "undefined symbol"),
@@ -234,7 +234,7 @@ def test_why_flash_attention_3_does_not_load(gpu, monkeypatch, tmp_path):
         (tmp_path / "flash_attn_interface.py").write_text(content)
         sys.modules.pop("flash_attn_interface", None)
         flash.load_flash_attention_3.cache_clear()
-        found = cuda_answers(F16, 64)[name]
+        found = cuda_refusals(F16, 64)[name]
         assert found.startswith("flash_attn_interface does not load: ")
         assert reason in found
     sys.modules.pop("flash_attn_interface", None)
@@ -243,11 +243,11 @@ def test_why_flash_attention_3_does_not_load(gpu, monkeypatch, tmp_path):
 def test_asked_for_by_name_in_the_answers(gpu):
     gpu((9, 0), fa3)
     with use_backend("triton"):
-        answers = cuda_answers(F16, 64)
+        answers = cuda_refusals(F16, 64)
         assert next(iter(answers)) == KERNEL
         assert answers[FLASH_ATTENTION_3.name] == "backend 'triton' was asked for"
     with use_backend("reference"):
-        answers = cuda_answers(F16, 64)
+        answers = cuda_refusals(F16, 64)
         assert answers[KERNEL] == "backend 'reference' was asked for"
         assert next(name for name, reason in answers.items() if reason is None) == TORCH_VARLEN.name
 

@@ -96,13 +96,13 @@ def test_the_last_layer_computes_keys_and_values_for_all_tokens_and_the_rest_for
     seen = []
     linear, linears = decoder.linear, decoder.linears
 
-    def noted_linear(module, x, plain):
+    def noted_linear(module, x, inference):
         seen.append((module.out_features, len(x)))
-        return linear(module, x, plain)
+        return linear(module, x, inference)
 
-    def noted_linears(modules, x, plain):
+    def noted_linears(modules, x, inference):
         seen.append((sum(m.out_features for m in modules), len(x)))
-        return linears(modules, x, plain)
+        return linears(modules, x, inference)
 
     monkeypatch.setattr(decoder, "linear", noted_linear)
     monkeypatch.setattr(tower, "linear", noted_linear)
@@ -126,7 +126,9 @@ def test_results_of_foreign_modules_are_not_written_to(x):
     with torch.no_grad():
         y = module(x)
         before = y.clone()
-        turned = decoder.turn(module, None, y.unflatten(1, (-1, 6)), cos, sin, plain=True)
+        turned = decoder.norm_and_rotate(
+            module, None, y.unflatten(1, (-1, 6)), cos, sin, inference=True
+        )
         assert torch.equal(module.kept, before)
         assert_close(turned[..., :3].flatten(1), -before.unflatten(1, (-1, 6))[..., 3:].flatten(1))
 
@@ -134,5 +136,5 @@ def test_results_of_foreign_modules_are_not_written_to(x):
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU()], ids=str)
 def test_activations(x, activation):
     with torch.no_grad():
-        found = decoder.activate(activation, x, x.flip(0), plain=True)
+        found = decoder.activate(activation, x, x.flip(0), inference=True)
     assert_close(found, activation(x) * x.flip(0))

@@ -127,13 +127,13 @@ def test_the_last_layer_computes_keys_and_values_for_all_tokens_and_the_rest_for
     seen = []
     linear, linears = encoder.linear, tower.linears
 
-    def noted_linear(module, x, plain):
+    def noted_linear(module, x, inference):
         seen.append((module.out_features, len(x)))
-        return linear(module, x, plain)
+        return linear(module, x, inference)
 
-    def noted_linears(modules, x, plain):
+    def noted_linears(modules, x, inference):
         seen.append((sum(m.out_features for m in modules), len(x)))
-        return linears(modules, x, plain)
+        return linears(modules, x, inference)
 
     monkeypatch.setattr(encoder, "linear", noted_linear)
     monkeypatch.setattr(tower, "linear", noted_linear)
@@ -192,12 +192,12 @@ def test_other_norms_run_as_they_are(x, norm):
     if norm == "fp64":
         y = y.double()
     with torch.no_grad():
-        found = encoder.add_norm(layer_norm, dropout, y, x, plain=True)
+        found = encoder.add_norm(layer_norm, dropout, y, x, inference=True)
         assert_close(found, layer_norm(y + x))
 
 
 def test_dropout_in_training_and_of_another_kind(x):
-    """A third of the sums' first term is dropped, and a module in its place is called."""
+    """nn.Dropout drops a third of the first term; a module in its place is called."""
     norm = nn.LayerNorm(HIDDEN)
 
     class Triple(nn.Module):
@@ -205,9 +205,9 @@ def test_dropout_in_training_and_of_another_kind(x):
             return 3 * x
 
     with torch.no_grad():
-        assert_close(encoder.add_norm(norm, Triple(), x, x, plain=True), norm(4 * x))
+        assert_close(encoder.add_norm(norm, Triple(), x, x, inference=True), norm(4 * x))
         torch.manual_seed(0)
-        found = encoder.add_norm(norm, nn.Dropout(0.3), x, x, plain=True)
+        found = encoder.add_norm(norm, nn.Dropout(0.3), x, x, inference=True)
         torch.manual_seed(0)
         assert_close(found, norm(nn.functional.dropout(x, 0.3) + x))
 
@@ -216,8 +216,8 @@ def test_dropout_in_training_and_of_another_kind(x):
 def test_activations(x, activation):
     up = nn.Linear(HIDDEN, MLP)
     with torch.no_grad():
-        assert_close(encoder.activate(activation, up, x, plain=True), activation(up(x)))
-    y = encoder.activate(activation, up, x, plain=False)
+        assert_close(encoder.activate(activation, up, x, inference=True), activation(up(x)))
+    y = encoder.activate(activation, up, x, inference=False)
     assert_close(y, activation(up(x)))
     y.sum().backward()
     assert up.weight.grad.abs().sum() > 0
@@ -231,5 +231,5 @@ def test_results_of_foreign_modules_are_not_written_to(x):
 
     up = Kept(HIDDEN, MLP)
     with torch.no_grad():
-        encoder.activate(nn.GELU(), up, x, plain=True)
+        encoder.activate(nn.GELU(), up, x, inference=True)
         assert torch.equal(up.kept, nn.functional.linear(x, up.weight, up.bias))

@@ -1,4 +1,4 @@
-"""Kept prefixes on a GPU that is played: who waits for whom, and whose memory is held for how long."""
+"""Kept prefixes on a simulated GPU: which stream waits for which, and how long memory is held."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ INSTRUCTION = list(range(5, 32))
 
 
 class Stream:
-    """Logs what is launched into it."""
+    """Records what is launched on it."""
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -27,7 +27,7 @@ class Stream:
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that a GPU would hold."""
+    """A tensor in the memory of the simulated GPU."""
 
     device, is_cuda = GPU, True
     current: Stream
@@ -54,7 +54,7 @@ def streams(monkeypatch):
 
 
 def call(cache, sequences, stream, kind=OnGpu, layers=2):
-    """What a tower does with a batch whose keys and values are token ids; its sequences' keys."""
+    """Run a batch as a tower does, with token ids as keys and values; returns the keys of each sequence."""
     OnGpu.current = stream
     ids, packed = end_to_end(sequences, torch.device("cpu"))
     steps = shared_steps(ids, packed, 1000, cache, "weights")
@@ -64,7 +64,7 @@ def call(cache, sequences, stream, kind=OnGpu, layers=2):
             own = ids[step.tokens].float()[:, None, None].as_subclass(kind)
             if isinstance(stream, Stream) and step.reused:
                 stream.log.append((stream.name, "reads"))
-            key, value = step.unfold(layer, own, -own)
+            key, value = step.gather(layer, own, -own)
             assert torch.equal(key, -value)
         parts = torch.Tensor(key).flatten().long().split(step.keys.lengths)
         found |= {i: part.tolist() for i, part in zip(step.sequences.tolist(), parts, strict=True)}

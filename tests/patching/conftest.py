@@ -100,11 +100,11 @@ def logits(model, batch, **kwargs) -> torch.Tensor:
 @pytest.fixture
 def computed(monkeypatch) -> list[int]:
     """Tokens of every run through the layers."""
-    counts, run = [], decoder.run
+    counts, run = [], decoder.decode_step
 
     def counting(layers, norm, x, *args, **kwargs):
         counts.append(len(x))
         return run(layers, norm, x, *args, **kwargs)
 
-    monkeypatch.setattr(decoder, "run", counting)
+    monkeypatch.setattr(decoder, "decode_step", counting)
     return counts

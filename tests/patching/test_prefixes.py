@@ -144,7 +144,7 @@ def test_random_batches(monkeypatch):
     embedfuse.patch(model, reuse_prefixes="stream")
     embedfuse.patch(other, reuse_prefixes="off")
     monkeypatch.setattr("embedfuse.patching.forward.decoder.STEP_TOKENS", 50)
-    monkeypatch.setattr(prefixes, "KEPT_TOKENS", 3)
+    monkeypatch.setattr(prefixes, "MIN_KEPT_TOKENS", 3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         lengths = torch.randint(1, 30, (12,), generator=generator).tolist()

@@ -131,7 +131,7 @@ def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
         read = encoder.read_layer
         monkeypatch.setattr(encoder, "read_layer", lambda b: _with(read(b), head_dim=24))
     elif broken == "norm":
-        monkeypatch.setattr(tower, "add_norm", lambda norm, dropout, y, x, plain: y + x)
+        monkeypatch.setattr(tower, "add_norm", lambda norm, dropout, y, x, inference: y + x)
     else:
         monkeypatch.setattr(tower, "attention", lambda *a, **k: 1 / 0)
     expected = ZeroDivisionError if broken == "raises" else embedfuse.PatchError

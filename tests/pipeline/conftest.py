@@ -19,7 +19,7 @@ def embedder(m3_folder):
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Docstrings, and what docstrings have not."""
+    """Docstrings, and texts with what docstrings do not contain."""
     odd = [
         "",
         " ",
@@ -35,7 +35,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def plain(m3_folder):
-    """transformers' own forward in fp32."""
+    """The forward of transformers in fp32."""
     return Reference(m3_folder, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of each family at small size: its architecture, its tokenizer's kind, its files."""
+"""Small checkpoints of each family: its architecture, its kind of tokenizer, its files."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ SIZES = {
     "num_attention_heads": 4,
     "intermediate_size": 80,
     "max_position_embeddings": 600,
-    "initializer_range": 0.2,  # large enough that one token more or less shows
+    "initializer_range": 0.2,  # large enough that one token more or less changes the vector
 }
 TEXTS = ["", "x", "A short text.", *(t for t in stdlib_docstrings(40) if 100 < len(t) < 900)][:14]
 _NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
@@ -94,7 +94,7 @@ def write_encoder_tokenizer(folder: Path) -> None:
 
 
 def write_llama_tokenizer(folder: Path, template: str = "<s> $A", **config) -> None:
-    """Files like E5-mistral's: the config wants what the template decides."""
+    """Files like E5-mistral's: the config wants an end token, which only the template could add."""
     special = ["<unk>", "<s>", "</s>", "<|eot_id|>", "<|end_of_text|>"]
     special += ["<|start_header_id|>", "<|end_header_id|>"]
     split = pre_tokenizers.Metaspace(split=False)
@@ -109,7 +109,7 @@ def write_llama_tokenizer(folder: Path, template: str = "<s> $A", **config) -> N
 
 
 def write_qwen_tokenizer(folder: Path, end: str = "") -> None:
-    """Files like Qwen3-Embedding's: eos_token is another one than the token that its texts end in."""
+    """Files like Qwen3-Embedding's: eos_token is not the token that its texts end in."""
     special = ["<|endoftext|>", "<|im_end|>"]
     tokenizer = _train(models.BPE(), pre_tokenizers.ByteLevel(), special, trainers.BpeTrainer)
     tokenizer.decoder = decoders.ByteLevel()
@@ -168,7 +168,7 @@ class Plain:
     def states_of(self, ids: list[int]) -> Tensor:
         """(tokens, hidden)"""
         mask = None
-        if self.both_ways:  # one that adds nothing, which transformers takes in place of its own
+        if self.both_ways:  # a mask that adds nothing, which replaces that of transformers
             mask = torch.zeros(1, 1, len(ids), len(ids), dtype=self.model.dtype)
         call = {"input_ids": torch.tensor([ids]), "attention_mask": mask}
         return self.model(**call).last_hidden_state[0]

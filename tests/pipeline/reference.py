@@ -1,4 +1,4 @@
-"""BGE-M3's three outputs by their definition, on transformers' own padded forward."""
+"""BGE-M3's three outputs by their definition, from the padded forward of transformers."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Reference:
 
 
 def tensors(embeddings, vocabulary: int) -> dict[str, Tensor]:
-    """An Embedder's outputs in the reference's shapes; those that it was not asked for left out."""
+    """An Embedder's outputs in the shapes of the reference, without those that were not requested."""
     found = {}
     if embeddings.dense is not None:
         found["dense"] = torch.from_numpy(embeddings.dense)
@@ -58,7 +58,7 @@ def tensors(embeddings, vocabulary: int) -> dict[str, Tensor]:
 
 
 def assert_close(got: dict[str, Tensor], own: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Every output is as good as that of transformers' own forward (embedfuse/testing.py)."""
+    """Every output is as exact as that of transformers (embedfuse.testing)."""
     for name, value in got.items():
         # Arrays of a 16-bit model are fp32.
         assert_as_good(value.to(own[name].dtype), own[name], exact[name], name=name)

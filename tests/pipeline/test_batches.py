@@ -1,11 +1,11 @@
-"""Batches by tokens, memory that runs out, and work done one item ahead."""
+"""Batches by tokens, memory that runs out, and work done one item in advance."""
 
 import threading
 
 import pytest
 import torch
 
-from embedfuse.pipeline.batches import TokenBudget, ahead, is_out_of_memory, token_batches
+from embedfuse.pipeline.batches import TokenBudget, is_out_of_memory, prefetch_map, token_batches
 
 
 def test_token_batches():
@@ -20,7 +20,7 @@ def run(budget: TokenBudget, lengths, function):
 
 
 def out_of_memory_above(limit: int, lengths, error):
-    """A forward that fails on more than `limit` tokens and else returns the tokens of its batch."""
+    """A forward that fails for more than `limit` tokens, and otherwise returns the tokens of its batch."""
     sizes = []
 
     def forward(batch):
@@ -84,7 +84,7 @@ def test_lower_never_rises():
     assert budget.tokens == 1
 
 
-def test_ahead_keeps_order_and_works_on_another_thread():
+def test_prefetch_map_keeps_order_and_works_on_another_thread():
     threads, done = set(), []
 
     def square(x):
@@ -92,14 +92,14 @@ def test_ahead_keeps_order_and_works_on_another_thread():
         done.append(x)
         return x * x
 
-    squares = ahead(square, iter(range(6)))
+    squares = prefetch_map(square, iter(range(6)))
     assert next(squares) == 0
     assert list(squares) == [1, 4, 9, 16, 25]
     assert done == list(range(6))
     assert len(threads - {threading.get_ident()}) == 1  # all but the first item
 
 
-def test_ahead_reads_no_more_than_it_needs():
+def test_prefetch_map_reads_no_more_than_it_needs():
     taken = []
 
     def items():
@@ -107,37 +107,37 @@ def test_ahead_reads_no_more_than_it_needs():
             taken.append(i)
             yield i
 
-    stream = ahead(lambda x: x, items())
+    stream = prefetch_map(lambda x: x, items())
     next(stream)
     assert len(taken) == 2
     next(stream)
     assert len(taken) == 3
 
 
-def test_ahead_computes_a_single_item_right_here():
-    assert list(ahead(lambda x: threading.get_ident(), ["one"])) == [threading.get_ident()]
-    assert list(ahead(str, [])) == []
+def test_prefetch_map_computes_a_single_item_on_the_callers_thread():
+    assert list(prefetch_map(lambda x: threading.get_ident(), ["one"])) == [threading.get_ident()]
+    assert list(prefetch_map(str, [])) == []
 
 
-def test_ahead_hands_out_what_came_before_its_source_failed():
+def test_prefetch_map_hands_out_what_came_before_its_source_failed():
     def items():
         yield 1
         yield 2
         raise OSError("the source is gone")
 
-    stream = ahead(lambda x: x, items())
+    stream = prefetch_map(lambda x: x, items())
     assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(OSError, match="gone"):
         next(stream)
 
 
-def test_ahead_raises_in_place():
+def test_prefetch_map_raises_in_place():
     def fail_at_two(x):
         if x == 2:
             raise ValueError("two")
         return x
 
-    stream = ahead(fail_at_two, range(5))
+    stream = prefetch_map(fail_at_two, range(5))
     assert [next(stream), next(stream)] == [0, 1]
     with pytest.raises(ValueError, match="two"):
         next(stream)

@@ -1,4 +1,4 @@
-"""Pooling, normalisation and length are those of sentence-transformers' files beside the weights."""
+"""Pooling, normalisation and length come from the sentence-transformers files next to the weights."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What Embedder answers to input that is empty, enormous, odd or wrong."""
+"""Embedder with empty, very large, unusual and wrong input."""
 
 import itertools
 import pickle
@@ -116,7 +116,7 @@ def test_bad_max_length(m3_folder, length):
 
 @pytest.mark.parametrize("dimensions", ["64", True, 32.0, [8]])
 def test_dimensions_that_are_no_number(dimensions):
-    """Told before the checkpoint is looked for."""
+    """Raised before the checkpoint is looked for."""
     message = f"dimensions={dimensions!r}: accepted is a whole number, or None for all"
     with pytest.raises(TypeError, match=re.escape(message)):
         Embedder("nowhere", dimensions=dimensions)

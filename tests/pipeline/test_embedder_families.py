@@ -1,4 +1,4 @@
-"""Embedder on a checkpoint of each family: the vectors that transformers gives with the family's prompts."""
+"""Embedder on a checkpoint of each family: the vectors of transformers with the family's prompts."""
 
 from dataclasses import replace
 
@@ -187,13 +187,13 @@ def test_an_instruction_runs_once_for_all_queries(tmp_path, monkeypatch):
     from embedfuse.nn import decoder
 
     folder = make(tmp_path / "Qwen3-Embedding-4B", "qwen3")
-    counts, run = [], decoder.run
+    counts, run = [], decoder.decode_step
 
     def counting(layers, norm, x, *args, **kwargs):
         counts.append(len(x))
         return run(layers, norm, x, *args, **kwargs)
 
-    monkeypatch.setattr(decoder, "run", counting)
+    monkeypatch.setattr(decoder, "decode_step", counting)
     found = {}
     for reuse in ("off", "stream"):
         embedder = Embedder(str(folder), device="cpu", reuse_prefixes=reuse)

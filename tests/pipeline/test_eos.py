@@ -1,4 +1,4 @@
-"""A tokenizer that lacks the token at the end gets it; one that has it is left alone."""
+"""A tokenizer that does not add the end token is changed to add it; one that does is not changed."""
 
 import copy
 import json
@@ -205,7 +205,7 @@ def test_the_preset_knows_the_token_that_is_not_eos_token(tmp_path, end, caplog)
     folder = make(tmp_path / "Qwen3-Embedding-0.6B", "qwen3")
     write_qwen_tokenizer(folder, end)
     if end == "<|im_end|>":
-        # Another end than the one wanted: both come, and the wanted one last.
+        # It ends texts in another token: both are added, the expected one last.
         assert Embedder(str(folder), device="cpu").tokenizer("x")["input_ids"][-2:] == [1, 0]
         return
     embedder = Embedder(str(folder), device="cpu", strict=bool(end))

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from embedfuse import PRESETS, Embedder, Preset
 from embedfuse.packing import unpadded
-from embedfuse.pipeline.llm2vec import WrappedTexts, tails
+from embedfuse.pipeline.llm2vec import LLM2VecTokenizer, last_tokens
 from embedfuse.pipeline.tokenize import TextTokenizer
 from tests.pipeline.families import TEXTS, Plain, make, write_llama_tokenizer
 
@@ -199,8 +199,8 @@ def test_megabytes_are_shortened_without_tokenising_them(case):
             seen.extend(map(len, texts))
             return tokenizer(texts, **kwargs)
 
-    wrapped = WrappedTexts(TextTokenizer(Spy()), PRESETS["llm2vec"])
-    sequences, own = wrapped(["some words " * 200_000], "", 512)
+    tokenize = LLM2VecTokenizer(TextTokenizer(Spy()), PRESETS["llm2vec"])
+    sequences, own = tokenize(["some words " * 200_000], "", 512)
     assert own[0] <= 400 < len(tokenizer("some words " * 400)["input_ids"])
     assert len(sequences[0]) == own[0] + 1  # and <s>
     assert max(seen) < 10_000
@@ -208,7 +208,7 @@ def test_megabytes_are_shortened_without_tokenising_them(case):
 
 def test_tails():
     states = torch.arange(9.0)[:, None]
-    rows, packed = tails(states, unpadded([4, 1, 4], states.device), [2, 1, 3])
+    rows, packed = last_tokens(states, unpadded([4, 1, 4], states.device), [2, 1, 3])
     assert rows[:, 0].tolist() == [2, 3, 4, 6, 7, 8]
     assert packed.lengths == (2, 1, 3)
 

@@ -1,4 +1,4 @@
-"""What lets a GPU go on: no forward reads from it or waits for a copy to it, and results come one behind."""
+"""What keeps a GPU busy: no forward waits for it or for a copy to it, and results come one batch later."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from embedfuse import Embedder, ops
 from embedfuse.pipeline import scores
-from embedfuse.pipeline.batches import behind
+from embedfuse.pipeline.batches import delayed
 from embedfuse.pipeline.embeddings import OUTPUTS
 from tests.pipeline.families import make, write_sentence_transformers
 from tests.pipeline.reference import tensors
@@ -19,7 +19,7 @@ META = torch.device("meta")
 
 
 class NoWait(TorchDispatchMode):
-    """Fails on what a host waits for a GPU in, with tensors of device "meta" in place of the GPU's.
+    """Fails on operations that wait for a GPU, with tensors of device "meta" in place of a GPU's.
 
     They hold no values, so torch itself raises where one is read: .item(), .tolist(), .cpu(), nonzero.
     """
@@ -31,13 +31,13 @@ class NoWait(TorchDispatchMode):
         produced = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         devices = {t.device for t in (*given, *produced) if t.dim()}
         if len(devices) > 1:
-            staged = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
-            assert staged, f"{function}: a copy between {devices} that waits"
+            copied = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
+            assert copied, f"{function}: a copy between {devices} that waits"
         return out
 
 
 class NoTensorOfAList(TorchFunctionMode):
-    """Fails on a list that torch would make a tensor of on the host and copy in a way that waits."""
+    """Fails on a list that torch would convert on the host and copy with a wait."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
@@ -50,8 +50,8 @@ class NoTensorOfAList(TorchFunctionMode):
 
 
 @pytest.fixture
-def staged(monkeypatch):
-    """What was taken to the device, as to_device does it for a GPU."""
+def copied(monkeypatch):
+    """What to_device copied, as it does for a GPU."""
     taken = []
 
     def to_device(device, *tensors):
@@ -74,22 +74,22 @@ def moved(embedder):
     return embedder._pipeline
 
 
-def forward(staged, embedder, sequences, outputs, own=None):
+def forward(copied, embedder, sequences, outputs, counts=None):
     pipeline = moved(embedder)
-    staged.clear()  # what the check in patch took there
+    copied.clear()  # what the check in patch copied
     with NoTensorOfAList(), NoWait():
-        return pipeline._forward(sequences, outputs, torch.float32, own)
+        return pipeline._forward(sequences, outputs, torch.float32, counts)
 
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
 
 
 @pytest.mark.parametrize("outputs", [("dense",), OUTPUTS])
-def test_an_encoder_waits_for_nothing(m3_folder, staged, outputs):
-    found = forward(staged, Embedder(m3_folder, device="cpu"), SEQUENCES, outputs)
+def test_an_encoder_waits_for_nothing(m3_folder, copied, outputs):
+    found = forward(copied, Embedder(m3_folder, device="cpu"), SEQUENCES, outputs)
     assert found.dense.shape == (3, 64)
     assert found.dense.device == META
-    assert staged == [[(10,), (4,)]]
+    assert copied == [[(10,), (4,)]]
     if outputs == OUTPUTS:
         assert (found.multi.shape, found.kept.index.shape) == ((10, 64), (10,))
         assert found.packed.ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
@@ -98,33 +98,35 @@ def test_an_encoder_waits_for_nothing(m3_folder, staged, outputs):
 @pytest.mark.parametrize("kind", ["bert", "mistral", "llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
 @pytest.mark.parametrize("reuse", ["off", "stream"])
-def test_towers_wait_for_nothing(tmp_path, staged, kind, pooling, reuse):
+def test_towers_wait_for_nothing(tmp_path, copied, kind, pooling, reuse):
     write_sentence_transformers(make(tmp_path, kind), pooling)
     embedder = Embedder(str(tmp_path), device="cpu", reuse_prefixes=reuse)
     alike = [[5] * 20 + [i] for i in range(6, 16)]
-    found = forward(staged, embedder, alike + SEQUENCES, ("dense",))
+    found = forward(copied, embedder, alike + SEQUENCES, ("dense",))
     assert found.dense.shape == (13, 48)
     shares = reuse == "stream" and kind != "bert"
-    assert len(staged) == 1 + shares
-    if shares:  # ids, and one copy for all that tells where shared tokens lie
-        assert len(staged[1]) == 6
+    assert len(copied) == 1 + shares
+    if shares:  # ids, and one copy of all indices of shared tokens
+        assert len(copied[1]) == 6
 
 
-def test_pooling_of_the_texts_own_tokens_waits_for_nothing(tmp_path, staged):
+def test_pooling_of_the_texts_own_tokens_waits_for_nothing(tmp_path, copied):
     write_sentence_transformers(make(tmp_path, "mistral"), "mean")
     embedder = Embedder(str(tmp_path), device="cpu")
-    found = forward(staged, embedder, SEQUENCES, ("dense",), own=[2, 1, 3])
+    found = forward(copied, embedder, SEQUENCES, ("dense",), counts=[2, 1, 3])
     assert found.dense.shape == (3, 48)
-    assert len(staged) == 2
+    assert len(copied) == 2
 
 
-def test_scores_wait_for_nothing(m3_folder, staged):
+def test_scores_wait_for_nothing(m3_folder, copied):
     pipeline, sent = moved(Embedder(m3_folder, device="cpu")), []
     pipeline.budget.tokens = 6  # two batches of queries
     queries = scores.Side(SEQUENCES, [0, 2, 1, 2])
     passages = scores.Side([[5, 6, 7, 8], [9, 10]], [0, 0, 1, 1])
     with NoTensorOfAList(), NoWait():
-        scores.start(pipeline, queries, passages, lambda *tensors: sent.append(tensors), None)
+        scores.start_scores(
+            pipeline, queries, passages, lambda *tensors: sent.append(tensors), None
+        )
     lexical = [[(n,), (texts,), (n,), (n,)] for n, texts in ((6, 1), (4, 2), (6, 2))]
     shapes = [[t.shape for t in tensors if t is not None] for tensors in sent]
     assert shapes == [*lexical, [(4,), (4,)]]  # no dense vector, no multi-vector
@@ -157,15 +159,15 @@ def test_what_waits_is_found(wait):
         wait(x)
 
 
-def test_ids_that_the_table_has_not_are_found_on_the_host(m3_folder, staged):
+def test_ids_that_the_table_has_not_are_found_on_the_host(m3_folder, copied):
     with pytest.raises(IndexError, match="token 2000; accepted are 0 to 1999"):
-        forward(staged, Embedder(m3_folder, device="cpu"), [[5, 2000]], ("dense",))
+        forward(copied, Embedder(m3_folder, device="cpu"), [[5, 2000]], ("dense",))
 
 
 class Late:
-    """ToHost of a device one batch behind: what arrives is there only once it is waited for."""
+    """ToHost of a device with one batch in flight: results are there only after the wait."""
 
-    behind = 1
+    in_flight = 1
 
     def __init__(self, device):
         self.log = []
@@ -209,7 +211,7 @@ def test_each_batch_starts_before_the_one_before_is_waited_for(embedder, texts, 
 def test_scores_are_waited_for_once_the_next_pairs_have_started(embedder, texts, late, monkeypatch):
     pairs = list(zip(texts[:10], texts[5:15], strict=True))
     expected = embedder.compute_score(pairs)
-    sizes, start = [], scores.start
+    sizes, start = [], scores.start_scores
 
     def counted(*args):
         before = len(Late.last.log)
@@ -218,7 +220,7 @@ def test_scores_are_waited_for_once_the_next_pairs_have_started(embedder, texts,
         return result
 
     monkeypatch.setattr(scores, "ToHost", Late)
-    monkeypatch.setattr(scores, "start", counted)
+    monkeypatch.setattr(scores, "start_scores", counted)
     found = embedder.compute_score(pairs)
     assert found == expected
     assert len(sizes) == 3
@@ -266,7 +268,7 @@ def test_what_came_before_an_error_is_handed_out(embedder, texts, late):
         next(stream)
 
 
-def test_behind():
+def test_delayed():
     taken = []
 
     def items(n):
@@ -276,15 +278,15 @@ def test_behind():
 
     for count, read in ((0, 1), (1, 2), (3, 4)):
         taken.clear()
-        stream = behind(items(6), count)
+        stream = delayed(items(6), count)
         assert next(stream) == 0
         assert len(taken) == read
         assert list(stream) == [1, 2, 3, 4, 5]
-    assert list(behind([], 2)) == []
-    assert list(behind([1], 2)) == [1]
+    assert list(delayed([], 2)) == []
+    assert list(delayed([1], 2)) == [1]
 
 
-def test_behind_is_closed_with_its_source():
+def test_delayed_is_closed_with_its_source():
     closed = []
 
     def items():
@@ -293,7 +295,7 @@ def test_behind_is_closed_with_its_source():
         finally:
             closed.append(True)
 
-    stream = behind(items(), 1)
+    stream = delayed(items(), 1)
     next(stream)
     stream.close()
     del stream

@@ -1,4 +1,4 @@
-"""Which entry of the table a checkpoint gets, and what wins over what."""
+"""Which preset a checkpoint gets, and which source takes precedence."""
 
 import json
 from dataclasses import fields, replace
@@ -7,7 +7,7 @@ import pytest
 
 from embedfuse import PRESETS, Preset
 from embedfuse.pipeline.checkpoint import adapter_base, read_preset
-from embedfuse.pipeline.presets import find_preset, own_name
+from embedfuse.pipeline.presets import find_preset, repository_name
 from tests.pipeline.families import write_sentence_transformers
 
 SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
@@ -64,8 +64,8 @@ def test_found_by_name_and_model_type(name, model_type, preset):
 
 
 def test_a_name_on_windows():
-    assert own_name(r"C:\models\e5-base-v2") == "e5-base-v2"
-    assert own_name("") == ""
+    assert repository_name(r"C:\models\e5-base-v2") == "e5-base-v2"
+    assert repository_name("") == ""
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_llm2vec_config_alone_tells_the_family(folder):
 
 
 def test_an_adapter_on_an_adapter(folder):
-    # LLM2Vec's last adapters name the plain model, and are for the one with the -mntp adapter.
+    # LLM2Vec's final adapters name the original model, but belong on top of the -mntp adapter.
     plain = str(folder("plain", model_type="llama"))
     for name in ("LLM2Vec-Sheared-LLaMA-mntp", "LLM2Vec-Sheared-LLaMA-mntp-supervised"):
         path = folder(name)

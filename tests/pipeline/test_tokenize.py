@@ -1,4 +1,4 @@
-"""A long text is read only as far as its tokens are wanted, and gives the tokens of the whole."""
+"""Of a long text only as much is tokenised as needed, and the tokens are those of the whole text."""
 
 import random
 
@@ -33,7 +33,7 @@ def plain(tokenizer, text: str, max_length: int, **kwargs) -> list[int]:
 
 
 class Spy:
-    """A tokenizer that notes how many characters it is given."""
+    """A tokenizer that records how many characters it is given."""
 
     def __init__(self, tokenizer):
         self._tokenizer, self.read = tokenizer, 0
@@ -94,7 +94,7 @@ def test_too_few_tokens_in_the_first_look(m3_tokenizer):
 
 @pytest.mark.parametrize("max_length", [0, 1, 2])
 def test_no_room_for_the_special_tokens(tokenizer, max_length):
-    """Fast tokenizers then truncate nothing."""
+    """Fast tokenizers do not truncate then."""
     text = "one two three four " * 10
     found = TextTokenizer(tokenizer)([text], max_length)
     assert found == [plain(tokenizer, text, max_length)]

@@ -1,7 +1,7 @@
 // The tile unit (AMX): eight tiles of 16 rows by 64 bytes. Included by cpu/maxsim_amx.h inside its namespace; hence
 // no include guard.
 //
-// Not the compiler's intrinsics: g++'s take registers as literals alone, and do not say that a load reads memory.
+// Not the compiler's intrinsics: g++'s only take registers as literals, and do not declare that a load reads memory.
 
 #if defined(EMBEDFUSE_EMULATE_AMX)  // the tests' instructions, for processors without them
   #include "amx_emulated.h"
@@ -14,7 +14,7 @@ template <int T>
 inline void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(T));
 }
-// Row r lies `stride` r bytes behind the first.
+// Row r begins `stride` r bytes after the first.
 template <int T>
 inline void tile_load(const void* rows, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(T) : "memory");
@@ -23,19 +23,19 @@ template <int T>
 inline void tile_store(void* rows, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(T) : "memory");
 }
-// C[m][n] += the sum over k of A[m][k] B[k][n], each of the three two products of bf16,
+// C[m][n] += sum over k of A[m][k] B[k][n], where each step of k is a pair of bf16 values,
 template <int C, int A, int B>
 inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-// or four of A's unsigned with B's signed bytes.
+// or four bytes, unsigned in A and signed in B.
 template <int C, int A, int B>
 inline void tile_dot_bytes() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 #endif
 
-// The calling thread's tiles, all of them whole, while this exists.
+// Configures all tiles of the calling thread at full size, for the lifetime of this object.
 struct Tiles {
   Tiles() {
     struct {

@@ -1,4 +1,4 @@
-// What each op's kernels take: raw pointers, sizes in elements, strides in elements.
+// Arguments of the kernels of each op: raw pointers; sizes and strides in elements.
 #pragma once
 #include <cstdint>
 
@@ -6,8 +6,8 @@ namespace embedfuse {
 
 enum class Pooling : int { kCls = 0, kLast = 1, kMean = 2, kWeightedMean = 3 };
 
-// Sequences lie either end to end (cu_seqlens set) or padded to `length` rows each, of which
-// attention_mask picks some (null: all).
+// Sequences are either packed (cu_seqlens set) or padded to `length` rows each, of which attention_mask selects
+// some (null: all).
 struct PoolNormalizeArgs {
   const void* hidden_states;
   int dtype;
@@ -53,8 +53,8 @@ struct TokenWeightsArgs {
   float* weights;  // (tokens)
 };
 
-// Per sequence, the token of the largest weight among those of equal id. Weights that are not
-// positive give nothing; NaN is the largest of all; of equal ones the first counts.
+// Per sequence and id, the token with the largest weight. Weights that are not positive give no entry; NaN is the
+// largest; of equal weights the first counts.
 struct SparseScatterArgs {
   const float* token_weights;  // (tokens)
   const int64_t* input_ids;    // (tokens)
@@ -83,8 +83,8 @@ struct HeadsArg {
   int64_t token_stride, head_stride;
 };
 
-// out = softmax(query key^T scale) value within each sequence; all of one dtype. Query heads are
-// heads / kv_heads neighbours to each head of key and value.
+// out = softmax(query key^T scale) value within each sequence; all of one dtype. heads / kv_heads consecutive
+// query heads share a head of key and value.
 struct VarlenAttentionArgs {
   HeadsArg query, key, value;
   int dtype;
@@ -92,12 +92,12 @@ struct VarlenAttentionArgs {
   const int32_t* cu_seqlens_k;  // (batch + 1)
   int64_t batch, heads, kv_heads, head_dim;
   float scale;
-  bool causal;     // the last query row of a sequence stands at its last key
-  int64_t window;  // keys that a row sees, its own the last; 0: all. Causal only
+  bool causal;     // the last query row of a sequence is at its last key
+  int64_t window;  // keys that a row sees, its own included; 0: all. Only if causal
   void* out;       // (tokens_q, heads, head_dim)
 };
 
-// Texts as runs of rows, depth adjacent, `stride` elements apart within a text.
+// Texts as ranges of rows: `depth` adjacent elements each, `stride` elements apart within a text.
 struct RowsArg {
   const void* const* texts;  // (count): where each begins
   const int64_t* spans;      // (count, 2): first row, row after the last
@@ -111,7 +111,7 @@ struct MaxSimArgs {
   int dtype;           // of both, unless `scale` is set
   const float* scale;  // of each document row by its number: the rows are int8; or null
   int64_t depth;
-  const bool* zero;      // (documents): whether a zero vector counts as a further row; or null
+  const bool* zero;      // (documents): whether a zero vector counts as one more row; or null
   const int64_t* pairs;  // (pair_count, 2): query, document; or null
   int64_t pair_count;
   bool normalize;   // rows to length 1
@@ -157,7 +157,7 @@ struct AddRmsNormArgs {
   void* summed;  // (tokens, heads, hidden) or null
 };
 
-// x_d, x_{d + half} of each head turned by the token's angle d.
+// x_d, x_{d + half} of each head rotated by the token's angle d.
 struct RopeArgs {
   HeadsArg x;  // in and out
   const void* cos;
@@ -177,10 +177,10 @@ struct SiluMulArgs {
   void* out;  // (rows, columns)
 };
 
-// Columns of a tile at most: a row of it lies in a buffer on the stack.
+// Largest number of columns of a tile: a row of it is buffered on the stack.
 constexpr int64_t kInfoNceColumns = 4096;
 
-// A tile of scores, some columns of all those that its rows meet, and what decides which of them count.
+// A tile of scores, for some of the columns, and the masks that decide which of them count.
 struct InfoNceTile {
   float* scores;  // (rows, columns)
   int64_t rows, columns;
@@ -192,21 +192,20 @@ struct InfoNceTile {
   const float* guide;        // (rows, columns): those above
   const float* guide_limit;  // (rows) do not count; or null
   const float* x_factor;     // (rows), and
-  const float* y_factor;     // (columns): what `scores` are still to be multiplied by; or null
+  const float* y_factor;     // (columns): factors that `scores` do not contain yet; or null
   float scale, bias;         // logit = scale score + bias
   bool sigmoid;
 };
 
-// What a row's columns so far came to; `sum` is relative to `maximum`. factor, or null: the tile becomes the
-// weights relative to the new maximum, and factor what those of earlier tiles are to be multiplied by.
+// Statistics of each row over the columns so far; `sum` is relative to `maximum`. If factor is set, the tile
+// becomes the weights relative to the new maximum, and factor the correction of the weights of earlier tiles.
 struct InfoNceState {
   float *maximum, *sum, *total;  // (rows)
   int64_t* count;                // (rows)
   float* factor;                 // (rows) or null
 };
 
-// The tile becomes G, or, where `sum` is given, G score, and G x_factor y_factor is added
-// to `sum`.
+// The tile becomes G, or, if `sum` is set, G score, and G x_factor y_factor is added to `sum`.
 struct InfoNceGradient {
   const float *statistic, *g_statistic, *g_total, *g_own;  // (rows)
   float* sum;                                              // (rows, columns) or null

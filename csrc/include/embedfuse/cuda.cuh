@@ -16,7 +16,7 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__half x) { return __half2float(x); }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// N neighbouring elements, loaded by one instruction of up to 16 bytes.
+// N adjacent elements, loaded by one instruction of up to 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T x[N];

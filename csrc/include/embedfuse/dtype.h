@@ -1,4 +1,4 @@
-// Element types as they lie in memory, and their codes on the Python side (native.py: DTYPES).
+// Element types in memory, and their codes in Python (native.py: DTYPES).
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-// Threads: a pointer to torch's own parallel_for, given by Python at load. Without it, serial.
+// Threads: a pointer to torch's parallel_for, set by Python when it loads the module. Without it, serial.
 #pragma once
 #include <cstdint>
 #include <stdexcept>

@@ -42,7 +42,7 @@ inline Vec dot_pairs(Vec a, Vec b, Vec c) {
                            (__m512bh)_mm512_castps_si512(b.v))};
 }
   #endif
-// The larger, the smaller of the two; b where one is NaN.
+// The larger or the smaller of the two; b if one is NaN.
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 // yes in the lanes where a > b, no elsewhere, NaN among them.
@@ -50,18 +50,18 @@ inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), yes.v)};
 }
 // best = candidate and its label, where that is larger, or the first NaN.
-inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec its_label) {
+inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec candidate_label) {
   const __mmask16 number = _mm512_cmp_ps_mask(best.v, best.v, _CMP_ORD_Q);
   const __mmask16 take = _mm512_mask_cmp_ps_mask(number, candidate.v, best.v, _CMP_NLE_UQ);
   best.v = _mm512_mask_mov_ps(best.v, take, candidate.v);
-  label.v = _mm512_mask_mov_ps(label.v, take, its_label.v);
+  label.v = _mm512_mask_mov_ps(label.v, take, candidate_label.v);
 }
 // 2^n for whole numbers -126 <= n <= 127; 0 for n = -127.
 inline Vec pow2(Vec n) {
   const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
-// Rows become columns: the lanes of four, then of all sixteen registers change places.
+// Transposes, first within groups of four registers, then among all sixteen.
 inline void transpose(Vec rows[16]) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
@@ -138,11 +138,11 @@ inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
 }
-inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec its_label) {
+inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec candidate_label) {
   const __m256 take = _mm256_and_ps(_mm256_cmp_ps(best.v, best.v, _CMP_ORD_Q),
                                     _mm256_cmp_ps(candidate.v, best.v, _CMP_NLE_UQ));
   best.v = _mm256_blendv_ps(best.v, candidate.v, take);
-  label.v = _mm256_blendv_ps(label.v, its_label.v, take);
+  label.v = _mm256_blendv_ps(label.v, candidate_label.v, take);
 }
 inline Vec pow2(Vec n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
@@ -196,10 +196,10 @@ inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec max(Vec a, Vec b) { return a.v > b.v ? a : b; }
 inline Vec min(Vec a, Vec b) { return a.v < b.v ? a : b; }
 inline Vec where_greater(Vec a, Vec b, Vec yes, Vec no) { return a.v > b.v ? yes : no; }
-inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec its_label) {
+inline void keep_larger(Vec& best, Vec& label, Vec candidate, Vec candidate_label) {
   if (best.v != best.v || candidate.v <= best.v) return;
   best = candidate;
-  label = its_label;
+  label = candidate_label;
 }
 inline Vec pow2(Vec n) { return {bits_float(uint32_t(int32_t(n.v) + 127) << 23)}; }
 inline void transpose(Vec[1]) {}

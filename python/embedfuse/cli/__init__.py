@@ -1,4 +1,4 @@
-"""The `embedfuse` command: a file per subcommand, with add_arguments(parser) and run(args) -> exit code."""
+"""The `embedfuse` command: a module per subcommand, with add_arguments(parser) and run(args) -> exit code."""
 
 import argparse
 import importlib
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "doctor": "what this machine has, and which backend runs which op, or why not",
-    "demo": "embed real text with a real model, unpatched and patched in turn",
-    "embed": "files in, vectors out",
+    "demo": "time a real model on real text, unpatched and patched",
+    "embed": "embed the texts of files",
     "bench": "the benchmarks of a clone: results as tables and plots",
 }
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, meaning in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=meaning, description=meaning)
-        if name in argv[:1]:  # the others are not imported
+        if name in argv[:1]:  # only this one is imported
             command = importlib.import_module(f"embedfuse.cli.{name}")
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)

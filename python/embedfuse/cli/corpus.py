@@ -1,4 +1,4 @@
-"""Real text that every machine has: the docstrings of Python's standard library."""
+"""Real text that is on every machine: the docstrings of Python's standard library."""
 
 import ast
 import functools
@@ -62,5 +62,5 @@ def _stdlib_modules() -> Iterator[tuple[str, ast.Module]]:
                 warnings.simplefilter("ignore", SyntaxWarning)
                 tree = ast.parse(path.read_text("utf-8"))
         except (SyntaxError, UnicodeDecodeError):
-            continue  # lib2to3 and the like keep files that are not meant to parse
+            continue  # lib2to3 and others contain files that do not parse on purpose
         yield ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"), tree

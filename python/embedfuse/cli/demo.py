@@ -1,4 +1,4 @@
-"""embedfuse demo: real text, a real model, unpatched and patched in turn."""
+"""embedfuse demo: time a real model on real text, unpatched and patched, in alternation."""
 
 import argparse
 import statistics
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Timings:
-    """Seconds of each round, by what ran."""
+    """Seconds of each round, for each kind of call, and the vectors."""
 
     bulk: list[float] = field(default_factory=list)
     request: list[float] = field(default_factory=list)

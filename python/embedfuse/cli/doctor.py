@@ -1,6 +1,6 @@
-"""embedfuse doctor: versions, processors, settings, and for each op and backend "yes" or the reason.
+"""embedfuse doctor: versions, processors, settings, and for each op and backend "yes" or why it cannot run.
 
-Attention in patched models on a GPU has more than one source; the first "yes" is what runs.
+Attention in patched models on a GPU has several implementations; the first "yes" is the one that runs.
 """
 
 import argparse
@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from embedfuse import compatibility, config, native, registry
-from embedfuse.nn.attention import cuda_answers
+from embedfuse.nn.attention import cuda_refusals
 
 PACKAGES = (
     *("embedfuse", "torch", "triton", "numpy", "transformers", "sentence-transformers"),
     *("FlagEmbedding", "pylate", "peft"),
 )
-# As Linux spells them in /proc/cpuinfo.
+# As Linux writes them in /proc/cpuinfo.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> dict:
     return {
         "versions": versions(),
-        "versions that go together": {str(p): p.answer() for p in compatibility.PAIRS},
+        "versions that go together": {str(p): p.status() for p in compatibility.PAIRS},
         "cpu": cpu(),
         "gpu": gpu(),
         "build": native.build_notes() or {"note": "this copy of embedfuse was not built"},
@@ -96,13 +96,15 @@ def variable(name: str) -> dict[str, str | None]:
 
 
 def backends(op: registry.Op) -> dict[str, str]:
-    """For fp32 tensors on the device that the backend belongs to."""
+    """What the op computes, and whether each backend runs it for fp32 tensors on the backend's device."""
     gpu_or_interpreter = "cpu" if registry.triton_interprets() else "cuda"
     devices = {"reference": "cpu", "cpp": "cpu", "triton": gpu_or_interpreter, "cuda": "cuda"}
-    return {backend: answer(op, backend, devices[backend]) for backend in config.BACKENDS}
+    statuses = {backend: status(op, backend, devices[backend]) for backend in config.BACKENDS}
+    return {"computes": op.meaning} | statuses
 
 
-def answer(op: registry.Op, backend: str, device: str) -> str:
+def status(op: registry.Op, backend: str, device: str) -> str:
+    """ "yes", or why the backend cannot run the op."""
     try:
         return op.refusal(backend, device, torch.float32) or "yes"
     except ValueError as error:  # an environment variable with a value that is not accepted
@@ -110,9 +112,9 @@ def answer(op: registry.Op, backend: str, device: str) -> str:
 
 
 def attention(dtype: torch.dtype) -> dict[str, str]:
-    """For heads of 64 in inference, in order of preference: the first "yes" runs."""
+    """For a head_dim of 64 in inference, in order of preference: the first "yes" runs."""
     try:
-        return {name: reason or "yes" for name, reason in cuda_answers(dtype, 64).items()}
+        return {name: reason or "yes" for name, reason in cuda_refusals(dtype, 64).items()}
     except ValueError as error:
         return {"none": str(error)}
 
@@ -133,11 +135,11 @@ def as_text(facts: dict) -> str:
     return "\n\n".join(sections)
 
 
-def nested(answers: dict[str, dict[str, str]]) -> list[tuple[str, str, str]]:
-    """Rows of a table whose first column is written once."""
+def nested(facts: dict[str, dict[str, str]]) -> list[tuple[str, str, str]]:
+    """Rows of a table that shows each outer key once."""
     return [
         (outer if i == 0 else "", inner, text)
-        for outer, texts in answers.items()
+        for outer, texts in facts.items()
         for i, (inner, text) in enumerate(texts.items())
     ]
 

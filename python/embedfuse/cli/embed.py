@@ -1,4 +1,4 @@
-"""embedfuse embed: files in, vectors out."""
+"""embedfuse embed: embed the texts of files."""
 
 import argparse
 import codecs
@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"\nembedfuse embed: interrupted, {args.out} is not written", file=sys.stderr)
-        return 130  # as a shell says it
+        return 130  # as shells report an interrupt
     return 0
 
 
 def embed(args: argparse.Namespace) -> str:
-    """Embeds and writes; returns what to tell."""
+    """Embed the files and write --out; returns the summary to print."""
     outputs = tuple(args.outputs.split(","))
     check(args, outputs)
     embedder = Embedder(
@@ -97,7 +97,7 @@ def embed(args: argparse.Namespace) -> str:
 
     columns = args.dimensions or embedder.model.config.hidden_size
     start = time.perf_counter()
-    with replaced(args.out) as file, lines.named_in_errors():
+    with atomic_write(args.out) as file, lines.named_in_errors():
         _WRITERS[args.out.suffix](file, counted(), columns)
     seconds = time.perf_counter() - start
     texts, tokens = counts["texts"], counts["tokens"]
@@ -108,7 +108,7 @@ def embed(args: argparse.Namespace) -> str:
 
 
 def check(args: argparse.Namespace, outputs: tuple[str, ...]) -> None:
-    """ValueError or OSError for what can be told before the model is loaded."""
+    """ValueError or OSError for arguments that are wrong whatever the model is."""
     if unknown := set(outputs) - set(OUTPUTS):
         raise ValueError(f"--outputs {args.outputs}: {unknown.pop()!r}; accepted are {_NAMES}")
     if args.out.suffix not in _WRITERS:
@@ -138,15 +138,15 @@ def check_device(name: str) -> None:
 
 
 class Lines:
-    """The texts of files one after the other, read as they are asked for.
+    """The texts of several files, read as they are iterated over. A byte-order mark is dropped.
 
-    field: of the JSON object that each line is; None: that of .jsonl files is "text", and lines of others
-    are texts. A byte-order mark before the first is no part of it.
+    field: the field of the JSON object on each line that has the text. None: "text" in .jsonl files; in
+    others the line is the text.
     """
 
     def __init__(self, files: Sequence[str], field: str | None):
         self._files, self._field = files, field
-        self._starts: list[int] = []  # number of the first text of each file read so far
+        self._starts: list[int] = []  # index of the first text of each file read so far
 
     def __iter__(self) -> Iterator[str]:
         count = 0
@@ -158,7 +158,7 @@ class Lines:
                     if count == self._starts[-1]:
                         line = line.removeprefix(codecs.BOM_UTF8)
                         if not line:
-                            continue  # a file of nothing else
+                            continue  # the file holds nothing else
                     yield self._text(file, line, self.place(count))
                     count += 1
 
@@ -181,24 +181,24 @@ class Lines:
         return value
 
     def place(self, text: int) -> str:
-        """File and line of a text by its number."""
+        """File and line of the text with this index."""
         which = bisect(self._starts, text) - 1
         file = "stdin" if self._files[which] == "-" else self._files[which]
         return f"{file}:{text - self._starts[which] + 1}"
 
     @contextlib.contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Errors of the pipeline tell a text's number; here, file and line."""
+        """Replace the index of a text in the pipeline's errors by its file and line."""
         try:
             yield
         except (TypeError, ValueError) as error:
-            told = re.sub(r"\btexts\[(\d+)\]", lambda found: self.place(int(found[1])), str(error))
-            raise ValueError(told) from error
+            message = re.sub(r"\btexts\[(\d+)\]", lambda m: self.place(int(m[1])), str(error))
+            raise ValueError(message) from error
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place at the end, and is gone after an error."""
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file that becomes `path` at the end; after an error it is removed."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "xb") as file:
@@ -209,7 +209,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_npy(file: BinaryIO, parts: Iterable[Embeddings], columns: int) -> None:
-    """As numpy.save; the number of rows is put into the header once it is known."""
+    """As numpy.save. The number of rows is written into the header at the end."""
     file.write(npy_header(0, columns))
     rows = 0
     for part in parts:
@@ -220,22 +220,22 @@ def write_npy(file: BinaryIO, parts: Iterable[Embeddings], columns: int) -> None
 
 
 def npy_header(rows: int, columns: int) -> bytes:
-    """128 bytes, whatever the number of rows (NumPy's format 1.0)."""
+    """A header of 128 bytes for any number of rows (NumPy's format 1.0)."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {columns}), }}"
     return np.lib.format.magic(1, 0) + struct.pack("<H", 118) + f"{text:<117}\n".encode("ascii")
 
 
 def write_jsonl(file: BinaryIO, parts: Iterable[Embeddings], columns: int) -> None:
-    """{"dense": [...], "sparse": {"token id": weight}, "multi": [[...], ...]} of each text on a line."""
+    """One line per text: {"dense": [...], "sparse": {"token id": weight}, "multi": [[...], ...]}."""
     for part in parts:
-        found = {
+        outputs = {
             "dense": None if part.dense is None else part.dense.tolist(),
             "sparse": None if part.sparse is None else part.sparse.dicts(),
             "multi": None if part.multi is None else [x.tolist() for x in part.multi],
         }
-        asked = {name: rows for name, rows in found.items() if rows is not None}
-        for row in zip(*asked.values(), strict=True):
-            file.write(json.dumps(dict(zip(asked, row, strict=True))).encode() + b"\n")
+        outputs = {name: rows for name, rows in outputs.items() if rows is not None}
+        for row in zip(*outputs.values(), strict=True):
+            file.write(json.dumps(dict(zip(outputs, row, strict=True))).encode() + b"\n")
 
 
 _WRITERS = {".npy": write_npy, ".jsonl": write_jsonl}

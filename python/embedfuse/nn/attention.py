@@ -9,14 +9,14 @@ from torch import Tensor
 
 from embedfuse import native
 from embedfuse.nn.flash import FLASH_ATTENTION_3, TORCH_VARLEN, Flash
-from embedfuse.nn.linear import is_plain
+from embedfuse.nn.linear import is_inference
 from embedfuse.ops.checks import kernel_takes
 from embedfuse.ops.varlen_attention import MAX_HEAD_DIM, visible
 from embedfuse.ops.varlen_attention import OP as VARLEN
 from embedfuse.packing import Packed
 from embedfuse.registry import Op, forced_backend
 
-KERNEL, SDPA = "varlen_attention in Triton", "SDPA per run of equally long texts"
+KERNEL, SDPA = "varlen_attention in Triton", "SDPA, one call per group of equally long texts"
 
 
 def attention(
@@ -31,11 +31,22 @@ def attention(
     causal: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """softmax(q k^T scale) v, every query row over the tokens of its own sequence that it sees.
+    """softmax(q k^T scale) v within each sequence.
 
-    query: (rows, heads, head_dim). key, value: (tokens, kv_heads, head_dim). queries: the query rows
-    of each sequence, where they are not its tokens; causal ones are its last. causal, window:
-    as in ops.varlen_attention. Returns (rows, heads * head_dim).
+    Args:
+        query: (rows, heads, head_dim).
+        key: (tokens, kv_heads, head_dim).
+        value: as key.
+        packed: the sequences of key and value.
+        scale: factor of the scores.
+        dropout: rate on the attention weights.
+        queries: the query rows of each sequence, if they are not all its tokens. With causal they are
+            the last ones.
+        causal: as in ops.varlen_attention.
+        window: as in ops.varlen_attention.
+
+    Returns:
+        (rows, heads * head_dim).
     """
     if not len(query):
         return query.flatten(1)
@@ -46,26 +57,41 @@ def attention(
     if chosen is VARLEN:
         bounds = queries.cu_seqlens, packed.cu_seqlens
         return VARLEN(query, key, value, *bounds, scale, causal, window).flatten(1)
-    group = query.shape[1] // key.shape[1]
+    return sdpa(query, key, value, queries, packed, scale, dropout, causal, window)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Packed,
+    packed: Packed,
+    scale: float,
+    dropout: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """attention() by torch's scaled_dot_product_attention, one call per group of equal lengths."""
+    group_size = query.shape[1] // key.shape[1]  # query heads per head of key and value
     parts = []
     first_q = first_k = 0
-    for sequences, rows, tokens in runs(queries, packed):
+    for sequences, rows, tokens in equal_length_groups(queries, packed):
         last_q, last_k = first_q + sequences * rows, first_k + sequences * tokens
         q, k, v = (
             x.unflatten(0, (sequences, -1)).transpose(1, 2)
             for x in (query[first_q:last_q], key[first_k:last_k], value[first_k:last_k])
         )
         first_q, first_k = last_q, last_k
-        if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        masked = sight(rows, tokens, causal, window, query.device)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **masked)
+        if group_size > 1:
+            k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
+        mask = sdpa_mask(rows, tokens, causal, window, query.device)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, **mask)
         parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def sight(rows: int, tokens: int, causal: bool, window: int | None, device) -> dict:
-    """SDPA's arguments for what each of the last `rows` tokens of a sequence sees."""
+def sdpa_mask(rows: int, tokens: int, causal: bool, window: int | None, device) -> dict:
+    """SDPA's mask arguments for the last `rows` tokens of a sequence as queries."""
     narrow = window is not None and window < tokens
     if not causal or (rows == 1 and not narrow):
         return {}
@@ -74,17 +100,17 @@ def sight(rows: int, tokens: int, causal: bool, window: int | None, device) -> d
     return {"attn_mask": visible(rows, tokens, causal, window, device)}
 
 
-def runs(queries: Packed, keys: Packed) -> list[tuple[int, int, int]]:
-    """(sequences, query rows, keys) for each run of neighbours that agree in both."""
-    pairs = zip(queries.lengths, keys.lengths, strict=True)
-    return [(len(list(run)), *pair) for pair, run in groupby(pairs)]
+def equal_length_groups(queries: Packed, keys: Packed) -> list[tuple[int, int, int]]:
+    """(sequences, query rows of each, keys of each) of consecutive sequences with equal lengths."""
+    lengths = zip(queries.lengths, keys.lengths, strict=True)
+    return [(len(list(group)), *pair) for pair, group in groupby(lengths)]
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Flash | Op | None:
-    """FlashAttention, the op, or None: SDPA, which alone has dropout.
+    """What computes attention: FlashAttention, our op, or None for SDPA, which alone supports dropout.
 
-    On a GPU FlashAttention goes before the op, unless a backend was asked for by name; what that has no
-    version for is torch's own.
+    On a GPU FlashAttention is preferred to the op, unless a backend is forced by name. If the forced
+    backend cannot run the op, torch's own attention runs.
     """
     if dropout:
         return None
@@ -106,21 +132,25 @@ def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int, forced
 
 
 def varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether our kernel computes this: in inference.
+    """Whether ops.varlen_attention runs these faster than SDPA. It has no gradient, so only in inference.
 
-    No length is left to SDPA on the CPU: on 2 cores of an EPYC 9004 without AMX the kernel was 1.0 to 1.7
-    times as fast in fp32 and 1.3 to 2.5 times in bf16, for 16 heads of 64 and equal lengths from 16 to 8,192,
-    and 3 to 4 times at length 8 (this function, in turn with itself under `use_backend("reference")`).
+    On the CPU it is used for every length: on 2 cores of an EPYC 9004 without AMX the kernel was 1.0 to 1.7
+    times as fast as SDPA in fp32 and 1.3 to 2.5 times in bf16, for 16 heads of 64 and equal lengths from 16
+    to 8,192, and 3 to 4 times at length 8 (`attention`, alternating with and without
+    `use_backend("reference")`).
     """
     return (
-        is_plain(query)
+        is_inference(query)
         and query.shape[-1] <= MAX_HEAD_DIM
         and kernel_takes(VARLEN, query, key, value)
     )
 
 
-def cuda_answers(dtype: torch.dtype, head_dim: int, device=None) -> dict[str, str | None]:
-    """What may run attention in inference on a GPU, in order of preference, and why it cannot."""
+def cuda_refusals(dtype: torch.dtype, head_dim: int, device=None) -> dict[str, str | None]:
+    """What may compute attention in inference on a GPU, in order of preference, and why it cannot.
+
+    Name -> reason; None for what can run.
+    """
     names = FLASH_ATTENTION_3.name, TORCH_VARLEN.name, KERNEL, SDPA
     try:
         native.require_gpu()
@@ -131,10 +161,10 @@ def cuda_answers(dtype: torch.dtype, head_dim: int, device=None) -> dict[str, st
     too_deep = f"takes a head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
     reasons.append(too_deep if head_dim > MAX_HEAD_DIM else VARLEN.refusal("triton", "cuda", dtype))
     reasons.append(None)
-    answers = dict(zip(names, reasons, strict=True))
+    refusals = dict(zip(names, reasons, strict=True))
     if forced := forced_backend():
-        answers[FLASH_ATTENTION_3.name] = asked = f"backend {forced!r} was asked for"
+        refusals[FLASH_ATTENTION_3.name] = other = f"backend {forced!r} was asked for"
         if forced == "triton":
-            return {KERNEL: answers.pop(KERNEL)} | answers
-        answers[KERNEL] = asked
-    return answers
+            return {KERNEL: refusals.pop(KERNEL)} | refusals
+        refusals[KERNEL] = other
+    return refusals

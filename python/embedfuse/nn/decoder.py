@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
-from embedfuse.nn.linear import is_plain, linear, linears
+from embedfuse.nn.linear import is_inference, linear, linears
 from embedfuse.nn.prefixes import Step
-from embedfuse.nn.tower import checkpointed, project, steps
+from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
 from embedfuse.ops.checks import kernel_takes
 from embedfuse.ops.rope import OP as ROPE
@@ -21,7 +21,7 @@ from embedfuse.packing import Packed, one_each
 
 @dataclass
 class DecoderLayer:
-    """The modules of one layer, wherever the model keeps them.
+    """The modules of one layer, whatever their names in the model.
 
     x = x + out(attention(qkv(norm1(x))));  x = x + down(activation(gate(n)) up(n)), n = norm2(x).
     Query and key are normalised per head (Qwen3) and rotated. The norms are transformers'
@@ -29,15 +29,15 @@ class DecoderLayer:
     """
 
     index: int
-    block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
+    block: nn.Module  # the whole layer, read for its training flag and gradient checkpointing
     norm1: nn.Module
     qkv: tuple[nn.Module, nn.Module, nn.Module]  # of query, key and value
     head_dim: int
     scale: float
     causal: bool
-    window: int | None  # keys that a token sees, its own the last; needs causal
-    attention: nn.Module  # its training flag
-    dropout: float  # of attention weights, in training
+    window: int | None  # keys that a token sees, itself included; only if causal
+    attention: nn.Module  # read for its training flag
+    dropout: float  # rate on attention weights in training
     query_norm: nn.Module | None
     key_norm: nn.Module | None
     out: nn.Module
@@ -53,22 +53,24 @@ class DecoderLayer:
         cos: Tensor,
         sin: Tensor,
         packed: Packed,
-        plain: bool,
+        inference: bool,
         rows: Tensor | None = None,
         shared: Step | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The layer's input is y + residual (tokens, hidden), and so is its output.
+        """(y, residual) -> (y, residual); the hidden state is their sum, (tokens, hidden).
 
-        Left as two, because the norm that follows adds them. With `rows`, the result for these
-        tokens alone (see `decode`). shared: where the tokens are not all of their sequences (`packed`).
+        They stay separate because the next norm adds them. rows: compute the output for these tokens
+        only (see `decode`). shared: the step, if some tokens of `packed` were computed earlier.
         """
-        x, residual = add_norm(self.norm1, y, residual, plain)
-        y = self.attend(x, cos, sin, packed, plain, rows, shared)
+        x, residual = add_norm(self.norm1, y, residual, inference)
+        y = self.attend(x, cos, sin, packed, inference, rows, shared)
         if rows is not None:
             residual = residual[rows]
-        x, residual = add_norm(self.norm2, linear(self.out, y, plain), residual, plain)
-        gate, up = linears(self.gate_up, x, plain)
-        return linear(self.down, activate(self.activation, gate, up, plain), plain), residual
+        x, residual = add_norm(self.norm2, linear(self.out, y, inference), residual, inference)
+        gate, up = linears(self.gate_up, x, inference)
+        return linear(
+            self.down, activate(self.activation, gate, up, inference), inference
+        ), residual
 
     def attend(
         self,
@@ -76,20 +78,20 @@ class DecoderLayer:
         cos: Tensor,
         sin: Tensor,
         packed: Packed,
-        plain: bool,
+        inference: bool,
         rows: Tensor | None,
         shared: Step | None,
     ) -> Tensor:
-        projections = project(self.qkv, x, rows, plain)
+        projections = project(self.qkv, x, rows, inference)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
-        queries, at_query = None if shared is None else shared.queries, (cos, sin)
+        queries, query_angles = None if shared is None else shared.queries, (cos, sin)
         if rows is not None:
-            queries, at_query = one_each(len(rows), x.device), (cos[rows], sin[rows])
+            queries, query_angles = one_each(len(rows), x.device), (cos[rows], sin[rows])
         to_query, to_key, _ = self.qkv
-        query = turn(to_query, self.query_norm, query, *at_query, plain)
-        key = turn(to_key, self.key_norm, key, cos, sin, plain)
+        query = norm_and_rotate(to_query, self.query_norm, query, *query_angles, inference)
+        key = norm_and_rotate(to_key, self.key_norm, key, cos, sin, inference)
         if shared is not None:
-            key, value = shared.unfold(self.index, key, value)
+            key, value = shared.gather(self.index, key, value)
         return attention(
             query,
             key,
@@ -103,40 +105,43 @@ class DecoderLayer:
         )
 
 
-def turn(
-    module: nn.Module, norm: nn.Module | None, x: Tensor, cos: Tensor, sin: Tensor, plain: bool
+def norm_and_rotate(
+    module: nn.Module, norm: nn.Module | None, x: Tensor, cos: Tensor, sin: Tensor, inference: bool
 ) -> Tensor:
-    """module's result x (tokens, heads, head_dim), normalised and rotated, in place where it is ours."""
-    ours = type(module) is nn.Linear
+    """The module's output x (tokens, heads, head_dim), normalised per head and rotated.
+
+    In place only on a tensor that we made: a module may return one that it still uses.
+    """
+    may_write = type(module) is nn.Linear
     if norm is not None:
-        x, ours = add_norm(norm, x, None, plain)[0], True
-    if not (plain and kernel_takes(ROPE, x, cos, sin)):
+        x, may_write = add_norm(norm, x, None, inference)[0], True
+    if not (inference and kernel_takes(ROPE, x, cos, sin)):
         return rotate(x, cos, sin)
-    x = x if ours else x.clone()
+    x = x if may_write else x.clone()
     ROPE(x, cos, sin)
     return x
 
 
 def add_norm(
-    norm: nn.Module, y: Tensor, residual: Tensor | None, plain: bool
+    norm: nn.Module, y: Tensor, residual: Tensor | None, inference: bool
 ) -> tuple[Tensor, Tensor]:
-    """norm(y + residual) and the sum; residual: None adds nothing."""
-    if plain and kernel_takes(ADD_RMS_NORM, y, residual, norm.weight):
+    """norm(y + residual) and the sum. A residual of None counts as zero."""
+    if inference and kernel_takes(ADD_RMS_NORM, y, residual, norm.weight):
         normed, summed = ADD_RMS_NORM(y, residual, norm.weight, norm.variance_epsilon)
         return normed, y if residual is None else summed
     summed = y if residual is None else residual + y
     return norm(summed), summed
 
 
-def activate(activation: nn.Module, gate: Tensor, up: Tensor, plain: bool) -> Tensor:
-    """activation(gate) up"""
-    if plain and is_silu(activation) and kernel_takes(SILU_MUL, gate, up):
+def activate(activation: nn.Module, gate: Tensor, up: Tensor, inference: bool) -> Tensor:
+    """activation(gate) * up"""
+    if inference and is_silu(activation) and kernel_takes(SILU_MUL, gate, up):
         return SILU_MUL(gate, up)
     return activation(gate) * up
 
 
 def is_silu(activation: nn.Module) -> bool:
-    from transformers.activations import SiLUActivation  # loaded already by whoever has a model
+    from transformers.activations import SiLUActivation  # already imported by any model
 
     return type(activation) in (nn.SiLU, SiLUActivation)
 
@@ -151,20 +156,29 @@ def decode(
     rows: Tensor | None = None,
     shared: Iterable[Step] | None = None,
 ) -> Tensor:
-    """x: (tokens, hidden) embeddings -> norm of the (tokens, hidden) states after the last layer.
+    """norm(hidden states after the last layer).
 
-    cos, sin: (tokens, head_dim / 2), as in ops.rope, of each token's position.
-    rows: (batch,) int64, the last token of each sequence, where only their states are wanted (last
-    because attention counts query rows from the end). The last layer then computes keys and values
-    for all tokens and the rest for these; returns (batch, hidden).
-    shared: the steps that run prefixes shared by sequences once; None: every token runs.
+    Args:
+        layers: the layers, first to last.
+        norm: the model's final norm.
+        x: (tokens, hidden) embeddings.
+        cos: (tokens, head_dim / 2), as in ops.rope, for each token's position.
+        sin: as cos.
+        packed: the sequences of x.
+        rows: (batch,) int64, the last token of each sequence, if only their states are needed (the last,
+            because attention counts query rows from the end). The last layer then computes keys and
+            values for all tokens and everything else for these.
+        shared: steps that compute a prefix shared by several sequences once; None computes every token.
+
+    Returns:
+        (tokens, hidden), or (batch, hidden) if `rows` is given.
     """
-    plain = is_plain(x)
+    inference = is_inference(x)
     if shared is not None:
         return decode_shared(layers, norm, x, cos, sin, rows, shared)
     states = [
-        run(layers, norm, x[tokens], cos[tokens], sin[tokens], part, plain, of_part)
-        for tokens, part, of_part in steps(x, packed, rows)
+        decode_step(layers, norm, x[tokens], cos[tokens], sin[tokens], step, inference, step_rows)
+        for tokens, step, step_rows in split_into_steps(x, packed, rows)
     ]
     return states[0] if len(states) == 1 else torch.cat(states)
 
@@ -180,10 +194,10 @@ def decode_shared(
 ) -> Tensor:
     out = None
     for step in shared:
-        of_step = (t[step.tokens] for t in (x, cos, sin))
-        wanted = None if rows is None else step.last
-        states = run(layers, norm, *of_step, step.keys, True, wanted, step)
-        if out is None:  # a norm in fp32 gives fp32 states
+        inputs = (t[step.tokens] for t in (x, cos, sin))
+        step_rows = None if rows is None else step.last
+        states = decode_step(layers, norm, *inputs, step.keys, True, step_rows, step)
+        if out is None:  # here, because the norm decides the dtype
             out = states.new_empty(len(x) if rows is None else len(rows), x.shape[1])
         if rows is None:
             out[step.places] = states[step.source]
@@ -192,24 +206,29 @@ def decode_shared(
     return out
 
 
-def run(
+def decode_step(
     layers: list[DecoderLayer],
     norm: nn.Module,
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
     packed: Packed,
-    plain: bool,
+    inference: bool,
     rows: Tensor | None,
     shared: Step | None = None,
 ) -> Tensor:
     state = x, None
     for layer in layers:
-        wanted = rows if layer is layers[-1] else None
-        step = partial(
-            layer, cos=cos, sin=sin, packed=packed, plain=plain, rows=wanted, shared=shared
+        call = partial(
+            layer,
+            cos=cos,
+            sin=sin,
+            packed=packed,
+            inference=inference,
+            rows=rows if layer is layers[-1] else None,
+            shared=shared,
         )
-        state = checkpointed(layer.block, step, *state)
+        state = checkpointed(layer.block, call, *state)
     if rows is not None and not layers:
         state = x[rows], None
-    return add_norm(norm, *state, plain)[0]
+    return add_norm(norm, *state, inference)[0]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
-from embedfuse.nn.linear import is_plain, linear
-from embedfuse.nn.tower import checkpointed, project, steps
+from embedfuse.nn.linear import is_inference, linear
+from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
 from embedfuse.ops.checks import kernel_takes
 from embedfuse.packing import Packed, one_each
@@ -17,17 +17,17 @@ from embedfuse.packing import Packed, one_each
 
 @dataclass
 class EncoderLayer:
-    """The modules of one layer, wherever the model keeps them.
+    """The modules of one layer, whatever their names in the model.
 
     x = norm1(out(attention(qkv(x))) + x);  x = norm2(down(activation(up(x))) + x), with dropout
     after `out` and `down`.
     """
 
-    block: nn.Module  # the layer as a whole: training flag, gradient checkpointing
+    block: nn.Module  # the whole layer, read for its training flag and gradient checkpointing
     qkv: tuple[nn.Module, nn.Module, nn.Module]  # of query, key and value
     head_dim: int
     scale: float
-    attention: nn.Module  # its training flag and its dropout's rate
+    attention: nn.Module  # read for its training flag and dropout rate
     out: nn.Module
     dropout1: nn.Module
     norm1: nn.Module
@@ -38,10 +38,10 @@ class EncoderLayer:
     norm2: nn.Module
 
     def __call__(
-        self, x: Tensor, packed: Packed, plain: bool, rows: Tensor | None = None
+        self, x: Tensor, packed: Packed, inference: bool, rows: Tensor | None = None
     ) -> Tensor:
-        """x: (tokens, hidden). With `rows`, the result for these tokens alone (see `encode`)."""
-        projections = project(self.qkv, x, rows, plain)
+        """The layer on x (tokens, hidden); if `rows` is given, its output for those tokens only."""
+        projections = project(self.qkv, x, rows, inference)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
         queries = None
         if rows is not None:
@@ -49,21 +49,21 @@ class EncoderLayer:
             x = x[rows]
         dropout = self.attention.dropout.p if self.attention.training else 0.0
         y = attention(query, key, value, packed, scale=self.scale, dropout=dropout, queries=queries)
-        x = add_norm(self.norm1, self.dropout1, linear(self.out, y, plain), x, plain)
-        y = activate(self.activation, self.up, x, plain)
-        return add_norm(self.norm2, self.dropout2, linear(self.down, y, plain), x, plain)
+        x = add_norm(self.norm1, self.dropout1, linear(self.out, y, inference), x, inference)
+        y = activate(self.activation, self.up, x, inference)
+        return add_norm(self.norm2, self.dropout2, linear(self.down, y, inference), x, inference)
 
 
-def activate(activation: nn.Module, up: nn.Module, x: Tensor, plain: bool) -> Tensor:
-    y = linear(up, x, plain)
-    # Only our own result is written to, never what somebody else's module returned.
-    if plain and type(up) is nn.Linear and is_exact_gelu(activation):
+def activate(activation: nn.Module, up: nn.Module, x: Tensor, inference: bool) -> Tensor:
+    y = linear(up, x, inference)
+    # In place only on a tensor that we made: a module may return one that it still uses.
+    if inference and type(up) is nn.Linear and is_exact_gelu(activation):
         return torch.ops.aten.gelu_(y)
     return activation(y)
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:
-    from transformers.activations import GELUActivation  # loaded already by whoever has a model
+    from transformers.activations import GELUActivation  # already imported by any model
 
     if type(activation) is nn.GELU:
         return activation.approximate == "none"
@@ -71,12 +71,12 @@ def is_exact_gelu(activation: nn.Module) -> bool:
 
 
 def add_norm(
-    norm: nn.Module, dropout: nn.Module, y: Tensor, residual: Tensor, plain: bool
+    norm: nn.Module, dropout: nn.Module, y: Tensor, residual: Tensor, inference: bool
 ) -> Tensor:
     """norm(dropout(y) + residual)"""
     if not (type(dropout) is nn.Dropout and not dropout.training):
         y = dropout(y)
-    if plain and norm_takes(norm, y, residual):
+    if inference and norm_takes(norm, y, residual):
         return ADD_LAYER_NORM(y, residual, norm.weight, norm.bias, norm.eps)
     return layer_norm(norm, y + residual)
 
@@ -98,24 +98,32 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
 def encode(
     layers: list[EncoderLayer], x: Tensor, packed: Packed, rows: Tensor | None = None
 ) -> Tensor:
-    """x: (tokens, hidden) embeddings -> (tokens, hidden) states after the last layer.
+    """Hidden states after the last layer.
 
-    rows: (batch,) int64, one token of each sequence in turn (its first or its last, say), where only
-    their states are wanted. The last layer then computes keys and values for all tokens and the rest
-    for these; returns (batch, hidden).
+    Args:
+        layers: the layers, first to last.
+        x: (tokens, hidden) embeddings.
+        packed: the sequences of x.
+        rows: (batch,) int64, one token of each sequence in order (its first or last, for example), if
+            only their states are needed. The last layer then computes keys and values for all tokens and
+            everything else for these.
+
+    Returns:
+        (tokens, hidden), or (batch, hidden) if `rows` is given.
     """
-    plain = is_plain(x)
+    inference = is_inference(x)
     states = [
-        run(layers, x[tokens], part, plain, of_part)
-        for tokens, part, of_part in steps(x, packed, rows)
+        encode_step(layers, x[tokens], step, inference, step_rows)
+        for tokens, step, step_rows in split_into_steps(x, packed, rows)
     ]
     return states[0] if len(states) == 1 else torch.cat(states)
 
 
-def run(
-    layers: list[EncoderLayer], x: Tensor, packed: Packed, plain: bool, rows: Tensor | None
+def encode_step(
+    layers: list[EncoderLayer], x: Tensor, packed: Packed, inference: bool, rows: Tensor | None
 ) -> Tensor:
     for layer in layers:
-        wanted = rows if layer is layers[-1] else None
-        x = checkpointed(layer.block, partial(layer, packed=packed, plain=plain, rows=wanted), x)
+        layer_rows = rows if layer is layers[-1] else None
+        call = partial(layer, packed=packed, inference=inference, rows=layer_rows)
+        x = checkpointed(layer.block, call, x)
     return x if layers or rows is None else x[rows]

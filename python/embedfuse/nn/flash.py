@@ -1,4 +1,4 @@
-"""FlashAttention on packed sequences: FlashAttention-3 where it is installed, or torch's own."""
+"""FlashAttention on packed sequences: FlashAttention-3 if it is installed, or the one in torch."""
 
 import functools
 import importlib
@@ -14,10 +14,13 @@ from embedfuse.native import Unavailable
 
 @dataclass(frozen=True)
 class Flash:
-    """One implementation: where it runs, and its call with our arguments.
+    """One implementation of FlashAttention: where it runs, and how it is called with our arguments.
 
-    load: its function; raises Unavailable with the reason. capability: (least, most) of the card.
-    run: that function on the arguments of nn.attention, queries given -> (rows, heads, head_dim).
+    Attributes:
+        name: for reports.
+        load: returns the implementation's function; raises Unavailable with the reason.
+        capability: lowest and highest compute capability of the GPU.
+        run: calls that function with the arguments of nn.attention; returns (rows, heads, head_dim).
     """
 
     name: str
@@ -72,7 +75,7 @@ def run_flash_attention_3(
         causal=causal,
         window_size=window_size(causal, window),
     )
-    return out[0] if isinstance(out, tuple) else out  # until 2025 it returned the logsumexp too
+    return out[0] if isinstance(out, tuple) else out  # until 2025 it returned the logsumexp as well
 
 
 @functools.cache
@@ -81,22 +84,22 @@ def load_torch_varlen() -> Callable:
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except ImportError as error:
         raise Unavailable(f"torch {torch.__version__} has none: {error}") from error
-    if not takes(function, "scale"):  # before 2.11
+    if not accepts(function, "scale"):  # before torch 2.11
         raise Unavailable(f"that of torch {torch.__version__} does not take a scale")
     return function
 
 
 @functools.cache
-def takes(function: Callable, argument: str) -> bool:
+def accepts(function: Callable, argument: str) -> bool:
     return argument in inspect.signature(function).parameters
 
 
 def run_torch_varlen(function, query, key, value, queries, packed, scale, causal, window) -> Tensor:
-    options, group = {}, query.shape[1] // key.shape[1]
-    if group > 1 and takes(function, "enable_gqa"):
+    options, group_size = {}, query.shape[1] // key.shape[1]
+    if group_size > 1 and accepts(function, "enable_gqa"):
         options["enable_gqa"] = True
-    elif group > 1:
-        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    elif group_size > 1:
+        key, value = (x.repeat_interleave(group_size, 1) for x in (key, value))
     return function(
         query,
         key,
@@ -112,7 +115,7 @@ def run_torch_varlen(function, query, key, value, queries, packed, scale, causal
 
 
 def window_size(causal: bool, window: int | None) -> tuple[int, int]:
-    """Tokens seen before and after a row's own; -1 is all."""
+    """(keys before, keys after) that a query row sees besides its own; -1 means all."""
     return (-1 if window is None else window - 1, 0) if causal else (-1, -1)
 
 

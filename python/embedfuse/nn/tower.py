@@ -1,51 +1,53 @@
-"""What the towers share: steps by whole sequences, rows of the last layer, gradient checkpointing."""
+"""What both towers use: splitting a batch into steps, the query rows of the last layer, checkpointing."""
 
 from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from embedfuse.nn.linear import is_plain, linear, linears
+from embedfuse.nn.linear import is_inference, linear, linears
 from embedfuse.packing import Packed
 
-# Bounds the activations of a large batch on the CPU. Speed hardly depends on it: 1,024 to all tokens
-# at once differed by at most 5 % (all-MiniLM-L6-v2, 160 long docstrings, 2 cores of an EPYC 9004).
+# Tokens per step on the CPU, which limits the memory for activations. Speed hardly depends on it: from 1,024
+# tokens to all at once the times differed by at most 5 % (all-MiniLM-L6-v2, 160 long docstrings, 2 cores of
+# an EPYC 9004).
 STEP_TOKENS = 2048
 
 
-def steps(
+def split_into_steps(
     x: Tensor, packed: Packed, rows: Tensor | None
 ) -> Iterator[tuple[slice, Packed, Tensor | None]]:
-    """The parts of x (tokens, hidden) that a tower runs in turn: its tokens, their sequences, their rows.
+    """The steps in which a tower processes x (tokens, hidden): (its tokens, their sequences, its rows).
 
-    rows: (batch,), one token of each sequence, or None. In inference on the CPU a part holds whole
-    sequences of about STEP_TOKENS tokens, otherwise there is one part.
+    rows: (batch,), one token of each sequence, or None. A step's rows count from its first token.
+    In inference on the CPU a step holds whole sequences of about STEP_TOKENS tokens; otherwise one step
+    holds the batch.
     """
     if rows is not None and rows.shape != (packed.sequences,):
         raise ValueError(
             f"rows: shape {tuple(rows.shape)}; accepted is one row per sequence, ({packed.sequences},)"
         )
-    in_steps = is_plain(x) and x.is_cpu and packed.tokens > STEP_TOKENS
+    split = is_inference(x) and x.is_cpu and packed.tokens > STEP_TOKENS
     first_token = first_sequence = 0
-    for part in packed.split(STEP_TOKENS) if in_steps else [packed]:
-        last_token, last_sequence = first_token + part.tokens, first_sequence + part.sequences
-        of_part = None if rows is None else rows[first_sequence:last_sequence] - first_token
-        yield slice(first_token, last_token), part, of_part
+    for step in packed.split(STEP_TOKENS) if split else [packed]:
+        last_token, last_sequence = first_token + step.tokens, first_sequence + step.sequences
+        step_rows = None if rows is None else rows[first_sequence:last_sequence] - first_token
+        yield slice(first_token, last_token), step, step_rows
         first_token, first_sequence = last_token, last_sequence
 
 
 def project(
-    qkv: tuple[nn.Module, ...], x: Tensor, rows: Tensor | None, plain: bool
+    qkv: tuple[nn.Module, ...], x: Tensor, rows: Tensor | None, inference: bool
 ) -> tuple[Tensor, ...]:
-    """Query, key and value of x (tokens, hidden); with `rows`, the query of these tokens alone."""
+    """Query, key and value of x (tokens, hidden); if `rows` is given, the query of those tokens only."""
     if rows is None:
-        return linears(qkv, x, plain)
+        return linears(qkv, x, inference)
     to_query, *to_key_value = qkv
-    key, value = linears(tuple(to_key_value), x, plain)
-    return linear(to_query, x[rows], plain), key, value
+    key, value = linears(tuple(to_key_value), x, inference)
+    return linear(to_query, x[rows], inference), key, value
 
 
-def checkpointed(block: nn.Module, step: Callable, *state):
-    """step(*state); recomputed in the backward pass where transformers' checkpointing is on."""
+def checkpointed(block: nn.Module, layer: Callable, *state):
+    """layer(*state), recomputed in the backward pass if the block's gradient checkpointing is on."""
     if getattr(block, "gradient_checkpointing", False) and block.training:
-        return block._gradient_checkpointing_func(step, *state)
-    return step(*state)
+        return block._gradient_checkpointing_func(layer, *state)
+    return layer(*state)

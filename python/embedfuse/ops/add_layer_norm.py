@@ -14,7 +14,9 @@ from embedfuse.ops.precision import widened
 from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> Tensor"
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    "residual addition and LayerNorm",
+    differentiable=True,
 )
 
 

@@ -15,7 +15,9 @@ from embedfuse.registry import Cost, Op, triton_function
 
 # summed is empty where there is no residual: an op may not return its input, the caller has x.
 OP = Op(
-    "add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor normed, Tensor summed)"
+    "add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor normed, Tensor summed)",
+    "residual addition and RMSNorm",
+    differentiable=True,
 )
 
 

@@ -15,7 +15,10 @@ from embedfuse.ops.checks import check_like, check_shape, needs_gradient
 from embedfuse.registry import Cost, Op
 
 # Several weights in one call: x is rearranged once, and the threads start once.
-OP = Op("linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
+OP = Op(
+    "linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor",
+    "linear layers with a common input, for inference on few rows",
+)
 
 # Up to this many rows the result is computed as dot products along the weight's rows, above in tiles
 # (csrc/cpu/linear_few_rows.h and linear.h). They cross between 20 and 32 rows in fp32 and bf16, for

@@ -28,7 +28,9 @@ EPS = 1e-12
 
 OP = Op(
     "pool_normalize(Tensor hidden_states, Tensor? cu_seqlens, Tensor? attention_mask, "
-    "str pooling, bool normalize, ScalarType out_dtype) -> (Tensor, Tensor)"
+    "str pooling, bool normalize, ScalarType out_dtype) -> (Tensor, Tensor)",
+    "pooling of hidden states to one vector per text, and L2 normalisation",
+    differentiable=True,
 )
 
 

@@ -14,7 +14,11 @@ from embedfuse.registry import Cost, Op, triton_function
 
 # In place: query and key are column slices of one GEMM's result, which nothing else reads before the
 # attention that follows. `rope` works on a copy.
-OP = Op("rope_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()")
+OP = Op(
+    "rope_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()",
+    "rotary position embedding, in place",
+    differentiable=True,
+)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

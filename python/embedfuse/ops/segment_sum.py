@@ -11,7 +11,10 @@ from embedfuse import native
 from embedfuse.ops.checks import check_tensors
 from embedfuse.registry import Cost, Op, triton_function
 
-OP = Op("segment_sum(Tensor x, Tensor weights, Tensor index, Tensor indptr) -> Tensor")
+OP = Op(
+    "segment_sum(Tensor x, Tensor weights, Tensor index, Tensor indptr) -> Tensor",
+    "weighted sums of rows: CSR matrix times dense matrix (gradient of maxsim)",
+)
 
 
 def segment_sum(x: Tensor, weights: Tensor, index: Tensor, indptr: Tensor) -> Tensor:

@@ -14,7 +14,11 @@ from embedfuse.ops.checks import check_like, check_shape, needs_gradient
 from embedfuse.ops.precision import widened
 from embedfuse.registry import Cost, Op, triton_function
 
-OP = Op("silu_mul(Tensor gate, Tensor up) -> Tensor")
+OP = Op(
+    "silu_mul(Tensor gate, Tensor up) -> Tensor",
+    "silu(gate) * up (SwiGLU)",
+    differentiable=True,
+)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, "
-    "Tensor cu_seqlens_k, float scale, bool causal, int? window) -> Tensor"
+    "Tensor cu_seqlens_k, float scale, bool causal, int? window) -> Tensor",
+    "attention within packed sequences: full, causal or sliding window; for inference",
 )
 MAX_HEAD_DIM = 256  # kMaxHeadDim in csrc/cpu/varlen_attention.h
 

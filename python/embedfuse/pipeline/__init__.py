@@ -1,1 +1,1 @@
-"""Texts in, vectors out: tokenise, batch by tokens, run, and hand back in the caller's order."""
+"""Texts to embeddings: tokenise, batch by tokens, run the model, return results in the caller's order."""

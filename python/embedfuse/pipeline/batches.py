@@ -1,4 +1,4 @@
-"""A stream of texts as batches of about equally many tokens, and their results back in order."""
+"""Batches of about equally many tokens, and iterators that overlap tokenising, computing and copying."""
 
 import itertools
 import logging
@@ -9,19 +9,20 @@ from typing import TypeVar
 
 import torch
 
-# Tokens of one forward. On a CPU the tower takes them in smaller steps (nn/encoder.py); on a GPU this
-# many fill it.
+# Tokens per forward. On a CPU the tower splits them into smaller steps (nn/tower.py); a GPU is full with this
+# many.
 _BUDGETS = {"cpu": 8192, "cuda": 32768}
 T = TypeVar("T")
 R = TypeVar("R")
 logger = logging.getLogger("embedfuse")
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """function(item) of each item in order, computed on another thread one item ahead.
+def prefetch_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """function(item) of each item in order, computed on another thread one item in advance.
 
-    The items are read on the caller's thread. A single item is computed there too: starting a thread
-    would cost more than a short text. What `items` or `function` raises comes after all results before it.
+    The items are read on the caller's thread. A single item is computed there too, because starting a
+    thread costs more than tokenising a short text. Errors of `items` and `function` are raised after all
+    earlier results.
     """
     items = iter(items)
     first = list(itertools.islice(items, 1))
@@ -38,15 +39,15 @@ def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             except BaseException:
                 yield result
                 raise
-            coming = pool.submit(function, item)
+            future = pool.submit(function, item)
             yield result
-            result = coming.result()
+            result = future.result()
 
 
-def behind(items: Iterable[T], count: int) -> Iterator[T]:
-    """The items in order, each handed out when `count` more have come, or none is left to come.
+def delayed(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items in order, each yielded only after `count` more were read, or the last one.
 
-    What `items` raises comes after all before it.
+    An error of `items` is raised after all earlier items.
     """
     waiting: deque[T] = deque()
     try:
@@ -63,42 +64,46 @@ def behind(items: Iterable[T], count: int) -> Iterator[T]:
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of the sequences, longest first, in batches of at most `budget` tokens.
 
-    A sequence that is longer than the budget is a batch of its own.
+    A sequence longer than the budget is the only one in its batch.
     """
     batches: list[list[int]] = []
-    room = 0
+    remaining = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or lengths[i] > room:
+        if not batches or lengths[i] > remaining:
             batches.append([])
-            room = budget
+            remaining = budget
         batches[-1].append(i)
-        room -= lengths[i]
+        remaining -= lengths[i]
     return batches
 
 
 class TokenBudget:
-    """Runs sequences in batches of so many tokens; halves the budget when memory runs out.
+    """Runs sequences in batches of at most `tokens` tokens, and halves that when memory runs out.
 
-    tokens: None: what suits the device.
+    tokens: None chooses by the device.
     """
 
     def __init__(self, device: torch.device, tokens: int | None = None):
         self.tokens = tokens or _BUDGETS.get(device.type, _BUDGETS["cpu"])
 
     def lower(self, tokens: int) -> None:
-        """To at most so many tokens; it never rises again."""
+        """Lower the budget to at most `tokens`. It never rises again."""
         self.tokens = max(1, min(self.tokens, tokens))
 
     def run(
-        self, lengths: Sequence[int], function: Callable[[list[int]], R], at_most: int | None = None
+        self,
+        lengths: Sequence[int],
+        function: Callable[[list[int]], R],
+        max_batch_tokens: int | None = None,
     ) -> Iterator[tuple[list[int], R]]:
         """(indices, function(indices)) for batches of indices that cover all of `lengths`.
 
-        at_most: tokens of a batch in this run alone; None: as the budget says.
-        A batch that does not fit into memory runs again in halves. A single sequence that does not
-        fit raises, like every other error.
+        A batch that does not fit into memory is run again in halves. A single sequence that does not
+        fit raises, as every other error does.
+
+        max_batch_tokens: limits the batches of this run further than `tokens` does.
         """
-        todo = deque(token_batches(lengths, min(self.tokens, at_most or self.tokens)))
+        todo = deque(token_batches(lengths, min(self.tokens, max_batch_tokens or self.tokens)))
         while todo:
             batch = todo.popleft()
             try:
@@ -114,7 +119,7 @@ class TokenBudget:
             else:
                 yield batch, result
                 continue
-            # Outside the except block, so that the traceback holds none of the failed batch's memory.
+            # Outside of the except block, where the traceback would keep the failed batch's tensors alive.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             rest = [batch, *todo]
@@ -126,7 +131,7 @@ class TokenBudget:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error class; on the CPU torch's allocator raises a plain RuntimeError."""
+    """On a GPU torch has an error class for it; on the CPU only the message tells."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return "DefaultCPUAllocator" in str(error) and "allocate memory" in str(error)

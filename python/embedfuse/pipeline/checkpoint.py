@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say about pooling, prompts and lengths."""
+"""The preset of a checkpoint, read from its files: pooling, prompts and lengths."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from embedfuse.pipeline.presets import PRESETS, Preset, find_preset
 
-# Name in 1_Pooling/config.json, since sentence-transformers 6 and before -> pooling of ops.pool_normalize.
+# Name in 1_Pooling/config.json (of sentence-transformers 6, and before) -> pooling of ops.pool_normalize.
 _POOLINGS = {
     "cls": "cls",
     "mean": "mean",
@@ -27,7 +27,7 @@ _LLM2VEC_POOLINGS = {
     "eos_token": "last",
     "last_token": "last",
 }
-# Names that sentence-transformers has had for one file.
+# Names that sentence-transformers has used for one file.
 _TEXT_FILES = [
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -41,25 +41,34 @@ Read = Callable[[str], "dict | list | None"]
 
 
 def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Preset:
-    """How a folder or hub name wants to be used: one value of each field, from the first that says it.
+    """How to use a checkpoint. Each field comes from the first of these that has a value for it:
 
-    1. `given`, a Preset; 2. the files of sentence-transformers and LLM2Vec beside the weights; 3. the
-    table's entry: the one that `given` names, or that of the checkpoint's name and model type, or of
-    what its config or adapter says it was made from; 4. the first token, normalised, for encoders.
+    1. `given`, if it is a Preset;
+    2. the files of LLM2Vec and sentence-transformers next to the weights;
+    3. the entry of PRESETS that `given` names, or else the one for the checkpoint's name and model type,
+       or for the model that its config or adapter says it was made from;
+    4. for encoders: pool the first token, normalised.
 
-    Raises ValueError for a decoder of which none says the pooling (its first token has seen nothing
-    but itself, so that no default would do), for an unknown name of a preset, for modules or poolings
-    that embedfuse does not have; OSError where there is no checkpoint.
+    Args:
+        model: folder or hub name.
+        hub: arguments of transformers' from_pretrained (revision, token, ...).
+        given: a Preset, or a name in PRESETS.
+
+    Raises:
+        ValueError: A decoder whose pooling nothing says (with causal attention its first token sees only
+            itself, so there is no safe default), an unknown preset name, or modules or a pooling that
+            embedfuse does not support.
+        OSError: No checkpoint there.
     """
     if given is not None and not isinstance(given, Preset) and given not in PRESETS:
         raise ValueError(f"preset={given!r}: accepted are a Preset and {', '.join(PRESETS)}")
     read = functools.partial(read_json, model, hub=hub)
     names, config = [model], read("config.json") or {}
-    name, own_hub = model, hub
-    while adapter := read_json(name, "adapter_config.json", own_hub):
-        name, own_hub = adapter_base(name, adapter, own_hub)
+    name, base_hub = model, hub
+    while adapter := read_json(name, "adapter_config.json", base_hub):
+        name, base_hub = adapter_base(name, adapter, base_hub)
         names.append(name)
-        config = read_json(name, "config.json", own_hub) or config
+        config = read_json(name, "config.json", base_hub) or config
     if made_from := config.get("_name_or_path"):
         names.append(made_from)
     model_type = config.get("model_type")
@@ -80,7 +89,7 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
 
 
 def read_json(model: str, file: str, hub: dict) -> dict | list | None:
-    """What a file of a folder or hub name holds; None where there is no such file."""
+    """The content of a JSON file of a folder or hub name; None if there is no such file."""
     path = cached_file(model, file, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         return None
@@ -89,23 +98,23 @@ def read_json(model: str, file: str, hub: dict) -> dict | list | None:
 
 
 def adapter_base(model: str, adapter: dict, hub: dict) -> tuple[str, dict]:
-    """The name of the model that a PEFT adapter is for, and the arguments to load it with.
+    """The base model of a PEFT adapter, and the from_pretrained arguments to load it with.
 
-    LLM2Vec's last adapters name the plain model, but are for the one with its -mntp adapter merged in
-    (README of McGill-NLP/llm2vec), which lies beside them.
+    LLM2Vec's final adapters name the original model, but belong on top of its -mntp adapter, which is
+    published next to them (README of McGill-NLP/llm2vec).
     """
-    second = re.fullmatch(
+    on_mntp = re.fullmatch(
         r"(.*llm2vec-[^/]*-mntp)-(supervised|unsup-simcse)/?", model, re.IGNORECASE
     )
-    base = second[1] if second else adapter["base_model_name_or_path"]
-    revision = None if second else adapter.get("revision")
+    base = on_mntp[1] if on_mntp else adapter["base_model_name_or_path"]
+    revision = None if on_mntp else adapter.get("revision")
     return base, {**hub, "revision": revision or "main"}
 
 
 def read_sentence_transformers(read: Read) -> Preset:
-    """What modules.json and the files that it names say; nothing where they are not there.
+    """The preset in modules.json and the files that it names; an empty Preset if there are none.
 
-    An empty prompt says nothing: sentence-transformers writes such into every model that it saves.
+    An empty prompt counts as none: sentence-transformers writes one into every model that it saves.
     """
     modules = read("modules.json")
     if modules is None:
@@ -146,7 +155,7 @@ def read_sentence_transformers(read: Read) -> Preset:
 
 
 def read_llm2vec(read: Read) -> Preset:
-    """What llm2vec_config.json says, and what goes for all models of LLM2Vec that have one."""
+    """The preset in llm2vec_config.json, with the defaults of LLM2Vec; an empty Preset without the file."""
     config = read("llm2vec_config.json")
     if config is None:
         return Preset()
@@ -159,6 +168,6 @@ def read_llm2vec(read: Read) -> Preset:
         max_length=config.get("max_length", 512),
         text_max_length=config.get("doc_max_length", 400),
         pools_prompt=not config.get("skip_instruction", True),
-        wrap=None,  # goes by the base model
+        wrap=None,  # depends on the base model
         eos_text="" if mode == "last_token" else None,
     )

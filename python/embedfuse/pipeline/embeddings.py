@@ -1,4 +1,4 @@
-"""What the pipeline gives back: dense, sparse and multi-vector embeddings of some texts."""
+"""Results of the pipeline: dense, sparse and multi-vector embeddings of several texts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,15 @@ OUTPUTS = ("dense", "sparse", "multi")
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of texts, in their order; what was not asked for is None.
+    """Embeddings of several texts, in the order of the texts. Outputs that were not requested are None.
 
-    dense: (texts, hidden). sparse: one row of lexical weights per text, on the CPU; `sparse.dicts()`
-    gives them as FlagEmbedding does. multi: one (tokens, columns) array per text, each with memory of
-    its own. tokens: how many the model read for them, prompts and special tokens included.
+    Attributes:
+        dense: (texts, hidden), float32 or float16.
+        sparse: lexical weights, one row per text, on the CPU. `sparse.dicts()` gives them in
+            FlagEmbedding's format.
+        multi: one (tokens, columns) array per text, float32 or float16. No array shares memory with
+            another.
+        tokens: how many tokens the model processed, prompts and special tokens included.
     """
 
     dense: np.ndarray | None
@@ -30,10 +34,19 @@ class Embeddings:
     tokens: int = 0
 
     def __len__(self) -> int:
+        """The number of texts."""
         return len(next(x for x in (self.dense, self.sparse, self.multi) if x is not None))
 
     @classmethod
     def cat(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
+        """Concatenate embeddings that have the same outputs.
+
+        Args:
+            parts: one or more, in order.
+
+        Returns:
+            The embeddings of all texts.
+        """
         dense, sparse, multi = zip(*((p.dense, p.sparse, p.multi) for p in parts), strict=True)
         return cls(
             None if dense[0] is None else np.concatenate(dense),
@@ -45,7 +58,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Vectors:
-    """The same as tensors, of one device; multi holds one tensor per text."""
+    """Embeddings as tensors on one device; multi has one tensor per text."""
 
     dense: Tensor | None = None
     sparse: Csr | None = None
@@ -54,23 +67,23 @@ class Vectors:
 
     @classmethod
     def collect(cls, parts: Iterable[tuple[list[int], "Vectors"]]) -> "Vectors":
-        """Join batches, each with the indices of its texts, in the order of the texts."""
+        """Join batches, each given with the indices of its texts, and sort by these indices."""
         batches, vectors = zip(*parts, strict=True)
         order = torch.tensor([i for batch in batches for i in batch]).argsort()
         dense = sparse = multi = None
         if vectors[0].dense is not None:
             joined = torch.cat([v.dense for v in vectors])
-            dense = joined[_beside(joined, order)]
+            dense = joined[_on_device_of(joined, order)]
         if vectors[0].sparse is not None:
             joined = Csr.cat([v.sparse for v in vectors])
-            sparse = joined[_beside(joined.weights, order)]
+            sparse = joined[_on_device_of(joined.weights, order)]
         if vectors[0].multi is not None:
-            every = [x for v in vectors for x in v.multi]
-            multi = [every[i] for i in order.tolist()]
+            joined = [x for v in vectors for x in v.multi]
+            multi = [joined[i] for i in order.tolist()]
         return cls(dense, sparse, multi, sum(v.tokens for v in vectors))
 
-    def host(self) -> Embeddings:
-        # copy(): a view would keep the whole batch in memory for as long as one text's array lives.
+    def numpy(self) -> Embeddings:
+        # copy(): a view of one text would keep the memory of its whole batch.
         return Embeddings(
             None if self.dense is None else self.dense.cpu().numpy(),
             None if self.sparse is None else self.sparse.to("cpu"),
@@ -81,10 +94,13 @@ class Vectors:
 
 @dataclass(frozen=True)
 class BatchVectors:
-    """Vectors of one batch as the forward leaves them: nothing was read from the device for them.
+    """Output of one forward, still on the device; nothing was read from there to compute it.
 
-    dense: (texts, hidden). kept: the tokens with lexical weights. multi: (tokens, columns). packed: of the
-    batch, with the ids on the host.
+    Attributes:
+        packed: the batch, with the token ids on the host.
+        dense: (texts, hidden).
+        kept: the tokens that have lexical weights.
+        multi: (tokens, columns).
     """
 
     packed: Packed
@@ -93,31 +109,31 @@ class BatchVectors:
     multi: Tensor | None
 
     def vectors(self) -> Vectors:
-        """One by one; on a GPU this waits for the number of lexical weights."""
+        """The same per text. On a GPU this waits for the number of lexical weights."""
         return Vectors(
             self.dense,
             None if self.kept is None else self.kept.csr(),
-            # Without the first token, whose state is the dense vector.
+            # Without the first token, whose state gives the dense vector.
             None if self.multi is None else [x[1:] for x in self.multi.split(self.packed.lengths)],
             self.packed.tokens,
         )
 
     def send(self, to_host: ToHost) -> Callable[[], Vectors]:
-        """Starts for the host; what comes back waits for the arrival."""
+        """Start the copy to the host and return a function that waits for it."""
         packed, kept = self.packed, self.kept
-        of_kept = () if kept is None else (kept.index, kept.counts, kept.order, kept.weights)
-        arrive = to_host(self.dense, self.multi, *of_kept)
+        sparse = () if kept is None else (kept.index, kept.counts, kept.order, kept.weights)
+        wait = to_host(self.dense, self.multi, *sparse)
 
         def vectors() -> Vectors:
-            dense, multi, *found = arrive()
+            dense, multi, *sparse = wait()
             kept = None
-            if found:
-                *places, weights = found
+            if sparse:
+                *places, weights = sparse
                 kept = KeptTokens(*places, packed.ids, weights)
             return BatchVectors(packed, dense, kept, multi).vectors()
 
         return vectors
 
 
-def _beside(tensor: Tensor, rows: Tensor) -> Tensor:
+def _on_device_of(tensor: Tensor, rows: Tensor) -> Tensor:
     return to_device(tensor.device, rows)[0]

@@ -1,8 +1,8 @@
-"""The token that ends every text: found missing, put at the end by the tokenizer itself.
+"""The end token of a text: detect a tokenizer that does not add it, and make it do so.
 
-A last-token model pools the state of its end token. Under transformers >= 5 the published tokenizer of
-E5-mistral adds none, although its config says add_eos_token, and the last word is pooled in silence
-(embeddings-benchmark/mteb pull request 5237).
+A last-token model pools the state of its end token. With transformers >= 5 the published tokenizer of
+E5-mistral adds none, although its config says add_eos_token, and the last word is pooled without any
+warning (embeddings-benchmark/mteb pull request 5237).
 """
 
 import json
@@ -19,7 +19,14 @@ _PROBES = ("a", "")
 
 @dataclass(frozen=True)
 class AppendedEnd:
-    """A tokenizer that was made to append a token. before, after: its post-processor, as JSON or None."""
+    """A tokenizer that was changed to append a token.
+
+    Attributes:
+        tokenizer: of transformers.
+        token: what it appends.
+        before: settings of its post-processor before the change; None if it had none.
+        after: settings after the change.
+    """
 
     tokenizer: object
     token: str
@@ -27,7 +34,7 @@ class AppendedEnd:
     after: dict
 
     def undo(self) -> None:
-        """Put the post-processor back, unless somebody has set another since."""
+        """Restore the post-processor, unless it was replaced in the meantime."""
         backend = self.tokenizer.backend_tokenizer
         if _settings_of(backend.post_processor) == self.after:
             backend.post_processor = _post_processor(self.before)
@@ -36,8 +43,8 @@ class AppendedEnd:
 def says_add_eos(name_or_path: str, hub: dict) -> bool:
     """Whether tokenizer_config.json says that the tokenizer appends its eos_token.
 
-    transformers >= 5 reads the file's add_eos_token no more where there is a tokenizer.json. A file that
-    is not there any more, or has no place (a tokenizer made in memory), says nothing.
+    transformers >= 5 ignores the file's add_eos_token if there is a tokenizer.json. False if there is no
+    such file (any more), as for a tokenizer made in memory.
     """
     try:
         config = read_json(name_or_path, "tokenizer_config.json", hub)
@@ -47,7 +54,7 @@ def says_add_eos(name_or_path: str, hub: dict) -> bool:
 
 
 def lacks_end(tokenizer, token: str) -> bool:
-    """Whether some text does not end in `token`. ValueError where the tokenizer does not know it."""
+    """Whether the tokenizer does not end every text in `token`. ValueError if it does not know the token."""
     end = tokenizer.get_vocab().get(token)
     if end is None:
         raise ValueError(f"end_token={token!r}: accepted is a token of the tokenizer's vocabulary")
@@ -55,10 +62,12 @@ def lacks_end(tokenizer, token: str) -> bool:
 
 
 def append_end(tokenizer, token: str) -> AppendedEnd:
-    """Have the tokenizer itself end every text in `token`, after truncation, which makes room for it.
+    """Change the tokenizer so that it ends every text in `token`, within the truncated length.
 
-    Each text of a pair gets one, as transformers < 5 did. Raises ValueError for a tokenizer in Python,
-    and for a post-processor that is no template.
+    Each text of a pair gets one, as in transformers < 5.
+
+    Raises:
+        ValueError: A tokenizer written in Python, or a post-processor that cannot be extended.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -66,12 +75,12 @@ def append_end(tokenizer, token: str) -> AppendedEnd:
             f"tokenizer: {type(tokenizer).__name__} is written in Python and does not append {token}; "
             "accepted is a fast tokenizer, or one that does"
         )
-    own = backend.post_processor
-    before = _settings_of(own)
+    original = backend.post_processor
+    before = _settings_of(original)
     end = {"id": token, "ids": [tokenizer.get_vocab()[token]], "tokens": [token]}
     backend.post_processor = _post_processor(_with_end(before, end))
     if lacks_end(tokenizer, token):
-        backend.post_processor = own
+        backend.post_processor = original
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} cannot be made to append {token}")
     logger.warning(
         "%s: the tokenizer adds no %s, which the checkpoint wants at the end of every text; appended",
@@ -82,7 +91,7 @@ def append_end(tokenizer, token: str) -> AppendedEnd:
 
 
 def _with_end(settings: dict | None, end: dict) -> dict:
-    """The settings of a post-processor that also ends every text in a token."""
+    """Settings of a post-processor that also appends a token to every text."""
     kind = None if settings is None else settings["type"]
     if kind == "TemplateProcessing":
         single, pair = list(settings["single"]), []
@@ -100,7 +109,7 @@ def _with_end(settings: dict | None, end: dict) -> dict:
     if kind == "Sequence" and settings["processors"]:
         *others, last = settings["processors"]
         return {**settings, "processors": [*others, *_flat(_with_end(last, end))]}
-    template = _with_end(_PLAIN, end)
+    template = _with_end(_NO_SPECIAL_TOKENS, end)
     if kind is None or settings == {"type": "Sequence", "processors": []}:
         return template
     if kind == "ByteLevel":
@@ -111,7 +120,7 @@ def _with_end(settings: dict | None, end: dict) -> dict:
     )
 
 
-_PLAIN = {
+_NO_SPECIAL_TOKENS = {
     "type": "TemplateProcessing",
     "single": [{"Sequence": {"id": "A", "type_id": 0}}],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
@@ -132,7 +141,7 @@ def _settings_of(post_processor) -> dict | None:
 
 
 def _post_processor(settings: dict | None):
-    """A post-processor of these settings, which tokenizers reads as part of a tokenizer alone."""
+    """A post-processor with these settings; tokenizers only reads one as part of a whole tokenizer."""
     empty = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     whole = {"version": "1.0", "added_tokens": [], "model": empty, "post_processor": settings}
     return Tokenizer.from_str(json.dumps(whole)).post_processor

@@ -1,6 +1,7 @@
-"""BGE-M3's sparse and multi-vector heads (arXiv 2402.03216), as they lie beside the model's weights."""
+"""BGE-M3's sparse and multi-vector heads (arXiv 2402.03216), read from the checkpoint."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +10,31 @@ from transformers.utils import cached_file
 
 @dataclass(frozen=True)
 class Heads:
-    """sparse: hidden -> 1, the weight of a token. multi: hidden -> columns, its vector. None: not there."""
+    """The heads of a checkpoint; None for one that it does not have.
+
+    Attributes:
+        sparse: hidden -> 1, the lexical weight of a token.
+        multi: hidden -> columns, the vector of a token.
+    """
 
     sparse: nn.Linear | None = None
     multi: nn.Linear | None = None
 
 
-def load_heads(model: str, hidden: int, device, dtype: torch.dtype, **hub) -> Heads:
-    """Read sparse_linear.pt and colbert_linear.pt; no pickled code is run.
+def load_heads(
+    model: str, hidden: int, device: torch.device | str, dtype: torch.dtype, **hub: Any
+) -> Heads:
+    """Read sparse_linear.pt and colbert_linear.pt. Pickled code in them is never run.
 
-    model: folder or hub name. hub: arguments of transformers' from_pretrained (revision, token ...).
-    Raises ValueError for files that hold anything but a weight of `hidden` columns and its bias.
+    Args:
+        model: folder or hub name.
+        hidden: size of the model's hidden states.
+        device: where to put the heads.
+        dtype: of their weights.
+        hub: arguments of transformers' from_pretrained (revision, token, ...).
+
+    Raises:
+        ValueError: A file holds anything but a weight with `hidden` columns and its bias.
     """
     heads = {}
     for head, file, rows in (
@@ -45,7 +60,7 @@ def load_heads(model: str, hidden: int, device, dtype: torch.dtype, **hub) -> He
 
 
 def _shapes(state) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a state dict; nothing for any other object."""
+    """Name -> shape of a state dict; empty for any other object."""
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         return {}
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

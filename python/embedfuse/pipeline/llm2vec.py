@@ -1,7 +1,7 @@
-"""Texts as LLM2Vec reads them: wrapped, cut by words, pooled without the tokens of the instruction.
+"""Texts as LLM2Vec tokenises them: wrapped, cut by words, pooled without the tokens of the instruction.
 
-Behaviour of llm2vec/llm2vec.py (McGill-NLP/llm2vec, arXiv 2404.05961). There the text's own tokens are
-counted on the text alone, and pooled are as many tokens at the end of the whole.
+As llm2vec/llm2vec.py does (McGill-NLP/llm2vec, arXiv 2404.05961): it counts the tokens of the text alone,
+and pools that many tokens at the end of the sequence.
 """
 
 import torch
@@ -12,13 +12,13 @@ from embedfuse.pipeline.presets import Preset
 from embedfuse.pipeline.tokenize import TextTokenizer
 
 
-class WrappedTexts:
-    """Texts with prompt and wrap to token ids, and how many at the end are the text's own.
+class LLM2VecTokenizer:
+    """Texts with prompt and wrap to token ids, and how many tokens at the end belong to the text.
 
-    What stands behind the text counts as the text's. A text of more than preset.text_max_length tokens
-    first loses words: as long as it has n tokens too many, the share text_max_length / n of its words
-    stays. Unlike LLM2Vec, a text that would lose its last word (one without blanks) is cut by tokens
-    alone, and one without tokens pools the whole sequence; LLM2Vec gets vectors there that say nothing.
+    What the wrap puts after the text counts as part of it. A text of n > preset.text_max_length tokens
+    keeps the first text_max_length / n of its words, repeated until it is short enough. Unlike LLM2Vec, a
+    text that would lose its last word (one without spaces) is cut by tokens only, and a text without
+    tokens pools the whole sequence; the vectors that LLM2Vec gives for these are meaningless.
     """
 
     def __init__(self, tokenize: TextTokenizer, preset: Preset):
@@ -26,23 +26,23 @@ class WrappedTexts:
         self._before, after = preset.wrap or ("", "")
         self._after = after + ((preset.eos_text or "") if preset.pooling == "last" else "")
         self._limit = preset.text_max_length
-        self._masks = not preset.pools_prompt and preset.pooling != "last"
+        self._skips_prompt = not preset.pools_prompt and preset.pooling != "last"
 
     def __call__(
         self, texts: list[str], prompt: str, max_length: int
     ) -> tuple[list[list[int]], list[int] | None]:
-        """Token ids, and how many at the end of each are pooled; None: as the pooling says."""
+        """Token ids, and how many tokens at the end of each are pooled; None for all."""
         if self._limit is not None:
             texts = [self._shortened(text, max_length) for text in texts]
         if self._after:
             texts = [text.rstrip() + self._after for text in texts]
         before = self._before + (f"{prompt.strip()} " if prompt.strip() else "")
         sequences = self._tokenize([before + text for text in texts], max_length)
-        if not self._masks:
+        if not self._skips_prompt:
             return sequences, None
-        own = map(len, self._tokenize(texts, max_length, special=False))
-        whole = map(len, sequences)
-        return sequences, [min(n, m) or m for n, m in zip(own, whole, strict=True)]
+        text_tokens = map(len, self._tokenize(texts, max_length, special=False))
+        all_tokens = map(len, sequences)
+        return sequences, [min(n, m) or m for n, m in zip(text_tokens, all_tokens, strict=True)]
 
     def _shortened(self, text: str, max_length: int) -> str:
         while (tokens := self._count(text, max_length)) > self._limit:
@@ -53,15 +53,15 @@ class WrappedTexts:
         return text
 
     def _count(self, text: str, max_length: int) -> int:
-        """Tokens of a text, at most max_length; every word is one at least."""
+        """Tokens of a text, at most max_length. Every word has at least one."""
         if len(text.split()) >= max_length:
             return max_length
         return len(self._tokenize([text], max_length, special=False)[0])
 
 
-def tails(states: Tensor, packed: Packed, counts: list[int]) -> tuple[Tensor, Packed]:
-    """The last counts[i] rows of each sequence i of states (tokens, hidden), end to end."""
+def last_tokens(states: Tensor, packed: Packed, counts: list[int]) -> tuple[Tensor, Packed]:
+    """The last counts[i] rows of each sequence i of states (tokens, hidden), packed."""
     kept = unpadded(counts, states.device)
-    before = (packed.cu_seqlens - kept.cu_seqlens)[1:]  # rows left out up to there
+    skipped = (packed.cu_seqlens - kept.cu_seqlens)[1:]  # rows left out up to each sequence's end
     row = torch.arange(kept.tokens, device=states.device)
-    return states[row + before[kept.sequence]], kept
+    return states[row + skipped[kept.sequence]], kept

@@ -13,9 +13,10 @@ from embedfuse.pipeline.presets import Preset
 
 
 def load_model(model: str, dtype: torch.dtype, hub: dict) -> nn.Module:
-    """The transformers model in eval mode; a PEFT adapter is merged into the model that it is for.
+    """The transformers model in eval mode. A PEFT adapter is merged into its base model.
 
-    Raises ValueError for an adapter that cannot be merged or does not fit that model.
+    Raises:
+        ValueError: An adapter that cannot be merged or does not fit the base model.
     """
     adapter = read_json(model, "adapter_config.json", hub)
     if adapter is None:
@@ -41,12 +42,12 @@ def load_model(model: str, dtype: torch.dtype, hub: dict) -> nn.Module:
 
 
 def load_tokenizer(model: str, preset: Preset, strict: bool, hub: dict):
-    """The tokenizer, ending every text in the token that the checkpoint wants there."""
+    """The tokenizer, changed to add the end token if the checkpoint expects one and it adds none."""
     tokenizer = AutoTokenizer.from_pretrained(model, **hub)
     if preset.lower_case:
         backend = tokenizer.backend_tokenizer
-        own = [] if backend.normalizer is None else [backend.normalizer]
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        others = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
     end = preset.end_token or (tokenizer.eos_token if says_add_eos(model, hub) else None)
     if end and lacks_end(tokenizer, end):
         if strict:

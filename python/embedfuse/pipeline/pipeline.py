@@ -13,15 +13,15 @@ from embedfuse.ops.lexical.weights import token_weights
 from embedfuse.packing import Packed, end_to_end
 from embedfuse.patching.forward.packed_model import PackedModel
 from embedfuse.patching.layout import is_hooked
-from embedfuse.pipeline.batches import TokenBudget, ahead, behind
+from embedfuse.pipeline.batches import TokenBudget, delayed, prefetch_map
 from embedfuse.pipeline.embeddings import OUTPUTS, BatchVectors, Vectors
 from embedfuse.pipeline.heads import Heads
-from embedfuse.pipeline.llm2vec import WrappedTexts, tails
+from embedfuse.pipeline.llm2vec import LLM2VecTokenizer, last_tokens
 from embedfuse.pipeline.tokenize import TextTokenizer, check_texts
 from embedfuse.transfers import ToHost
 
 T = TypeVar("T")
-# One window is tokenised while the one before runs, and bounds the memory of a stream.
+# One window is tokenised while the one before it is computed; its size limits the memory of a stream.
 WINDOW_TEXTS = 256
 WINDOW_CHARACTERS = 2**18
 _NO_WEIGHTS = Csr(
@@ -30,16 +30,20 @@ _NO_WEIGHTS = Csr(
 
 
 class NoTokenError(ValueError):
-    """A text of which the tokenizer makes no token."""
+    """A text for which the tokenizer gives no token."""
 
 
 class EmbeddingPipeline:
-    """A patched model with its tokenizer and heads. Calls from several threads are safe.
+    """A patched model with its tokenizer and heads. Thread-safe.
 
-    model: a patched model without a head on top. pooling: of the dense vector, as in
-    ops.pool_normalize. normalize: whether dense and multi-vector rows get length 1. dimensions: keep so
-    many leading entries of these; None: all. wrapped: reads the texts, instead of `tokenize` with the
-    prompt before them.
+    Args:
+        model: a patched model without a task head.
+        tokenize: its tokenizer.
+        heads: its sparse and multi-vector heads.
+        pooling: of the dense vector, as in ops.pool_normalize.
+        normalize: whether dense and multi-vector rows get length 1.
+        dimensions: how many leading entries of these to keep; None keeps all.
+        llm2vec: replaces `tokenize` for models whose texts are read as LLM2Vec does.
     """
 
     def __init__(
@@ -51,12 +55,11 @@ class EmbeddingPipeline:
         pooling: str = "cls",
         normalize: bool = True,
         dimensions: int | None = None,
-        wrapped: WrappedTexts | None = None,
+        llm2vec: LLM2VecTokenizer | None = None,
     ):
         self.model, self.heads = model, heads
-        self.tokenize = tokenize
+        self.tokenize, self.llm2vec = tokenize, llm2vec
         self.pooling, self.normalize, self.dimensions = pooling, normalize, dimensions
-        self.wrapped = wrapped
         self.budget = TokenBudget(model.device)
 
     def stream(
@@ -66,54 +69,63 @@ class EmbeddingPipeline:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         advance: Callable[[int], None] = lambda texts: None,
-        at_most: int | None = None,
+        max_batch_tokens: int | None = None,
         prompt: str = "",
         on_host: bool = True,
     ) -> Iterator[Vectors]:
-        """Vectors of one window of texts after the other, in order.
+        """Embeddings of the texts, one window after another, in order.
 
-        From a GPU they travel while the next batch runs. on_host=False leaves them there.
-        dtype: of dense and multi-vector rows. advance: told how many more texts are done.
-        at_most: tokens of one forward, where the caller wants less than the budget. prompt: put before
-        every text.
+        Args:
+            texts: may be a generator; it is read one window in advance.
+            outputs: of OUTPUTS.
+            max_length: tokens of a text, special ones included.
+            dtype: of dense and multi-vector rows.
+            advance: called with the number of texts that have been finished since the last call.
+            max_batch_tokens: limits the tokens of one forward further than the budget does.
+            prompt: put before every text.
+            on_host: whether to copy the results to the host, while the next batch is computed.
         """
         self.check(texts, outputs)
-
-        def ids_of(window: tuple[int, list[str]]) -> tuple[list[list[int]], list[int] | None]:
-            start, window_texts = window
-            check_texts(window_texts, start=start)
-            if self.wrapped is None:
-                ids, own = self.tokenize([prompt + text for text in window_texts], max_length), None
-            else:
-                ids, own = self.wrapped(window_texts, prompt, max_length)
-            if [] in ids:
-                raise NoTokenError(
-                    f"texts[{start + ids.index([])}]: the tokenizer makes no token of it; accepted is "
-                    "text of one token or more"
-                )
-            return ids, own
-
         to_host = ToHost(self.model.device)
 
-        def leave(found: BatchVectors) -> Callable[[], Vectors]:
-            return found.send(to_host) if on_host else found.vectors
+        def tokenize(window: tuple[int, list[str]]) -> tuple[list[list[int]], list[int] | None]:
+            return self._tokenize(*window, prompt, max_length)
+
+        def finish(vectors: BatchVectors) -> Callable[[], Vectors]:
+            return vectors.send(to_host) if on_host else vectors.vectors
 
         def batches() -> Iterator[tuple[int, list[int], Callable[[], Vectors]]]:
-            """Batches that have started, each with the number of texts of its window."""
-            longest = max_length * 16  # of a longer text, hardly more is read
+            """(texts of the window, indices in it, function that waits for their vectors)."""
+            longest = max_length * 16  # characters that count; of a longer text hardly more is read
             cut = windows(texts, lambda text: length_of(text, longest))
-            for sequences, own in ahead(ids_of, cut):
-                for batch, arrive in self.run(sequences, outputs, leave, dtype, at_most, own):
-                    yield len(sequences), batch, arrive
+            for ids, pooled in prefetch_map(tokenize, cut):
+                for batch, wait in self.run(ids, outputs, finish, dtype, max_batch_tokens, pooled):
+                    yield len(ids), batch, wait
 
         parts, done = [], 0
-        for wanted, batch, arrive in behind(batches(), to_host.behind):
-            parts.append((batch, arrive()))
+        for window_texts, batch, wait in delayed(batches(), to_host.in_flight):
+            parts.append((batch, wait()))
             advance(len(batch))
             done += len(batch)
-            if done == wanted:
+            if done == window_texts:
                 yield Vectors.collect(parts)
                 parts, done = [], 0
+
+    def _tokenize(
+        self, start: int, texts: list[str], prompt: str, max_length: int
+    ) -> tuple[list[list[int]], list[int] | None]:
+        """Token ids of the texts from number `start` on, and how many of each are pooled; None for all."""
+        check_texts(texts, start=start)
+        if self.llm2vec is None:
+            ids, pooled = self.tokenize([prompt + text for text in texts], max_length), None
+        else:
+            ids, pooled = self.llm2vec(texts, prompt, max_length)
+        if [] in ids:
+            raise NoTokenError(
+                f"texts[{start + ids.index([])}]: the tokenizer makes no token of it; accepted is "
+                "text of one token or more"
+            )
+        return ids, pooled
 
     def run(
         self,
@@ -121,33 +133,35 @@ class EmbeddingPipeline:
         outputs: Sequence[str],
         finish: Callable[[BatchVectors], T],
         dtype: torch.dtype = torch.float32,
-        at_most: int | None = None,
-        own: list[int] | None = None,
+        max_batch_tokens: int | None = None,
+        pooled: list[int] | None = None,
     ) -> Iterator[tuple[list[int], T]]:
-        """(indices, what `finish` makes of their vectors) of batches of token id lists.
+        """(indices, finish(their vectors)) for batches of token id lists.
 
-        own: of each list, how many tokens at its end the dense vector pools; None: all.
+        pooled: how many tokens at the end of each list the dense vector pools; None for all.
         """
 
-        def of_batch(batch: list[int]) -> T:
-            counts = None if own is None else [own[i] for i in batch]
+        def run_batch(batch: list[int]) -> T:
+            counts = None if pooled is None else [pooled[i] for i in batch]
             return finish(self._forward([sequences[i] for i in batch], outputs, dtype, counts))
 
-        return self.budget.run([len(s) for s in sequences], of_batch, at_most)
+        return self.budget.run([len(s) for s in sequences], run_batch, max_batch_tokens)
 
     @torch.inference_mode()
     def _forward(
-        self, sequences: list[list[int]], outputs, dtype: torch.dtype, own: list[int] | None
+        self, sequences: list[list[int]], outputs, dtype: torch.dtype, counts: list[int] | None
     ) -> BatchVectors:
         device = self.model.device
         input_ids, packed = end_to_end(sequences, device)
-        only_dense = tuple(outputs) == ("dense",) and own is None
+        only_dense = tuple(outputs) == ("dense",) and counts is None
         states, pooled = self.model.sequence_states(
             input_ids, packed, self.pooling if only_dense else None
         )
         dense = kept = multi = None
         if "dense" in outputs:
-            rows, pooled = (states, pooled) if own is None else tails(states, packed, own)
+            rows, pooled = (
+                (states, pooled) if counts is None else last_tokens(states, packed, counts)
+            )
             dense = pool_normalize(
                 rows[:, : self.dimensions],
                 cu_seqlens=pooled.cu_seqlens,
@@ -159,7 +173,7 @@ class EmbeddingPipeline:
             kept = self._lexical(states, input_ids, packed)
         if "multi" in outputs:
             head = self.heads.multi
-            rows = head(states) if is_hooked(head) else linear(head, states, plain=True)
+            rows = head(states) if is_hooked(head) else linear(head, states, inference=True)
             rows = rows[:, : self.dimensions]
             each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)
             multi = pool_normalize(
@@ -177,14 +191,14 @@ class EmbeddingPipeline:
         return kept_tokens(weights, input_ids, cu_seqlens=packed.cu_seqlens, excluded=excluded)
 
     def _special_ids(self) -> tuple[int, ...]:
-        """Tokens that have no lexical weight, as FlagEmbedding leaves them out."""
+        """Special tokens, which have no lexical weight in FlagEmbedding."""
         tokenizer = self.tokenize.tokenizer
         names = ("cls", "eos", "pad", "unk")
         ids = {getattr(tokenizer, f"{name}_token_id") for name in names}
         return tuple(sorted(ids - {None}))
 
     def check(self, texts: Iterable[str], outputs: Sequence[str]) -> None:
-        """TypeError or ValueError for arguments that need no look into the texts."""
+        """TypeError or ValueError for arguments that are wrong whatever the texts are."""
         self.check_outputs(outputs)
         if isinstance(texts, str):
             raise TypeError("texts: a str; accepted is a list of str")
@@ -202,7 +216,7 @@ class EmbeddingPipeline:
                 raise ValueError(f"outputs: {name!r} needs {file}, which this model does not have")
 
     def empty(self, outputs: Sequence[str], dtype: torch.dtype) -> Vectors:
-        """Vectors of no text at all."""
+        """The result for zero texts."""
         columns = len(range(self.model.config.hidden_size)[: self.dimensions])
         dense = torch.zeros(0, columns, dtype=dtype, device=self.model.device)
         return Vectors(
@@ -213,8 +227,10 @@ class EmbeddingPipeline:
 
 
 def windows(items: Iterable[T], length: Callable[[T], int]) -> Iterator[tuple[int, list[T]]]:
-    """(place of the first, items) of windows of at most WINDOW_TEXTS items and, with the item that goes
-    beyond, WINDOW_CHARACTERS characters."""
+    """(index of the first item, items) of consecutive windows.
+
+    A window ends after WINDOW_TEXTS items, or with the item that reaches WINDOW_CHARACTERS characters.
+    """
     start, characters = 0, 0
     window: list[T] = []
     for item in items:
@@ -228,5 +244,5 @@ def windows(items: Iterable[T], length: Callable[[T], int]) -> Iterator[tuple[in
 
 
 def length_of(text: str, longest: int) -> int:
-    """Characters that count of a text; what is no str is found out later, by its place."""
+    """Characters of a text, at most `longest`. Anything but a str counts 0; check_texts reports it."""
     return min(len(text), longest) if isinstance(text, str) else 0

@@ -1,4 +1,4 @@
-"""What each family of embedding models was trained to get: pooling, prompts, lengths, the last token."""
+"""How each family of embedding models was trained: pooling, prompts, lengths, the end token."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,25 +13,30 @@ _ATTENTIONS = ("own", "bidirectional")
 
 @dataclass(frozen=True)
 class Preset:
-    """How a checkpoint wants its texts and gives its vectors. None: nothing is said.
+    """How a checkpoint expects its texts and computes its vectors. A field of None says nothing.
 
-    pooling: "cls", "last", "mean" or "weighted_mean", as in ops.pool_normalize. normalize: whether
-        vectors get length 1.
-    max_length: tokens of a text, special ones included.
-    prompt: before every text of `encode`. query_prompt, document_prompt: before those of
-        `encode_queries` and `encode_documents`; None: as `prompt`.
-    instruction_prompt: before a query that comes with an instruction, which stands where it has
-        "{instruction}". None: the family takes no instructions.
-    end_token: the token that ends every text, also one that was cut. "" or None: as the tokenizer does.
-    attention: "own", what the model's code and config say; or "bidirectional", of a decoder, as in `patch`.
-    unsafe_dtypes: dtype -> why its vectors are wrong.
-    lower_case: whether texts are lowercased first.
-    wrap: what stands before the prompt and after the text; the text's trailing blanks go.
-    eos_text: what ends a text with pooling "last", as text.
-    text_max_length: tokens of a text without prompt and wrap; longer ones lose whole words.
-    pools_prompt: False: only the tokens from the text on are pooled.
+    Attributes:
+        pooling: "cls", "last", "mean" or "weighted_mean", as in ops.pool_normalize.
+        normalize: whether vectors get length 1.
+        max_length: tokens of a text, special ones included.
+        prompt: put before every text of `encode`.
+        query_prompt: put before every text of `encode_queries`; None: `prompt`.
+        document_prompt: put before every text of `encode_documents`; None: `prompt`.
+        instruction_prompt: put before a query that comes with an instruction, which replaces
+            "{instruction}" in it. None: the model takes no instructions.
+        end_token: the token that ends every text, also a truncated one. "" or None: whatever the
+            tokenizer does.
+        attention: "own": as the model's code and config say; "bidirectional": for a decoder, as in
+            `patch`.
+        unsafe_dtypes: dtype -> why the vectors are wrong in it.
+        lower_case: whether to lowercase texts first.
+        wrap: (text before the prompt, text after the text). Spaces at the end of the text are removed.
+        eos_text: written at the end of every text if the pooling is "last".
+        text_max_length: tokens of a text without prompt and wrap; longer texts lose whole words.
+        pools_prompt: False leaves the tokens before the text out of the pooling.
 
-    Raises ValueError for a pooling, attention or instruction_prompt that does not exist.
+    Raises:
+        ValueError: An unknown pooling or attention, or an instruction_prompt without "{instruction}".
     """
 
     pooling: str | None = None
@@ -62,17 +67,31 @@ class Preset:
             )
 
     def filled(self, other: "Preset") -> "Preset":
-        """What this one says, and what `other` says where it says nothing."""
-        unsaid = [f.name for f in fields(self) if getattr(self, f.name) is None]
-        return replace(self, **{name: getattr(other, name) for name in unsaid})
+        """Fill the fields that are None from another preset.
+
+        Args:
+            other: the preset to take them from.
+
+        Returns:
+            A new Preset.
+        """
+        missing = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        return replace(self, **{name: getattr(other, name) for name in missing})
 
     @property
     def wraps(self) -> bool:
-        """Whether texts are read as LLM2Vec does (pipeline/llm2vec.py)."""
+        """Whether texts are tokenised and pooled as LLM2Vec does."""
         return self.wrap is not None or self.pools_prompt is False
 
     def check_dtype(self, dtype: str) -> None:
-        """ValueError for a dtype in which the vectors are wrong."""
+        """Check that vectors computed in a dtype are right.
+
+        Args:
+            dtype: "float32", "bfloat16" or "float16".
+
+        Raises:
+            ValueError: The dtype is in `unsafe_dtypes`.
+        """
         unsafe = self.unsafe_dtypes or {}
         if dtype in unsafe:
             safe = [name for name in ("float32", "bfloat16", "float16") if name not in unsafe]
@@ -82,7 +101,17 @@ class Preset:
             )
 
     def prompt_of_query(self, instruction: str | None) -> str:
-        """What stands before a query. ValueError for an instruction that the family does not take."""
+        """The text to put before a query.
+
+        Args:
+            instruction: one sentence that describes the task; None: the preset's query_prompt.
+
+        Returns:
+            The prompt.
+
+        Raises:
+            ValueError: An instruction for a model that takes none, or an empty one.
+        """
         if instruction is None:
             return self.prompt if self.query_prompt is None else self.query_prompt
         if self.instruction_prompt is None:
@@ -97,18 +126,25 @@ class Preset:
         return self.instruction_prompt.replace(INSTRUCTION, instruction)
 
     def prompt_of_document(self) -> str:
+        """The text to put before a passage."""
         return self.prompt if self.document_prompt is None else self.document_prompt
 
 
 class Family(NamedTuple):
-    """names: pattern of a whole repository or folder name, any case. model_types: of its config."""
+    """Checkpoints with one preset.
+
+    Attributes:
+        names: regular expression for the whole repository or folder name, in any case.
+        model_types: `model_type` in their config.
+        preset: how to use them.
+    """
 
     names: str
     model_types: tuple[str, ...]
     preset: Preset
 
 
-# The task of which every model card's own example is made; FAQ of E5's cards: without one, queries lose.
+# The task in the example of every model card. FAQ of E5's cards: queries without a task lose quality.
 _SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 _INSTRUCT = f"Instruct: {INSTRUCTION}\nQuery: "
 _LLM2VEC = Preset(
@@ -125,8 +161,7 @@ _LLM2VEC = Preset(
     pools_prompt=False,
 )
 
-# Sources: the model cards on huggingface.co of the repositories that `names` spells, and, where said,
-# the issue that tells what goes wrong.
+# Sources: the model cards on huggingface.co of the repositories that `names` matches, and the issues cited.
 FAMILIES = {
     # arXiv 2212.03533 and 2402.05672; the cards' average_pool and their "query: " and "passage: ".
     "e5": Family(
@@ -223,14 +258,15 @@ FAMILIES = {
     ),
 }
 PRESETS: Mapping[str, Preset] = {name: family.preset for name, family in FAMILIES.items()}
+"""The built-in presets, by family. `Embedder` finds the one for a checkpoint by its name."""
 
 
 def find_preset(names: Iterable[str], model_type: str | None) -> Preset:
-    """The table's entry for a checkpoint; an empty Preset where it has none.
+    """The entry of FAMILIES for a checkpoint; an empty Preset if there is none.
 
-    names: of the checkpoint and of what it was made from, folders or hub names.
+    names: folders or hub names of the checkpoint and of the models that it was made from.
     """
-    for name in map(own_name, names):
+    for name in map(repository_name, names):
         for family in FAMILIES.values():
             fits = model_type in (None, *family.model_types)
             if fits and re.fullmatch(family.names, name, re.IGNORECASE):
@@ -238,8 +274,8 @@ def find_preset(names: Iterable[str], model_type: str | None) -> Preset:
     return Preset()
 
 
-def own_name(model: str) -> str:
-    """The repository's or folder's own name; also from the path of a snapshot in the hub's cache."""
+def repository_name(model: str) -> str:
+    """The last part of a folder or hub name; for a snapshot in the hub's cache, its repository's."""
     parts = [part for part in re.split(r"[/\\]", model) if part]
     if len(parts) > 2 and parts[-2] == "snapshots":
         return parts[-3].rsplit("--", 1)[-1]

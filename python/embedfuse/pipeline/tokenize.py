@@ -1,13 +1,13 @@
-"""Texts to token ids, reading no more of a long text than the model will see."""
+"""Texts to token ids, without tokenising more of a long text than the model will read."""
 
 import json
 import re
 import threading
 from collections.abc import Sequence
 
-# Characters read at first per token wanted. English has about 4, so one look nearly always suffices.
+# Characters to tokenise first, per token needed. English has about 4, so once is nearly always enough.
 _CHARACTERS_PER_TOKEN = 8
-# A space between two of these is a border that no normaliser and no token reaches across.
+# No token and no normaliser spans a space between two of these characters.
 _BORDER = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
 _LOCAL_NORMALIZERS = {
     *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Lowercase", "StripAccents"),
@@ -18,7 +18,7 @@ _SPLITS_AT_SPACES = {"WhitespaceSplit", "Whitespace", "BertPreTokenizer"}
 
 
 def check_texts(texts: Sequence[str], name: str = "texts", start: int = 0) -> None:
-    """TypeError or ValueError for what no tokenizer takes, naming its place, counted from `start`."""
+    """TypeError or ValueError for a text that no tokenizer accepts, with its index, counted from `start`."""
     for i, text in enumerate(texts, start):
         if not isinstance(text, str):
             raise TypeError(f"{name}[{i}]: {type(text).__name__}; accepted is str")
@@ -32,9 +32,9 @@ def check_texts(texts: Sequence[str], name: str = "texts", start: int = 0) -> No
 
 
 class TextTokenizer:
-    """A fast tokenizer of transformers; one thread at a time, and never more text than needed.
+    """A transformers tokenizer made thread-safe, which tokenises no more of a text than needed.
 
-    The tokenizer stays the caller's: what is changed on it later is seen.
+    The tokenizer is used as it is at each call, so later changes to it take effect.
     """
 
     def __init__(self, tokenizer):
@@ -46,20 +46,20 @@ class TextTokenizer:
     ) -> list[list[int]]:
         """Token ids of each text, truncated to max_length.
 
-        special: whether to add the special tokens, which count.
+        special: whether to add the special tokens, which count towards max_length.
         """
         with self._lock:
             limit = max_length * _CHARACTERS_PER_TOKEN
             long = [i for i, text in enumerate(texts) if len(text) > limit]
             added = self.tokenizer.num_special_tokens_to_add() if long and special else 0
-            # Where the special tokens alone do not fit, fast tokenizers truncate nothing.
+            # If max_length is below the number of special tokens, fast tokenizers do not truncate.
             if not long or max_length < added or not cuts_are_exact(self.tokenizer):
                 return self._ids(texts, max_length, special)
             read = list(texts)
             for i in long:
                 read[i] = beginning(texts[i], limit)
             ids = self._ids(read, max_length, special)
-            # Fewer tokens than wanted, and not the whole text: read twice as much.
+            # Too few tokens from a part of the text: read twice as much.
             while long := [
                 i for i in long if len(ids[i]) < max_length and len(read[i]) < len(texts[i])
             ]:
@@ -71,9 +71,9 @@ class TextTokenizer:
     def pairs(
         self, firsts: Sequence[str], seconds: Sequence[str], max_length: int
     ) -> list[list[int]]:
-        """Token ids of pairs of texts; where a pair is longer than max_length its second text is cut.
+        """Token ids of pairs of texts. The second text is cut if a pair is longer than max_length.
 
-        An empty second text counts as none, as transformers has it for a pair alone (not in a batch).
+        An empty second text counts as none, as transformers does for a single pair (not for a batch).
         """
         call = {"truncation": "only_second", "max_length": max_length, **_IDS_ONLY}
         with self._lock:
@@ -89,16 +89,16 @@ class TextTokenizer:
 
 
 def beginning(text: str, characters: int) -> str:
-    """The text up to the first border after so many characters; all of it when there is none."""
+    """The text up to the first border at or after `characters`; all of it if there is none."""
     border = _BORDER.search(text, characters)
     return text if border is None else text[: border.start()]
 
 
 def cuts_are_exact(tokenizer) -> bool:
-    """Whether the tokens of a text's `beginning` are the first tokens of the whole text.
+    """Whether the tokens of `beginning(text, ...)` are always the first tokens of the text.
 
-    So it is where truncation keeps the beginning, normalisers look at no more than neighbouring
-    characters, and the text is first of all split at spaces. Unknown parts count as no.
+    They are if truncation keeps the beginning, normalisers depend on adjacent characters only, and the
+    text is first split at spaces. Unknown components count as no.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none
     if backend is None or tokenizer.truncation_side != "right" or backend.pre_tokenizer is None:
@@ -129,6 +129,7 @@ def _flat(settings: dict, name: str) -> list[dict]:
 
 
 def _is_local(normalizer: dict) -> bool:
+    """Whether its result at a character depends on adjacent characters only."""
     if normalizer["type"] == "Replace":
         pattern = normalizer["pattern"]
         return pattern.get("Regex") == " {2,}" or " " not in pattern.get("String", " ")

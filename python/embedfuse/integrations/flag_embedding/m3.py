@@ -91,8 +91,8 @@ class M3Embedder(_ORIGINAL, FlagHolder):
         self._place(device, torch.float32 if device == "cpu" else None)
         texts = [sentences] if isinstance(sentences, str) else sentences
         pipeline = self._pipeline(self.truncate_dim)
-        parts = [v.host() for v in stream(pipeline, texts, outputs, batch_size, max_length)]
-        found = Embeddings.cat(parts) if parts else pipeline.empty(outputs, torch.float32).host()
+        parts = [v.numpy() for v in stream(pipeline, texts, outputs, batch_size, max_length)]
+        found = Embeddings.cat(parts) if parts else pipeline.empty(outputs, torch.float32).numpy()
         half = self.model.model.dtype == torch.float16
         results = {
             "dense_vecs": found.dense.astype(np.float16) if half and return_dense else found.dense,

@@ -12,7 +12,7 @@ from embedfuse.patching.families import patched_class_of
 from embedfuse.patching.forward.classifier import PackedClassifier
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options
-from embedfuse.pipeline.batches import TokenBudget, behind
+from embedfuse.pipeline.batches import TokenBudget, delayed
 from embedfuse.pipeline.tokenize import check_texts
 from embedfuse.transfers import ToHost
 
@@ -81,10 +81,10 @@ class BaseReranker(_ORIGINAL, FlagHolder):
             run = budget.run(
                 [len(s) for s in sequences],
                 lambda batch: to_host(self._logits(sequences, batch)),
-                at_most=most_tokens(batch_size, max_length),
+                max_batch_tokens=most_tokens(batch_size, max_length),
             )
-            for batch, arrive in behind(run, to_host.behind):
-                (logits,) = arrive()
+            for batch, wait in delayed(run, to_host.in_flight):
+                (logits,) = wait()
                 scores[batch] = logits.view(-1).float()
                 bar.update(len(batch))
         if self.normalize if normalize is None else normalize:

@@ -26,14 +26,19 @@ _INPUTS = (
 #   count      how many                                               (rows,) int64
 #   mean       sum_j w_ij y_j, w_ij = e^(z_ij - statistic) | sigmoid(z_ij)   (rows, d) fp32; (0, d) unless
 # `mean`
-FORWARD = Op(f"info_nce_forward({_INPUTS}, bool mean) -> (Tensor, Tensor, Tensor, Tensor)")
+FORWARD = Op(
+    f"info_nce_forward({_INPUTS}, bool mean) -> (Tensor, Tensor, Tensor, Tensor)",
+    "InfoNCE and sigmoid losses, without storing logits",
+    differentiable=True,
+)
 
 # G_ij = g_statistic_i w_ij + g_total_i where j counts for i, g_target_i where j is the target, else 0.
 # w as in FORWARD. Returns G y (rows, d) fp32, (0, d) unless for_x, and G^T x (columns, d) in y's dtype, (0,
 # d) unless for_y.
 BACKWARD = Op(
     f"info_nce_backward({_INPUTS}, Tensor statistic, Tensor g_statistic, Tensor g_total, Tensor g_target, "
-    "bool for_x, bool for_y) -> (Tensor, Tensor)"
+    "bool for_x, bool for_y) -> (Tensor, Tensor)",
+    "gradient of InfoNCE and sigmoid losses",
 )
 
 

@@ -15,7 +15,9 @@ from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op(
     "lexical_scores(Tensor query_weights, Tensor query_ids, Tensor query_indptr, "
-    "Tensor document_weights, Tensor document_ids, Tensor document_indptr, bool aligned) -> Tensor"
+    "Tensor document_weights, Tensor document_ids, Tensor document_indptr, bool aligned) -> Tensor",
+    "scores of sparse vectors: dot product over shared token ids",
+    differentiable=True,
 )
 
 

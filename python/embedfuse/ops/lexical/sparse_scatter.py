@@ -28,7 +28,9 @@ from embedfuse.registry import Cost, Op, triton_function
 # order in which their ids first occur in it. Ids and weights are gathered by index, so that a gradient
 # reaches each kept token, and no other, and needs no backward function.
 OP = Op(
-    "sparse_scatter(Tensor token_weights, Tensor input_ids, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)"
+    "sparse_scatter(Tensor token_weights, Tensor input_ids, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    "token weights to one sparse vector per text: the largest weight of each token id",
+    differentiable=True,
 )
 
 

@@ -22,7 +22,11 @@ from embedfuse.ops.lexical.csr import Csr
 from embedfuse.ops.lexical.sparse_scatter import sparse_scatter
 from embedfuse.registry import Cost, Op, triton_function
 
-OP = Op("token_weights(Tensor hidden_states, Tensor weight, Tensor? bias) -> Tensor")
+OP = Op(
+    "token_weights(Tensor hidden_states, Tensor weight, Tensor? bias) -> Tensor",
+    "lexical weight of each token (BGE-M3)",
+    differentiable=True,
+)
 
 
 def lexical_weights(

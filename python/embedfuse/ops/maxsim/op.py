@@ -24,7 +24,9 @@ EPS = 1e-12
 # width: rows of the longest query, or 0 for no argmax.
 OP = Op(
     "maxsim(Tensor query, Tensor query_spans, Tensor[] documents, Tensor document_spans, Tensor? scale, "
-    "Tensor? zero, Tensor? pairs, bool normalize, int width) -> (Tensor, Tensor)"
+    "Tensor? zero, Tensor? pairs, bool normalize, int width) -> (Tensor, Tensor)",
+    "late interaction (MaxSim), int8 documents included",
+    differentiable=True,
 )
 
 

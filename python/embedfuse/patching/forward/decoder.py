@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from embedfuse.nn.decoder import DecoderLayer, decode
 from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS, Room
-from embedfuse.nn.linear import is_plain
+from embedfuse.nn.linear import is_inference
 from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
@@ -154,7 +154,12 @@ class PackedDecoder(PackedModel):
         """How to run prefixes that texts share once; None where every token has to run."""
         state = self._embedfuse
         reuse = state.options.reuse_prefixes
-        if reuse == "off" or self._both_ways or not is_plain(x) or tokens.position_ids is not None:
+        if (
+            reuse == "off"
+            or self._both_ways
+            or not is_inference(x)
+            or tokens.position_ids is not None
+        ):
             return None
         if isinstance(packed, Room):  # see replays
             return None

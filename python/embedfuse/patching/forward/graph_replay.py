@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from embedfuse import config
 from embedfuse.nn.graphs import GraphCache, Room, Snapshot, bucket, buckets
-from embedfuse.nn.linear import is_plain
+from embedfuse.nn.linear import is_inference
 from embedfuse.packing import Packed, unpadded
 from embedfuse.patching.forward.tokens import Tokens, rows_of
 from embedfuse.patching.layout import Layout
@@ -83,7 +83,7 @@ def replayed(
     if (
         size is None
         or layout is not state.layout  # a replica shares the state
-        or not is_plain(tokens.input_ids)
+        or not is_inference(tokens.input_ids)
         or any(module.training for module in (model, *layout.modules))
         or any(t.device != model.device or t.dtype not in _IDS for t in tokens.given.values())
         or not model.replays(packed, size[0])

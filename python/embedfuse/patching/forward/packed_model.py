@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from embedfuse.nn.attention import cuda_answers
+from embedfuse.nn.attention import cuda_refusals
 from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.packing import Irregular, Packed, one_each, pack
@@ -336,5 +336,5 @@ def attention_in_force(model: PackedModel, layout: Layout) -> list[str]:
     """For the report of a model on a GPU: what computes attention there in inference."""
     if model.device.type != "cuda" or not layout.layers:
         return []
-    answers = cuda_answers(model.dtype, layout.layers[0].head_dim, model.device)
+    answers = cuda_refusals(model.dtype, layout.layers[0].head_dim, model.device)
     return [f"attention by {next(name for name, reason in answers.items() if reason is None)}"]

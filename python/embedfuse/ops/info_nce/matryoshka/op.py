@@ -22,14 +22,19 @@ _INPUTS = (
 )
 
 # Returns statistic, total, count, each (widths, rows).
-FORWARD = Op(f"info_nce_matryoshka_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)")
+FORWARD = Op(
+    f"info_nce_matryoshka_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    "InfoNCE at several widths (Matryoshka), without storing logits",
+    differentiable=True,
+)
 
 # statistic, g_statistic, g_total, g_target: (widths, rows). Returns the gradients of x (rows, d), (0, d)
 # unless for_x, and y (columns, d), (0, d) unless for_y, in their dtype; and sum_j G_ij c_ij (widths, rows)
 # fp32, G as in op.py, c the scores.
 BACKWARD = Op(
     f"info_nce_matryoshka_backward({_INPUTS}, Tensor statistic, Tensor g_statistic, Tensor g_total, "
-    "Tensor g_target, bool for_x, bool for_y) -> (Tensor, Tensor, Tensor)"
+    "Tensor g_target, bool for_x, bool for_y) -> (Tensor, Tensor, Tensor)",
+    "gradient of InfoNCE at several widths",
 )
 
 

@@ -1,16 +1,16 @@
-"""Staging on a device that is played: copies run when the test lets them, on streams that it watches."""
+"""Transfers on a simulated GPU: the test decides when copies happen, and records the streams."""
 
 import pytest
 import torch
 
-from embedfuse import transfers as staging
+from embedfuse import transfers
 from embedfuse.transfers import ToHost, to_device
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class Played:
-    """What staging uses of torch.cuda; a non-blocking copy to the host happens at the event's wait."""
+    """The parts of torch.cuda that transfers uses; copies to the host happen when the event is waited for."""
 
     def __init__(self):
         self.log, self.waiting, self.current = [], [], "main"
@@ -50,7 +50,7 @@ class Played:
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that a GPU would hold: it knows the streams that it was recorded on."""
+    """A tensor in the memory of the simulated GPU, which records the streams that use it."""
 
     def record_stream(self, stream):
         self.recorded = stream
@@ -72,7 +72,7 @@ def played(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", played.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"{device}'s stream")
     monkeypatch.setattr(
-        staging,
+        transfers,
         "pinned",
         lambda shape, dtype: torch.full(shape, -1, dtype=dtype).as_subclass(Pinned),
     )
@@ -81,24 +81,24 @@ def played(monkeypatch):
 
 def test_results_are_there_after_the_wait_and_not_before(played):
     to_host = ToHost(GPU)
-    assert to_host.behind == 1
+    assert to_host.in_flight == 1
     first, second = (torch.tensor(x).as_subclass(OnGpu) for x in ([[1.0, 2.0]], [[3.0, 4.0]]))
     numbers = torch.tensor([7, 8, 9]).as_subclass(OnGpu)
-    arrive_first, arrive_second = to_host(first, None, numbers), to_host(second)
-    assert played.log == ["copies wait for cuda:0's stream"] * 2  # started, and nobody waited
+    wait_first, wait_second = to_host(first, None, numbers), to_host(second)
+    assert played.log == ["copies wait for cuda:0's stream"] * 2  # both started, and nothing waited
     assert all(t.recorded is to_host._stream for t in (first, second, numbers))
-    (found,) = arrive_second()
+    (found,) = wait_second()
     assert found.tolist() == [[3.0, 4.0]]
     assert played.log[2:] == ["host waits"]
-    found, nothing, others = arrive_first()
+    found, nothing, others = wait_first()
     assert (found.tolist(), nothing, others.tolist()) == ([[1.0, 2.0]], None, [7, 8, 9])
     assert others.dtype == torch.int64
 
 
 def test_from_the_cpu_nothing_is_copied(monkeypatch):
-    monkeypatch.setattr(staging, "pinned", None)
+    monkeypatch.setattr(transfers, "pinned", None)
     to_host = ToHost(CPU)
-    assert to_host.behind == 0
+    assert to_host.in_flight == 0
     tensor = torch.ones(3)
     found, nothing = to_host(tensor, None)()
     assert found is tensor
@@ -116,7 +116,7 @@ def test_one_copy_takes_all_to_the_device(monkeypatch):
             return self.as_subclass(torch.Tensor).clone()
 
     empty = lambda shape, dtype: torch.empty(shape, dtype=dtype).as_subclass(Buffer)  # noqa: E731
-    monkeypatch.setattr(staging, "pinned", empty)
+    monkeypatch.setattr(transfers, "pinned", empty)
     tensors = [
         torch.tensor([5, 2**40, -1]),
         torch.tensor([0, 2, 3], dtype=torch.int32),
