@@ -47,6 +47,14 @@ PAIRS = (
 )
 
 
+# Package -> extra of embedfuse that installs it.
+EXTRAS = {
+    "FlagEmbedding": "flag-embedding",
+    "pylate": "pylate",
+    "sentence-transformers": "sentence-transformers",
+}
+
+
 def version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -56,11 +64,17 @@ def version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def explained(package: str) -> Iterator[None]:
-    """Around imports that need `package`: an ImportError also says which installed releases clash."""
+    """Around imports of `package`: an ImportError also says what to install, or which releases clash."""
+    package = package.replace("_", "-")
     try:
         yield
     except ImportError as error:
-        answers = {p: p.answer() for p in PAIRS if p.package == package.replace("_", "-")}
+        if package in EXTRAS and version(package) is None:
+            extra = EXTRAS[package]
+            raise ImportError(
+                f"{error}: pip install 'embedfuse[{extra}]'", name=error.name
+            ) from error
+        answers = {p: p.answer() for p in PAIRS if p.package == package}
         clashes = [
             f"{pair}: {answer}" for pair, answer in answers.items() if answer.startswith("no, ")
         ]

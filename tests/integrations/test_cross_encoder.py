@@ -133,10 +133,10 @@ def test_bfloat16(model):
     kwargs = {"convert_to_tensor": True, "activation_fn": torch.nn.Identity()}
     exact = model.predict(PAIRS, **kwargs)
     model.bfloat16()
-    own = model.predict(PAIRS, **kwargs)
+    reference = model.predict(PAIRS, **kwargs)
     embedfuse.patch(model)
     found = model.predict(PAIRS, **kwargs)
-    assert_as_good(found, own, exact)
+    assert_as_good(found, reference, exact)
 
 
 def test_head_kept_in_fp32(model):

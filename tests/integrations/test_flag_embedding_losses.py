@@ -11,7 +11,7 @@ pytest.importorskip("FlagEmbedding")
 from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
 from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 
-from embedfuse.integrations.flag_embedding import losses as ours
+from embedfuse.integrations.flag_embedding import losses as drop_ins
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def models(decoder=False, **settings):
     name = "BiDecoderOnlyEmbedderModel" if decoder else "BiEncoderOnlyEmbedderModel"
     settings = {"temperature": 0.05, "normalize_embeddings": True, **settings}
     original = getattr(decoder_only if decoder else encoder_only, name)(tower(decoder), **settings)
-    return original, getattr(ours, name)(tower(decoder), **settings)
+    return original, getattr(drop_ins, name)(tower(decoder), **settings)
 
 
 def batch(group: int, teacher: bool = False) -> dict:
@@ -79,7 +79,7 @@ def scores_forbidden(monkeypatch):
     def forbidden(self, *args):
         pytest.fail("all scores were computed")
 
-    for model in (ours.BiEncoderOnlyEmbedderModel, ours.BiDecoderOnlyEmbedderModel):
+    for model in (drop_ins.BiEncoderOnlyEmbedderModel, drop_ins.BiDecoderOnlyEmbedderModel):
         monkeypatch.setattr(model, "compute_score", forbidden)
 
 
@@ -176,7 +176,7 @@ def test_16_bits_are_as_accurate_as_the_original(dtype, autocast):
         pair[0].kd_loss_type = pair[1].kd_loss_type = "kl_div"
         exact = results(pair[0], q.double(), p.double(), teacher)
         with torch.autocast("cpu", dtype, enabled=autocast):
-            own, found = (results(model, q, p, teacher) for model in pair)
-        for got, wanted, best in zip(found, own, exact, strict=True):
+            reference, found = (results(model, q, p, teacher) for model in pair)
+        for got, wanted, best in zip(found, reference, exact, strict=True):
             error, its_error = ((x - best).norm() / best.norm() for x in (got, wanted))
             assert error <= 1.02 * its_error + 1e-6

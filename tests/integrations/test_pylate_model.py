@@ -15,7 +15,7 @@ pytest.importorskip("pylate.models")
 from pylate import scores
 from pylate.models import ColBERT
 
-from embedfuse.integrations import pylate as ours
+from embedfuse.integrations import pylate as drop_ins
 
 if int(version("sentence-transformers").split(".")[0]) > 5:
     reason = "PyLate's ColBERT does not load beside sentence-transformers"
@@ -77,8 +77,8 @@ def test_similarity(model):
     masks[1][1::2, 5:] = 0
     expected = model.similarity(q, d, *masks), model.similarity_pairwise(q, d[: len(q)])
     embedfuse.patch(model)
-    assert model.similarity is ours.colbert_scores
-    assert model.similarity_pairwise is ours.colbert_scores_pairwise
+    assert model.similarity is drop_ins.colbert_scores
+    assert model.similarity_pairwise is drop_ins.colbert_scores_pairwise
     assert_close(model.similarity(q, d, *masks), expected[0])
     assert_close(model.similarity_pairwise(q, d[: len(q)]), expected[1])
 

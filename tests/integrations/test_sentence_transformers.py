@@ -296,7 +296,7 @@ def test_saved_model_needs_no_embedfuse(model, tmp_path):
 
 
 def test_a_failed_check_rolls_both_back(model, monkeypatch):
-    from embedfuse.integrations.sentence_transformers.model import model as integration
+    from embedfuse.integrations.sentence_transformers import model as integration
 
     kinds = [type(m) for m in model.modules()]
     pool = integration.pool_normalize
