@@ -1,4 +1,4 @@
-"""FlagEmbedding's training models and their drop-ins give one loss and one gradient."""
+"""FlagEmbedding's training models and their drop-ins give the same loss and the same gradient."""
 
 import logging
 
@@ -74,7 +74,7 @@ def assert_same(original, drop_in, inputs):
 
 @pytest.fixture
 def scores_forbidden(monkeypatch):
-    """The originals' matrix of scores raises in the drop-ins."""
+    """The drop-ins never compute the original's matrix of scores."""
 
     def forbidden(self, *args):
         pytest.fail("all scores were computed")
@@ -112,7 +112,7 @@ def test_distillation(scores_forbidden):
 
 
 def test_no_in_batch_negatives():
-    """Is the original's own code: its scores are those of the groups."""
+    """The original's code as it is: its scores are those of the groups."""
     assert_same(*models(), batch(3) | {"no_in_batch_neg_flag": True})
 
 
@@ -138,7 +138,7 @@ def test_a_built_model_changes_its_class(scores_forbidden):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("teacher", [False, True])
 def test_cross_device(rank, teacher, monkeypatch, scores_forbidden):
-    """Two processes; the other's rows are this one's in reverse."""
+    """Two processes; the rows of the second are those of the first in reverse."""
 
     def gather(self, x):
         both = [x.detach().flip(0), x]
@@ -154,7 +154,7 @@ def test_cross_device(rank, teacher, monkeypatch, scores_forbidden):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_are_as_accurate_as_the_original(dtype, autocast):
-    """Loss and gradients from embeddings, beside fp64; of a gradient what it is off by as a whole."""
+    """Loss and gradients from embeddings against fp64; a gradient's error is one number, its norm."""
     pair = models(temperature=0.02)
     generator = torch.Generator().manual_seed(0)
     center = torch.randn(64, 1, 96, generator=generator)
@@ -178,5 +178,5 @@ def test_16_bits_are_as_accurate_as_the_original(dtype, autocast):
         with torch.autocast("cpu", dtype, enabled=autocast):
             reference, found = (results(model, q, p, teacher) for model in pair)
         for got, wanted, best in zip(found, reference, exact, strict=True):
-            error, its_error = ((x - best).norm() / best.norm() for x in (got, wanted))
-            assert error <= 1.02 * its_error + 1e-6
+            error, reference_error = ((x - best).norm() / best.norm() for x in (got, wanted))
+            assert error <= 1.02 * reference_error + 1e-6

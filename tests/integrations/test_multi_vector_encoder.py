@@ -1,4 +1,4 @@
-"""A patched MultiVectorEncoder returns what it returned."""
+"""A patched MultiVectorEncoder returns what the unpatched one returns."""
 
 import copy
 import functools
@@ -90,7 +90,7 @@ def test_similarity(model, name, monkeypatch):
 @pytest.mark.parametrize("strategy", ["fixed", "min"])
 @pytest.mark.parametrize("attend", [False, True])
 def test_query_expansion(model, attend, strategy):
-    """Unless they are attended to, expansion tokens are padding to the encoder, and yet scored."""
+    """Expansion tokens without attention are padding for the encoder, but are scored."""
     model[0].query_expansion = {"strategy": strategy, "attend": attend, "length": 32}
     expected = vectors(model)
     assert min(map(len, expected[0])) == 32

@@ -1,4 +1,4 @@
-"""Drop-ins for sentence-transformers' multi-vector scoring, beside the library's own functions."""
+"""Drop-ins for sentence-transformers' multi-vector scoring, against the library's functions."""
 
 import functools
 
@@ -37,7 +37,7 @@ ORIGINALS = {name: getattr(similarity if "maxsim" in name else scoring, name) fo
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Nothing of the library's scoring is there to fall back on."""
+    """Removes the library's scoring functions, so that none can be called."""
 
     def remove():
         for name in ("maxsim", "maxsim_pairwise"):
@@ -257,7 +257,7 @@ def test_errors():
 
 @pytest.mark.parametrize("name", DROP_INS)
 def test_gradient(name, alone):
-    """Of random weights on the scores; no two similarities are equal."""
+    """Of a randomly weighted sum of the scores; no two similarities are equal."""
     grouped = "kd" in name or name == "colbert_scores"
     q, d, *masks = groups(torch.float32, masked=True)
     d, masks = (d, masks) if grouped else (d[:, 0], (masks[0], masks[1][:, 0]))
@@ -315,7 +315,7 @@ def test_fp64_is_kept(name):
 
 @pytest.mark.parametrize("name", DROP_INS)
 def test_compiles_in_one_graph(name):
-    """With masks of holes and without, lists of texts, gradients."""
+    """With masks that have holes and without masks, lists of texts, gradients."""
     (q, q_mask), (d, d_mask) = (holed(texts(QUERIES, seed=2)), holed(texts(DOCUMENTS, seed=3), 1))
     if name.startswith("colbert") and "pairwise" not in name:
         d, d_mask = d[:, None], d_mask[:, None]

@@ -1,4 +1,4 @@
-"""Drop-ins for PyLate's scoring, and its losses with them, beside the library's own functions."""
+"""Drop-ins for PyLate's scoring, alone and in its losses, against the library's functions."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ DROP_INS["ColBERTScores"], ORIGINALS["ColBERTScores"] = (
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Nothing of the library's scoring is there to fall back on."""
+    """Removes the library's scoring functions, so that none can be called."""
 
     def remove():
         for name in NAMES[:3]:
@@ -168,7 +168,7 @@ def test_inputs(how, name, alone):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient(name, alone):
-    """Of random weights on the scores; no two similarities are equal."""
+    """Of a randomly weighted sum of the scores; no two similarities are equal."""
     q, d, *masks = flat() if "pair" in name else call_of(name, mask=torch.bool)
     masks = [] if "pair" in name else masks
     weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -213,7 +213,7 @@ def test_a_backend_that_is_named_computes(name):
 def test_rerank(dtype, monkeypatch):
     lengths = [[5, 9, 2, 9], [3, 1], [4]]
     documents = [texts(n, dtype, seed=i) for i, n in enumerate(lengths, 3)]
-    # Some documents have no token of a positive similarity: their padding decides.
+    # Some documents have no positive similarity: their padding is the maximum.
     documents[0][2], documents[1][1] = (
         -x[j].abs() for x, j in ((documents[0], 2), (documents[1], 1))
     )
@@ -252,7 +252,7 @@ def test_rerank_of_one_array():
 
 
 class Encoder(nn.Module):
-    """What PyLate's losses ask of a model; its ColBERT is not to be had beside every release."""
+    """What PyLate's losses call on a model; ColBERT does not load with every release."""
 
     skiplist = [3, 4]
 

@@ -1,4 +1,4 @@
-"""sentence-transformers' losses and their drop-ins give one value and one gradient."""
+"""sentence-transformers' losses and their drop-ins give the same value and the same gradient."""
 
 import inspect
 import itertools
@@ -42,7 +42,7 @@ NAMES = ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
 
 
 class Given(torch.nn.Sequential):
-    """In place of a model: embeddings are given."""
+    """A model that returns the embeddings that it gets."""
 
     def forward(self, features):
         return {"sentence_embedding": features["rows"]}
@@ -63,7 +63,7 @@ def columns(count: int, rows=21, dim=12, dtype=torch.float32, norm=1.0):
 
 
 def value_and_gradients(loss, embeddings):
-    """Of any of the losses, from embeddings."""
+    """Value and gradients of a loss, from embeddings."""
     leaves = [x.detach().clone().requires_grad_() for x in embeddings]
     if isinstance(loss, losses.MultipleNegativesRankingLoss):
         value = loss.compute_loss_from_embeddings(leaves, None)
@@ -79,7 +79,7 @@ def value_and_gradients(loss, embeddings):
 
 
 def assert_same(name, embeddings, rtol=1e-6, **options):
-    """Value within rtol; gradients as in tests/testing.py, against the original's in fp64."""
+    """Value within rtol; gradients as in embedfuse.testing, against the original's in fp64."""
     wide = [x.detach().double() for x in embeddings]
     original, drop_in = (getattr(module, name)(MODEL, **options) for module in (losses, drop_ins))
     wanted, expected = value_and_gradients(original, embeddings)
@@ -155,7 +155,7 @@ def test_a_learned_scale():
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_another_process(name, rank, monkeypatch):
-    """Two processes: its rows stand before or after ours, column by column in one order."""
+    """Two processes: the other's rows come before or after, in the same order in each column."""
     embeddings = columns(4)
     others = [normalize(x.detach().roll(1, 0), dim=1) for x in embeddings]
     calls = itertools.count()
@@ -224,7 +224,7 @@ def test_inside_matryoshka(name):
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits_are_as_accurate_as_the_original(dtype, scale, autocast):
-    """Loss and gradients beside fp64; of a gradient what it is off by as a whole."""
+    """Loss and gradients against fp64; a gradient's error is one number, its norm."""
     # Norms such that no gradient falls below fp16's smallest number.
     embeddings = columns(3, rows=64, dim=96, norm=0.02 if scale == 20 else 0.002)
     if not autocast:
@@ -242,9 +242,9 @@ def test_16_bits_are_as_accurate_as_the_original(dtype, scale, autocast):
             *([x[0], *x[1]] for x in (found, reference, exact)), strict=True
         ):
             assert best.shape == () or got.dtype == wanted.dtype
-            error, its_error = ((x - best).norm() / best.norm() for x in (got, wanted))
-            # As good up to what two orders of adding up the same numbers differ by.
-            assert error <= 1.02 * its_error + 1e-6, (options, error, its_error)
+            error, reference_error = ((x - best).norm() / best.norm() for x in (got, wanted))
+            # As good as the original, apart from the order of summation.
+            assert error <= 1.02 * reference_error + 1e-6, (options, error, reference_error)
 
 
 def test_compiles_in_one_graph():

@@ -1,4 +1,4 @@
-"""The drop-in losses in SentenceTransformerTrainer: the original's losses, step by step."""
+"""The drop-ins in SentenceTransformerTrainer: the original's loss at each step."""
 
 import logging
 import random
@@ -110,7 +110,7 @@ def test_training(name, options, folder, data, tmp_path, caplog):
         assert found[2][:18] == [5, 5, 2] * 6
 
 
-def test_the_models_own_similarity(folder, monkeypatch):
+def test_the_models_similarity(folder, monkeypatch):
     model = build(folder)
     model.similarity_fn_name = "dot"
     embeddings = list(0.3 * torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)))

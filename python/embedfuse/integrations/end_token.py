@@ -20,7 +20,7 @@ class EndsTexts(PatchedWrapper):
             if token := missing_end(self.tokenizer, self.held(self).config, last_token):
                 self._embedfuse_end = append_end(self.tokenizer, token)
                 report.repaired[_END] = (
-                    f"added no {token}, which the checkpoint wants after each text"
+                    f"added no {token}, which the checkpoint expects after each text"
                 )
         except ValueError as error:
             report.refused[_END] = str(error)

@@ -35,7 +35,7 @@ class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagWrapper):
         if not issubclass(patched_class_of(inner), PackedDecoder):
             kind = type(inner).__name__
             raise TypeError(
-                f"model: it holds a {kind}; accepted are MistralModel, LlamaModel, Qwen2Model and "
+                f"model: the model inside is a {kind}; accepted are MistralModel, LlamaModel, Qwen2Model and "
                 "Qwen3Model"
             )
         return inner

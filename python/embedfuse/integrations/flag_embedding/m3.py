@@ -55,7 +55,7 @@ class M3Embedder(_ORIGINAL, FlagWrapper):
         inner = model.model.model
         if not issubclass(patched_class_of(inner), PackedEncoder):
             raise TypeError(
-                f"model: it holds a {type(inner).__name__}; accepted is XLMRobertaModel"
+                f"model: the model inside is a {type(inner).__name__}; accepted is XLMRobertaModel"
             )
         return inner
 
@@ -168,7 +168,7 @@ class M3Embedder(_ORIGINAL, FlagWrapper):
             return why
         inner = self.model
         if name := replaced(inner, "FlagEmbedding", *_EMBED):
-            return f"{name} is not FlagEmbedding's own"
+            return f"{name} was replaced"
         if inner.sentence_pooling_method not in _POOLINGS:
             return f"sentence_pooling_method={inner.sentence_pooling_method!r}"
         return None if self.tokenizer.padding_side == "right" else LEFT_PADDING
@@ -177,7 +177,7 @@ class M3Embedder(_ORIGINAL, FlagWrapper):
         """Why the original computes scores of pairs; None where it does not."""
         inner = self.model
         if name := replaced(inner, "FlagEmbedding", *_SCORE):
-            return f"{name} is not FlagEmbedding's own"
+            return f"{name} was replaced"
         if inner.temperature != 1:
             return f"temperature={inner.temperature}"
         return None

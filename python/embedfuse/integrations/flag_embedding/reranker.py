@@ -29,7 +29,9 @@ class BaseReranker(_ORIGINAL, FlagWrapper):
         inner = model.model
         if not issubclass(patched_class_of(inner), PackedClassifier):
             kind = type(inner).__name__
-            raise TypeError(f"model: it holds a {kind}; accepted are …ForSequenceClassification")
+            raise TypeError(
+                f"model: the model inside is a {kind}; accepted are …ForSequenceClassification"
+            )
         if inner.config.num_labels != 1:
             raise TypeError(f"model: {inner.config.num_labels} labels; accepted is 1, the score")
         return inner

@@ -119,7 +119,7 @@ def colbert_kd_scores(
 class ColBERTScores(scores.ColBERTScores):
     """Scores of each query with the documents of all groups, as pylate.scores.ColBERTScores.
 
-    Constructor and attributes are the library's.
+    It has no state; each call takes the embeddings.
     """
 
     def __call__(
