@@ -26,11 +26,9 @@ def sentence_transformers() -> tuple:
         "sentence_transformers.multi_vector_encoder",
         reason="the peer sentence-transformers (6.0 or later) is not installed",
     )
-    from embedfuse.integrations.sentence_transformers.model import (
-        multi_vector as multi_vector_encoder,
-    )
+    from embedfuse.integrations.sentence_transformers import scoring
 
-    return "sentence-transformers maxsim", peer.maxsim, multi_vector_encoder.maxsim
+    return "sentence-transformers maxsim", peer.maxsim, scoring.maxsim
 
 
 def pylate() -> tuple:

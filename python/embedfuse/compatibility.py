@@ -55,6 +55,14 @@ PAIRS = (
 )
 
 
+# Package -> extra of embedfuse that installs it.
+EXTRAS = {
+    "FlagEmbedding": "flag-embedding",
+    "pylate": "pylate",
+    "sentence-transformers": "sentence-transformers",
+}
+
+
 def version(package: str) -> str | None:
     """The installed version; None if the package is not installed."""
     try:
@@ -65,12 +73,20 @@ def version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def explained(package: str) -> Iterator[None]:
-    """Around imports that need `package`: make an ImportError say which installed releases conflict."""
+    """Around imports of `package`: an ImportError also says what to install, or which installed releases conflict."""
+    package = package.replace("_", "-")
     try:
         yield
     except ImportError as error:
-        pairs = {p: p.status() for p in PAIRS if p.package == package.replace("_", "-")}
-        conflicts = [f"{p}: {status}" for p, status in pairs.items() if status.startswith("no, ")]
+        if package in EXTRAS and version(package) is None:
+            extra = EXTRAS[package]
+            raise ImportError(
+                f"{error}: pip install 'embedfuse[{extra}]'", name=error.name
+            ) from error
+        statuses = {p: p.status() for p in PAIRS if p.package == package}
+        conflicts = [
+            f"{pair}: {status}" for pair, status in statuses.items() if status.startswith("no, ")
+        ]
         if not conflicts:
             raise
         raise ImportError(f"{error}. Accepted is {'; '.join(conflicts)}") from error

@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture
 def one_thread():
-    """Of tiny models and matrices: more threads wait for one another longer than they work."""
+    """For tiny models and matrices, where more threads spend their time waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""What both tests of FlagEmbedding's objects share."""
+"""What the tests of FlagEmbedding's objects share: texts, and spies on the forwards of patched models."""
 
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ TEXTS = [*DOCSTRINGS, *ODD]
 
 @contextmanager
 def original_forbidden():
-    """Inside, patched models whose call goes to the original's padded forward raise."""
+    """Inside, a patched model that runs the original's padded forward fails the test."""
 
     def forbidden(self, call):
         pytest.fail("the original's padded forward was called")
@@ -27,7 +27,7 @@ def original_forbidden():
 
 @contextmanager
 def counted(model: torch.nn.Module):
-    """The tokens of each call of the packed tower, as they come."""
+    """A list that gets the number of tokens of each packed forward."""
     tokens = []
     run = type(model).run_packed
 

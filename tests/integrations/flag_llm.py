@@ -1,4 +1,4 @@
-"""What the tests of FlagLLMModel share: two small checkpoints, and what counts as the same."""
+"""What the tests of FlagLLMModel share: two small checkpoints, and a comparison of embeddings."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.integrations.flag import DOCSTRINGS
 
 
 def make_qwen2(folder: Path) -> str:
-    """Qwen2 with windows in some layers; its tokenizer has no BOS and ends texts with a token of its own."""
+    """Qwen2 with windows in some layers; its tokenizer has no BOS and ends texts with <|endoftext|>."""
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def load(folder: str, **settings):
 
 
 def assert_same(found, expected, atol: float = 1e-4) -> None:
-    """Type, dtype, shape and values; rows point the same way."""
+    """Equal type, dtype and shape; close values."""
     assert type(found) is type(expected)
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     found, expected = (torch.as_tensor(x).double().numpy() for x in (found, expected))

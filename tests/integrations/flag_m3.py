@@ -1,4 +1,4 @@
-"""What the tests of BGEM3FlagModel share: how one is loaded, and what counts as the same."""
+"""What the tests of BGEM3FlagModel share: loading one, and comparisons of its outputs."""
 
 from collections import defaultdict
 

@@ -8,8 +8,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def texts(lengths: list[int], dtype=torch.float32, seed: int = 0, dim: int = 24) -> list[Tensor]:
-    """(tokens, dim) each. Those of seeds 0 and 1 have negative similarities alone, so that a zero vector
-    shows; those of other seeds are normal."""
+    """(tokens, dim) each. Seeds 0 and 1 have only negative similarities with each other, so that a zero
+    vector shows in a maximum; other seeds are normally distributed."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(length, dim) for length in lengths]
     if seed > 1:
@@ -20,7 +20,7 @@ def texts(lengths: list[int], dtype=torch.float32, seed: int = 0, dim: int = 24)
 
 
 def padded(rows: list[Tensor], side: str = "right", fill: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(texts, tokens, dim), and which of it are tokens, bool; one column more than the longest has."""
+    """(texts, tokens, dim) and its bool mask; one column more than the longest text."""
     width = max(map(len, rows)) + 1
     x = rows[0].new_full((len(rows), width, rows[0].shape[1]), fill)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -31,7 +31,7 @@ def padded(rows: list[Tensor], side: str = "right", fill: float = 0.0) -> tuple[
 
 
 def holed(rows: list[Tensor], seed: int = 0, fill: float = 0.5) -> tuple[Tensor, Tensor]:
-    """As padded, with one token in three masked and only that one left in no text."""
+    """As padded, with one token in three masked, but the first token of no text."""
     x, mask = padded(rows, fill=fill)
     drop = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 1 / 3
     drop[:, 0] = False

@@ -1,4 +1,4 @@
-"""A patched CrossEncoder gives the scores and the order that it gave."""
+"""A patched CrossEncoder gives the scores and the order of the unpatched one."""
 
 import copy
 import json
@@ -89,7 +89,7 @@ def assert_same(model, inputs, **kwargs):
 )
 def test_predict(model, kwargs):
     found = assert_same(model, PAIRS, **kwargs)
-    assert len({round(float(score), 4) for score in found}) == len(PAIRS)  # they do differ
+    assert len({round(float(score), 4) for score in found}) == len(PAIRS)  # the scores differ
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"apply_softmax": True}, {"convert_to_tensor": True}])
@@ -133,14 +133,14 @@ def test_bfloat16(model):
     kwargs = {"convert_to_tensor": True, "activation_fn": torch.nn.Identity()}
     exact = model.predict(PAIRS, **kwargs)
     model.bfloat16()
-    own = model.predict(PAIRS, **kwargs)
+    reference = model.predict(PAIRS, **kwargs)
     embedfuse.patch(model)
     found = model.predict(PAIRS, **kwargs)
-    assert_as_good(found, own, exact)
+    assert_as_good(found, reference, exact)
 
 
 def test_head_kept_in_fp32(model):
-    """sentence-transformers' own way: a subclass of nn.Linear in the head."""
+    """As sentence-transformers allows: a subclass of nn.Linear in the head."""
     if not hasattr(model, "set_keep_in_fp32_modules"):
         pytest.skip("sentence-transformers before 6.2")
     model.bfloat16()
@@ -211,7 +211,7 @@ def test_saved_model_needs_no_embedfuse(model, tmp_path):
 
 
 def train(model, folder) -> torch.Tensor:
-    """Some steps of its own Trainer; the scores after."""
+    """Scores after some steps of CrossEncoderTrainer."""
     datasets = pytest.importorskip("datasets")
     from sentence_transformers.cross_encoder import (
         CrossEncoderTrainer,
@@ -243,7 +243,7 @@ def train(model, folder) -> torch.Tensor:
     return model.predict(PAIRS, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
 
 
-def test_its_trainer(model, tmp_path):
+def test_trainer(model, tmp_path):
     pytest.importorskip("accelerate")
     for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
         dropout.p = 0.0
@@ -252,7 +252,7 @@ def test_its_trainer(model, tmp_path):
     before = model.predict(PAIRS, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
     expected = train(model, tmp_path / "original")
     found = train(patched, tmp_path / "patched")
-    assert (expected - before).abs().max() > 1e-2  # it did learn
+    assert (expected - before).abs().max() > 1e-2  # training changed the scores
     assert_close(found, expected, rtol=0, atol=1e-3)
     assert not report.original_calls
     saved = st.CrossEncoder(str(tmp_path / "patched" / "checkpoint-4"), device="cpu")

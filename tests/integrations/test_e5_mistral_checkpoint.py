@@ -1,4 +1,4 @@
-"""benchmarks.models.checkpoints writes E5-mistral as it is published, and each library reads it alike."""
+"""benchmarks.models.checkpoints writes E5-mistral as it is published, and all libraries read it alike."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_sentence_transformers(e5_mistral_folder, tokenizer):
         last = model[0].model(**ids).last_hidden_state[0, -1]
     wanted = torch.nn.functional.normalize(last, dim=0)
     np.testing.assert_allclose(expected[0], wanted, rtol=0, atol=1e-5)
-    # Random weights that still tell texts apart.
+    # With random weights the vectors of different texts differ too.
     likeness = expected @ expected.T - np.eye(len(TEXTS))
     assert likeness.max(1).min() < 0.95
     assert likeness.mean() < 0.5

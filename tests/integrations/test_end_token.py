@@ -1,4 +1,4 @@
-"""patch has the tokenizer of what holds a model end texts as the checkpoint wants; unpatch puts it back."""
+"""patch makes a wrapper's tokenizer add the end token that the checkpoint expects; unpatch undoes it."""
 
 import copy
 import pickle
@@ -50,7 +50,7 @@ def test_repaired_and_undone(mistral, caplog):
     np.testing.assert_allclose(before, vectors(mistral, None), rtol=0, atol=2e-5)
     report = embedfuse.patch(model)
     assert report.repaired == {
-        "tokenizer": "added no </s>, which the checkpoint wants after each text"
+        "tokenizer": "added no </s>, which the checkpoint expects after each text"
     }
     assert "  repaired tokenizer: added no </s>" in str(report)
     assert caplog.text.count("adds no </s>") == 1
@@ -174,14 +174,14 @@ def test_flag_llm_repaired_and_undone(flag, mistral, caplog):
     np.testing.assert_allclose(before, vectors(mistral, None), rtol=0, atol=2e-5)
     report = embedfuse.patch(flag)
     assert report.repaired == {
-        "tokenizer": "added no </s>, which the checkpoint wants after each text"
+        "tokenizer": "added no </s>, which the checkpoint expects after each text"
     }
     assert caplog.text.count("adds no </s>") == 1
     expected = vectors(mistral, 2)
     np.testing.assert_allclose(flag.encode(TEXTS), expected, rtol=0, atol=2e-5)
     assert np.abs(expected - before).max() > 0.1
     assert not report.original_calls
-    # The original serves this one, by the same tokenizer.
+    # The original runs this call, with the same tokenizer.
     found = flag.encode(TEXTS, pad_to_multiple_of=8)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
     embedfuse.unpatch(flag)

@@ -1,4 +1,4 @@
-"""What is edited on a patched object of FlagEmbedding shows as it does on one that was never patched."""
+"""An edit of a patched object of FlagEmbedding has the effect that it has on an unpatched one."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = [*DOCSTRINGS[:4], "", "word " * 30]
 PAIRS = [(DOCSTRINGS[5], text) for text in TEXTS]
-FUSED = None  # where the edit leaves the pipeline to serve
+FUSED = None  # where the pipeline runs the edited object
 
 
 def put(path: str, value):
@@ -37,7 +37,7 @@ def linear(columns: int):
 
 
 def double(path: str):
-    """A method of the model inside that gives twice what it gave."""
+    """Makes a method of the model inside return twice its value."""
 
     def edit(model):
         method = getattr(model.model, path)
@@ -66,11 +66,11 @@ M3_EDITS = {
     "half": (lambda m: m.model.half(), FUSED),
     "lengths": (put("passage_max_length", 7), FUSED),
     "instruction": (put("query_instruction_for_retrieval", "for: "), FUSED),
-    "dense": (double("_dense_embedding"), "_dense_embedding is not FlagEmbedding's own"),
-    "colbert": (double("_colbert_embedding"), "_colbert_embedding is not FlagEmbedding's own"),
+    "dense": (double("_dense_embedding"), "_dense_embedding was replaced"),
+    "colbert": (double("_colbert_embedding"), "_colbert_embedding was replaced"),
     "left": (put("tokenizer.padding_side", "left"), "the tokenizer pads on the left"),
     "temperature": (put("model.temperature", 0.5), "temperature=0.5"),
-    "similarity": (double("_compute_similarity"), "_compute_similarity is not FlagEmbedding's own"),
+    "similarity": (double("_compute_similarity"), "_compute_similarity was replaced"),
     "hook": (
         lambda m: m.model.sparse_linear.register_forward_hook(lambda a, b, x: -x) and None,
         FUSED,
@@ -80,7 +80,7 @@ M3_EDITS = {
 
 
 def outcome(model, calls) -> list:
-    """What the calls give, or the kind of what they raise."""
+    """What the calls return, or the class of the error that they raise."""
     results = []
     for call in calls:
         try:
@@ -100,7 +100,7 @@ def check(load, edit, reason, calls, assert_same) -> None:
             assert found is expected
         else:
             assert_same(found, expected)
-    # Its own model may add a reason of its own to that of the object.
+    # The model inside may add a second reason.
     assert list(report.original_calls)[:1] == ([] if reason is FUSED else [reason])
     embedfuse.unpatch(patched)
 
@@ -130,7 +130,7 @@ def qwen2_folder(tmp_path_factory) -> str:
 
 
 def no_end(model):
-    """A tokenizer that adds no token: of an empty text it makes none."""
+    """Make the tokenizer add no token, so that an empty text has none."""
     model.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
 
 

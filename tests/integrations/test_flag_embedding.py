@@ -80,7 +80,7 @@ def model_outputs_none(found: dict) -> list[str]:
 
 
 def test_no_texts(model):
-    # FlagEmbedding itself never comes back from an empty list, or raises.
+    # The original never returns from an empty list, or raises.
     found = model.encode([], **ALL)
     assert list(found) == KEYS
     assert (found["dense_vecs"].shape, found["dense_vecs"].dtype) == ((0, 64), np.float32)
@@ -172,7 +172,7 @@ def test_tokenizer_arguments_go_to_the_original(pair):
     call = {"add_special_tokens": False, **ALL}
     texts = [text for text in TEXTS[:8] if text]
     for m in (model, original):
-        with pytest.raises(TypeError):  # FlagEmbedding hands them to `pad` too
+        with pytest.raises(TypeError):  # the original passes them to `pad` too
             m.encode(texts, **call)
     assert report.original_calls["called with add_special_tokens"] == before + 1
     extra = {"verbose": False}

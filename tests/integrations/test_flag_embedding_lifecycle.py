@@ -157,7 +157,7 @@ def test_a_model_without_any_lexical_weight(model):
 
 
 def test_a_weight_next_to_zero_does_not_hinder(model):
-    # Rounding may turn such a weight into no entry at all.
+    # After rounding such a weight may be 0, which is no entry.
     state = model.encode("One", return_colbert_vecs=True)
     assert state["colbert_vecs"] is not None
     ids = model.tokenizer("One", return_tensors="pt")

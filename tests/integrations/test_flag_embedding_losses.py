@@ -1,4 +1,4 @@
-"""FlagEmbedding's training models and their drop-ins give one loss and one gradient."""
+"""FlagEmbedding's training models and their drop-ins give the same loss and the same gradient."""
 
 import logging
 
@@ -11,7 +11,7 @@ pytest.importorskip("FlagEmbedding")
 from FlagEmbedding.finetune.embedder.decoder_only.base import modeling as decoder_only
 from FlagEmbedding.finetune.embedder.encoder_only.base import modeling as encoder_only
 
-from embedfuse.integrations.flag_embedding import losses as ours
+from embedfuse.integrations.flag_embedding import losses as drop_ins
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def models(decoder=False, **settings):
     name = "BiDecoderOnlyEmbedderModel" if decoder else "BiEncoderOnlyEmbedderModel"
     settings = {"temperature": 0.05, "normalize_embeddings": True, **settings}
     original = getattr(decoder_only if decoder else encoder_only, name)(tower(decoder), **settings)
-    return original, getattr(ours, name)(tower(decoder), **settings)
+    return original, getattr(drop_ins, name)(tower(decoder), **settings)
 
 
 def batch(group: int, teacher: bool = False) -> dict:
@@ -74,12 +74,12 @@ def assert_same(original, drop_in, inputs):
 
 @pytest.fixture
 def scores_forbidden(monkeypatch):
-    """The originals' matrix of scores raises in the drop-ins."""
+    """The drop-ins never compute the original's matrix of scores."""
 
     def forbidden(self, *args):
         pytest.fail("all scores were computed")
 
-    for model in (ours.BiEncoderOnlyEmbedderModel, ours.BiDecoderOnlyEmbedderModel):
+    for model in (drop_ins.BiEncoderOnlyEmbedderModel, drop_ins.BiDecoderOnlyEmbedderModel):
         monkeypatch.setattr(model, "compute_score", forbidden)
 
 
@@ -112,7 +112,7 @@ def test_distillation(scores_forbidden):
 
 
 def test_no_in_batch_negatives():
-    """Is the original's own code: its scores are those of the groups."""
+    """The original's code as it is: its scores are those of the groups."""
     assert_same(*models(), batch(3) | {"no_in_batch_neg_flag": True})
 
 
@@ -138,7 +138,7 @@ def test_a_built_model_changes_its_class(scores_forbidden):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("teacher", [False, True])
 def test_cross_device(rank, teacher, monkeypatch, scores_forbidden):
-    """Two processes; the other's rows are this one's in reverse."""
+    """Two processes; the rows of the second are those of the first in reverse."""
 
     def gather(self, x):
         both = [x.detach().flip(0), x]
@@ -154,7 +154,7 @@ def test_cross_device(rank, teacher, monkeypatch, scores_forbidden):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits_are_as_accurate_as_the_original(dtype, autocast):
-    """Loss and gradients from embeddings, beside fp64; of a gradient what it is off by as a whole."""
+    """Loss and gradients from embeddings against fp64; a gradient's error is one number, its norm."""
     pair = models(temperature=0.02)
     generator = torch.Generator().manual_seed(0)
     center = torch.randn(64, 1, 96, generator=generator)
@@ -176,7 +176,7 @@ def test_16_bits_are_as_accurate_as_the_original(dtype, autocast):
         pair[0].kd_loss_type = pair[1].kd_loss_type = "kl_div"
         exact = results(pair[0], q.double(), p.double(), teacher)
         with torch.autocast("cpu", dtype, enabled=autocast):
-            own, found = (results(model, q, p, teacher) for model in pair)
-        for got, wanted, best in zip(found, own, exact, strict=True):
-            error, its_error = ((x - best).norm() / best.norm() for x in (got, wanted))
-            assert error <= 1.02 * its_error + 1e-6
+            reference, found = (results(model, q, p, teacher) for model in pair)
+        for got, wanted, best in zip(found, reference, exact, strict=True):
+            error, reference_error = ((x - best).norm() / best.norm() for x in (got, wanted))
+            assert error <= 1.02 * reference_error + 1e-6

@@ -124,7 +124,7 @@ def test_lexical_score_of_a_dict_and_a_list(pair, lexical):
             model.compute_lexical_matching_score(lexical[0], lexical[0][0])
 
 
-def test_colbert_score_of_its_own_vectors(pair):
+def test_colbert_score_of_encoded_texts(pair):
     flags = {"return_dense": False, "return_colbert_vecs": True}
     sides = [model.encode(TEXTS[:2], **flags)["colbert_vecs"] for model in pair]
     expected, found = (m.colbert_score(*arrays) for m, arrays in zip(pair, sides, strict=True))
@@ -134,7 +134,7 @@ def test_colbert_score_of_its_own_vectors(pair):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-5)])
 def test_colbert_score(pair, dtype, tolerance, monkeypatch):
     generator = np.random.default_rng(0)
-    # Every similarity is negative, so that a zero vector among them would show.
+    # All similarities are negative, so that a zero vector among them shows.
     q, p = (generator.random((rows, 40)) + 0.1 for rows in (5, 33))
     q, p = (q / np.linalg.norm(q, axis=1)[:, None]).astype(dtype), (-p / 4).astype(dtype)
     exact = (q.astype(float) @ p.astype(float).T).max(1).mean()

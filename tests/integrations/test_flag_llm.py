@@ -65,7 +65,7 @@ def test_encode(pair, side):
 
 
 def test_it_is_the_state_of_the_last_token(original, model):
-    """Against transformers' own forward on one text, without padding."""
+    """Against transformers' forward on one text, without padding."""
     ids = original.tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     assert ids[0, -1] == original.tokenizer.pad_token_id  # the EOS of both
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_one_str(pair, numpy):
 
 
 def test_no_texts(model):
-    # FlagEmbedding itself raises from inside the tokenizer.
+    # The original raises inside the tokenizer.
     found = model.encode([])
     assert (found.shape, found.dtype) == ((0, model.model.config.hidden_size), np.float32)
     found = model.encode([], convert_to_numpy=False)
@@ -189,7 +189,7 @@ def test_one_packed_forward_and_no_padded_one(model):
             model.encode(TEXTS[:30])  # a small batch size holds for its call alone
             assert len(tokens) == 1
     assert rows
-    assert all(rows)  # the last layer ran for the last tokens alone
+    assert all(rows)  # the last layer computed the last tokens only
 
 
 @pytest.mark.parametrize("use", ["use_fp16", "use_bf16"])

@@ -85,7 +85,7 @@ def test_a_model_that_was_patched_before(model, before):
     assert_as_loaded(model, before)
 
 
-def test_the_model_inside_unpatched_on_its_own(model, before):
+def test_only_the_model_inside_unpatched(model, before):
     report = embedfuse.patch(model)
     embedfuse.unpatch(model.model)
     assert np.array_equal(model.encode(TEXTS[:12]), before)
@@ -156,7 +156,7 @@ def test_a_tokenizer_that_cannot_pad_is_refused_as_before(model, before):
         (lambda: torch.nn.Linear(2, 2), r"Linear; accepted are BertModel"),
         (
             lambda: BertModel(BertConfig(hidden_size=12, num_hidden_layers=1)),
-            r"it holds a BertModel; accepted are MistralModel, LlamaModel, Qwen2Model",
+            r"the model inside is a BertModel; accepted are MistralModel, LlamaModel, Qwen2Model",
         ),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_negative_max_length_raises_as_before(model):
 
 
 def test_a_text_without_tokens(tmp_path):
-    """The original serves, which pools a padding token there, and wrong tokens of a left-padded batch."""
+    """The original runs: it pools a padding token there, and wrong tokens in a left-padded batch."""
     model = load(make_qwen2(tmp_path))
     model.tokenizer.backend_tokenizer.post_processor = None
     texts = ["a", "", "b"]

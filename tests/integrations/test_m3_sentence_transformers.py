@@ -1,4 +1,4 @@
-"""A patched SentenceTransformer of BGE-M3's folder gives its vectors, with the last layer pruned."""
+"""A patched SentenceTransformer loaded from BGE-M3's folder: same vectors, pruned last layer."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A patched MultiVectorEncoder returns what it returned."""
+"""A patched MultiVectorEncoder returns what the unpatched one returns."""
 
 import copy
 import functools
@@ -90,7 +90,7 @@ def test_similarity(model, name, monkeypatch):
 @pytest.mark.parametrize("strategy", ["fixed", "min"])
 @pytest.mark.parametrize("attend", [False, True])
 def test_query_expansion(model, attend, strategy):
-    """Unless they are attended to, expansion tokens are padding to the encoder, and yet scored."""
+    """Expansion tokens without attention are padding for the encoder, but are scored."""
     model[0].query_expansion = {"strategy": strategy, "attend": attend, "length": 32}
     expected = vectors(model)
     assert min(map(len, expected[0])) == 32
@@ -140,10 +140,10 @@ def test_saved_model_needs_no_embedfuse(model, tmp_path):
 
 
 def test_a_wrong_similarity_rolls_back(model, monkeypatch):
-    from embedfuse.integrations.sentence_transformers.model import multi_vector as integration
+    from embedfuse.integrations.sentence_transformers import multi_vector
 
-    right = integration.maxsim
-    monkeypatch.setattr(integration, "maxsim", lambda *args, **kw: right(*args, **kw) * 0.99)
+    right = multi_vector.maxsim
+    monkeypatch.setattr(multi_vector, "maxsim", lambda *args, **kw: right(*args, **kw) * 0.99)
     kinds = [type(m) for m in model.modules()]
     with pytest.raises(embedfuse.PatchError, match="similarity: the patched forward deviates"):
         embedfuse.patch(model)
@@ -178,20 +178,20 @@ def loss_and_gradient(model, loss, labels=None, texts=3):
     ],
 )
 def test_losses(model, kind, name, labels, mean):
-    from embedfuse.integrations.sentence_transformers.model import multi_vector as integration
+    from embedfuse.integrations.sentence_transformers import scoring as drop_ins
 
     model.eval()  # no dropout
     labels = None if labels is None else torch.tensor(labels)
-    theirs, ours = (
+    original, drop_in = (
         getattr(losses, kind)(
             model, similarity_fct=functools.partial(getattr(module, name), length_normalize=mean)
         )
-        for module in (scoring, integration)
+        for module in (scoring, drop_ins)
     )
-    expected = loss_and_gradient(model, theirs, labels)
+    expected = loss_and_gradient(model, original, labels)
     for patch in (lambda _: None, embedfuse.patch):
         patch(model)
-        value, gradients = loss_and_gradient(model, ours, labels)
+        value, gradients = loss_and_gradient(model, drop_in, labels)
         assert_close(value, expected[0], rtol=1e-5, atol=1e-5)
         assert gradients.keys() == expected[1].keys()
         largest = max(g.abs().max() for g in expected[1].values())
@@ -200,7 +200,7 @@ def test_losses(model, kind, name, labels, mean):
 
 
 def test_evaluators(model, monkeypatch):
-    from embedfuse.integrations.sentence_transformers.multi_vector import maxsim
+    from embedfuse.integrations.sentence_transformers.scoring import maxsim
 
     queries = {str(i): text for i, text in enumerate(QUERIES)}
     corpus = {str(i): text for i, text in enumerate(TEXTS)}

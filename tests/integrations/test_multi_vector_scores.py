@@ -1,4 +1,4 @@
-"""Drop-ins for sentence-transformers' multi-vector scoring, beside the library's own functions."""
+"""Drop-ins for sentence-transformers' multi-vector scoring, against the library's functions."""
 
 import functools
 
@@ -20,10 +20,10 @@ pytest.importorskip("sentence_transformers.multi_vector_encoder")
 from sentence_transformers.multi_vector_encoder import scoring
 from sentence_transformers.util import similarity
 
-from embedfuse.integrations.sentence_transformers.model import multi_vector as ours
+from embedfuse.integrations.sentence_transformers import scoring as drop_ins
 
-OURS = {
-    name: getattr(ours, name)
+DROP_INS = {
+    name: getattr(drop_ins, name)
     for name in (
         "maxsim",
         "maxsim_pairwise",
@@ -32,12 +32,12 @@ OURS = {
         "colbert_kd_scores",
     )
 }
-THEIRS = {name: getattr(similarity if "maxsim" in name else scoring, name) for name in OURS}
+ORIGINALS = {name: getattr(similarity if "maxsim" in name else scoring, name) for name in DROP_INS}
 
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Nothing of the library's scoring is there to fall back on."""
+    """Removes the library's scoring functions, so that none can be called."""
 
     def remove():
         for name in ("maxsim", "maxsim_pairwise"):
@@ -98,11 +98,11 @@ def widened(x):
 
 def check(name, call, alone, **settings):
     q, d, *masks = call
-    own = THEIRS[name](q, d, *masks, **settings)
-    exact = THEIRS[name](widened(q), widened(d), *masks, **settings)
+    reference = ORIGINALS[name](q, d, *masks, **settings)
+    exact = ORIGINALS[name](widened(q), widened(d), *masks, **settings)
     alone()
-    found = OURS[name](q, d, *masks, **settings)
-    assert_as_good(found, own, exact)
+    found = DROP_INS[name](q, d, *masks, **settings)
+    assert_as_good(found, reference, exact)
     return found
 
 
@@ -143,9 +143,9 @@ def test_hand_computed(alone):
     alone()
     q = [torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[-1.0, -1.0]])]
     d = [torch.tensor([[3.0, 1.0], [0.0, 5.0]]), torch.tensor([[1.0, 1.0]])]
-    assert ours.maxsim(q, d).tolist() == [[13.0, 3.0], [-4.0, -2.0]]
-    assert ours.maxsim_pairwise(q, d).tolist() == [13.0, -2.0]
-    assert ours.maxsim(q, d, length_normalize=True).tolist() == [[6.5, 1.5], [-4.0, -2.0]]
+    assert drop_ins.maxsim(q, d).tolist() == [[13.0, 3.0], [-4.0, -2.0]]
+    assert drop_ins.maxsim_pairwise(q, d).tolist() == [13.0, -2.0]
+    assert drop_ins.maxsim(q, d, length_normalize=True).tolist() == [[6.5, 1.5], [-4.0, -2.0]]
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
@@ -166,14 +166,14 @@ def test_only_documents_without_tokens(documents, alone):
     q = texts(QUERIES)
     expected = similarity.maxsim(q, documents)
     alone()
-    assert torch.equal(ours.maxsim(q, documents), expected)
+    assert torch.equal(drop_ins.maxsim(q, documents), expected)
     assert (expected == -1e9).all()
 
 
 @pytest.mark.parametrize(("a", "b"), [([], [1]), ([1], []), ([], [])])
 def test_no_texts(a, b):
     a, b = texts(a), texts(b)
-    assert ours.maxsim(a, b).shape == similarity.maxsim(a, b).shape == (len(a), len(b))
+    assert drop_ins.maxsim(a, b).shape == similarity.maxsim(a, b).shape == (len(a), len(b))
 
 
 def test_single_texts(alone):
@@ -182,9 +182,9 @@ def test_single_texts(alone):
     expected = similarity.maxsim(q, d), similarity.maxsim(q, d.numpy(), *mask)
     pairwise = similarity.maxsim_pairwise(q, d, *mask)
     alone()
-    assert_close(ours.maxsim(q, d), expected[0])
-    assert_close(ours.maxsim(q, d.numpy(), *mask), expected[1])
-    assert_close(ours.maxsim_pairwise(q, d, *mask), pairwise)
+    assert_close(drop_ins.maxsim(q, d), expected[0])
+    assert_close(drop_ins.maxsim(q, d.numpy(), *mask), expected[1])
+    assert_close(drop_ins.maxsim_pairwise(q, d, *mask), pairwise)
 
 
 def test_a_row_of_zeros_in_a_padded_tensor_is_padding(alone):
@@ -196,7 +196,7 @@ def test_a_row_of_zeros_in_a_padded_tensor_is_padding(alone):
     q = texts(QUERIES)
     expected = similarity.maxsim(q, d)
     alone()
-    assert_close(ours.maxsim(q, d), expected)
+    assert_close(drop_ins.maxsim(q, d), expected)
 
 
 def test_integers(alone):
@@ -206,18 +206,18 @@ def test_integers(alone):
     )
     expected = similarity.maxsim(q, d)
     alone()
-    assert torch.equal(ours.maxsim(q, d), expected)
+    assert torch.equal(drop_ins.maxsim(q, d), expected)
 
 
 def test_many_documents_in_parts(alone, monkeypatch):
-    from embedfuse.integrations.sentence_transformers import scoring
+    from embedfuse.integrations import late_interaction
 
     q, d = texts(QUERIES), texts([7, 1, 12, 30, 2, 5], seed=1)
     expected = similarity.maxsim(q, d)
-    monkeypatch.setattr(scoring, "_PART", 10 * 24)
-    assert [len(part) for part in scoring._parts(d)] == [2, 1, 1, 2]
+    monkeypatch.setattr(late_interaction, "_PART", 10 * 24)
+    assert [len(part) for part in late_interaction._parts(d)] == [2, 1, 1, 2]
     alone()
-    assert_close(ours.maxsim(q, d), expected)
+    assert_close(drop_ins.maxsim(q, d), expected)
 
 
 @pytest.mark.parametrize("name", ["maxsim", "maxsim_pairwise", "colbert_kd_scores"])
@@ -225,39 +225,39 @@ def test_weights_of_query_tokens_are_the_librarys_business(name):
     q, d, q_mask, d_mask = groups(torch.float32, masked=True)
     d, d_mask = (d, d_mask) if "kd" in name else (d[:, 0], d_mask[:, 0])
     weights = q_mask * 0.25
-    expected = THEIRS[name](q, d, weights, d_mask)
-    assert torch.equal(OURS[name](q, d, weights, d_mask), expected)
-    assert (expected != THEIRS[name](q, d, q_mask, d_mask)).any()
+    expected = ORIGINALS[name](q, d, weights, d_mask)
+    assert torch.equal(DROP_INS[name](q, d, weights, d_mask), expected)
+    assert (expected != ORIGINALS[name](q, d, q_mask, d_mask)).any()
 
 
 @pytest.mark.parametrize("name", ["maxsim", "maxsim_pairwise"])
 def test_another_device_is_the_librarys_business(name, monkeypatch):
     called = []
     monkeypatch.setattr(similarity, name, lambda *args: called.append(args[-1]))
-    OURS[name](texts([2]), texts([3]), device="cpu")
+    DROP_INS[name](texts([2]), texts([3]), device="cpu")
     assert called == []
-    OURS[name](texts([2]), texts([3]), device="meta")
+    DROP_INS[name](texts([2]), texts([3]), device="meta")
     assert called == ["meta"]
 
 
 def test_errors():
     q, d = texts(QUERIES), padded(texts(DOCUMENTS))[0]
     with pytest.raises(ValueError, match="b: 3 documents; accepted are as many as queries, 4"):
-        ours.maxsim_pairwise(q, d[:3])
+        drop_ins.maxsim_pairwise(q, d[:3])
     with pytest.raises(ValueError, match="b_mask: 5 tokens; accepted are those of b, 13"):
-        ours.maxsim(q, d, b_mask=torch.ones(4, 5))
+        drop_ins.maxsim(q, d, b_mask=torch.ones(4, 5))
     with pytest.raises(ValueError, match="accepted are float16, bfloat16"):
-        ours.maxsim(q, d.bfloat16())
+        drop_ins.maxsim(q, d.bfloat16())
     q, d, *_ = groups(torch.float32, masked=False)
     for queries in (q[:1], q.repeat(2, 1, 1)):
         count = len(queries)
         with pytest.raises(ValueError, match=f"documents_embeddings: 2 .* as queries, {count}"):
-            ours.colbert_kd_scores(queries, d)
+            drop_ins.colbert_kd_scores(queries, d)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", DROP_INS)
 def test_gradient(name, alone):
-    """Of random weights on the scores; no two similarities are equal."""
+    """Of a randomly weighted sum of the scores; no two similarities are equal."""
     grouped = "kd" in name or name == "colbert_scores"
     q, d, *masks = groups(torch.float32, masked=True)
     d, masks = (d, masks) if grouped else (d[:, 0], (masks[0], masks[1][:, 0]))
@@ -271,9 +271,13 @@ def test_gradient(name, alone):
             weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))
         return torch.autograd.grad((scores * weights).sum(), leaves)
 
-    exact, own = (gradients(THEIRS[name], dtype) for dtype in (torch.float64, torch.float32))
+    exact, reference = (
+        gradients(ORIGINALS[name], dtype) for dtype in (torch.float64, torch.float32)
+    )
     alone()
-    for found, *wanted in zip(gradients(OURS[name], torch.float32), own, exact, strict=True):
+    for found, *wanted in zip(
+        gradients(DROP_INS[name], torch.float32), reference, exact, strict=True
+    ):
         assert_as_good(found, *wanted)
         assert found.abs().max() > 0.1
 
@@ -281,7 +285,7 @@ def test_gradient(name, alone):
 def test_no_gradient_through_a_document_without_tokens(alone):
     q, d = padded(texts([3]))[0].requires_grad_(), texts([0, 4], seed=1)
     alone()
-    scores = ours.maxsim(q, d)
+    scores = drop_ins.maxsim(q, d)
     (grad,) = torch.autograd.grad(scores[0, 0], q, retain_graph=True)
     assert torch.equal(grad, torch.zeros_like(q))
     (grad,) = torch.autograd.grad(scores[0, 1], q)
@@ -291,11 +295,11 @@ def test_no_gradient_through_a_document_without_tokens(alone):
 def test_a_partial_is_named_in_a_models_card():
     from sentence_transformers.util import similarity_fct_name
 
-    fct = functools.partial(ours.colbert_scores, length_normalize=True)
+    fct = functools.partial(drop_ins.colbert_scores, length_normalize=True)
     assert similarity_fct_name(fct) == "colbert_scores(length_normalize=True)"
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", DROP_INS)
 def test_fp64_is_kept(name):
     q = torch.randn(3, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     d = torch.randn(3, 7, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -304,21 +308,21 @@ def test_fp64_is_kept(name):
         d = d[:, None]
     if name not in ("maxsim", "colbert_scores"):
         best = best.diagonal()
-    found = OURS[name](q, d)
+    found = DROP_INS[name](q, d)
     assert found.dtype == torch.float64
     assert_close(found.flatten(), best.flatten(), rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", DROP_INS)
 def test_compiles_in_one_graph(name):
-    """With masks of holes and without, lists of texts, gradients."""
+    """With masks that have holes and without masks, lists of texts, gradients."""
     (q, q_mask), (d, d_mask) = (holed(texts(QUERIES, seed=2)), holed(texts(DOCUMENTS, seed=3), 1))
     if name.startswith("colbert") and "pairwise" not in name:
         d, d_mask = d[:, None], d_mask[:, None]
     q, d = q.requires_grad_(), d.requires_grad_()
-    calls = [lambda q, d: OURS[name](q, d, q_mask, d_mask), OURS[name]]
+    calls = [lambda q, d: DROP_INS[name](q, d, q_mask, d_mask), DROP_INS[name]]
     if name.startswith("maxsim"):
-        calls.append(lambda q, d: OURS[name](list(q), list(d), length_normalize=True))
+        calls.append(lambda q, d: DROP_INS[name](list(q), list(d), length_normalize=True))
     for call in calls:
         torch.compiler.reset()
         found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, d)

@@ -106,7 +106,7 @@ def test_prefixes_of_an_adapter_that_is_turned_off():
 
 
 def test_embed_takes_no_learned_prompts():
-    """Their rows come before the text's, which embed does not know of."""
+    """Prompt rows come before the rows of the text, which `embed` does not expect."""
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION")
     model = peft.get_peft_model(make_model("mistral"), config)
     batch = make_batch(model.get_base_model())

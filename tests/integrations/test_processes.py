@@ -1,4 +1,4 @@
-"""Models in the processes that their libraries start: vectors as in one process, by the fused path."""
+"""Models in the processes that their libraries start: the vectors of one process, on the fused path."""
 
 import contextlib
 import contextvars
@@ -53,7 +53,7 @@ def reranker(folder):
     return fe.FlagReranker(folder, use_fp16=False, devices="cpu")
 
 
-# name: (how to load, from which folder, the public call, what it is given, how its passes are pooled)
+# name: (loader, folder, public call, its argument, pooling of its packed forwards)
 KINDS = {
     "SentenceTransformer": (sentence_transformer, "m3_folder", "encode", TEXTS, "cls"),
     "CrossEncoder": (cross_encoder, "reranker_folder", "predict", PAIRS, "cls"),
@@ -75,7 +75,7 @@ def flat(result) -> np.ndarray:
 
 
 def pooled(model, name: str, items) -> np.ndarray:
-    """The call with a pool, whose one worker, the library's own, runs here once its result is asked for."""
+    """The call with a pool of one of the library's workers, which runs here when its result is needed."""
     tasks, results = queue.Queue(), queue.Queue()
     of_scores = name == "compute_score" and hasattr(model, "compute_score_multi_process")
     prefix = (
@@ -94,7 +94,7 @@ def pooled(model, name: str, items) -> np.ndarray:
 
         def get(self, timeout=None):
             with contextlib.suppress(queue.Empty):
-                # In a context of its own, as in a process of its own.
+                # In a new context, as in a new process.
                 contextvars.Context().run(worker, "cpu", model, Tasks(), self)
             return results.get_nowait()
 
@@ -105,7 +105,7 @@ def pooled(model, name: str, items) -> np.ndarray:
 
 
 def in_a_process(jobs: list[tuple], answers) -> None:
-    """Puts of each job its numbers, the calls that the original served, how packed passes were pooled."""
+    """Puts for each job its numbers, the report's original_calls and the poolings of packed forwards."""
     torch.set_num_threads(1)
     poolings = []
     run = PackedModel.run
@@ -142,7 +142,7 @@ def test_the_fused_path_is_on_in_processes(request):
 
 
 @pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder", "MultiVectorEncoder"])
-def test_the_librarys_own_pool(kind, request):
+def test_the_librarys_pool(kind, request):
     load, folder, name, items, _ = KINDS[kind]
     model = load(request.getfixturevalue(folder))
     expected = flat(getattr(model, name)(items))

@@ -1,4 +1,4 @@
-"""Drop-ins for PyLate's scoring, and its losses with them, beside the library's own functions."""
+"""Drop-ins for PyLate's scoring, alone and in its losses, against the library's functions."""
 
 import numpy as np
 import pytest
@@ -19,16 +19,19 @@ from tests.integrations.late import (
 pytest.importorskip("pylate.models")
 from pylate import losses, rank, scores
 
-from embedfuse.integrations import pylate as ours
+from embedfuse.integrations import pylate as drop_ins
 
 NAMES = ("colbert_scores", "colbert_scores_pairwise", "colbert_kd_scores", "ColBERTScores")
-OURS, THEIRS = ({name: getattr(m, name) for name in NAMES} for m in (ours, scores))
-OURS["ColBERTScores"], THEIRS["ColBERTScores"] = ours.ColBERTScores(), scores.ColBERTScores()
+DROP_INS, ORIGINALS = ({name: getattr(m, name) for name in NAMES} for m in (drop_ins, scores))
+DROP_INS["ColBERTScores"], ORIGINALS["ColBERTScores"] = (
+    drop_ins.ColBERTScores(),
+    scores.ColBERTScores(),
+)
 
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Nothing of the library's scoring is there to fall back on."""
+    """Removes the library's scoring functions, so that none can be called."""
 
     def remove():
         for name in NAMES[:3]:
@@ -58,11 +61,11 @@ def call_of(name, dtype=torch.float32, mask=None):
 
 
 def check(name, call, alone):
-    own = THEIRS[name](*call)
-    exact = THEIRS[name](*(x.double() for x in call[:2]), *call[2:])
+    reference = ORIGINALS[name](*call)
+    exact = ORIGINALS[name](*(x.double() for x in call[:2]), *call[2:])
     alone()
-    found = OURS[name](*call)
-    assert_as_good(found, own, exact)
+    found = DROP_INS[name](*call)
+    assert_as_good(found, reference, exact)
     return found
 
 
@@ -99,10 +102,10 @@ def test_hand_computed(alone):
     q = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     d = torch.tensor([[[3.0, -1.0], [0.0, -5.0]], [[1.0, -1.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1], [1, 0]])
-    assert ours.colbert_scores(q, d).tolist() == [[1.0, 27.0]]
-    assert ours.colbert_scores(q, d, documents_mask=mask).tolist() == [[1.0, 1.0]]
-    assert ours.colbert_kd_scores(q, d[None], None, mask[None]).tolist() == [[1.0, 1.0]]
-    assert ours.colbert_scores_pairwise(q, d[:1]).tolist() == [1.0]
+    assert drop_ins.colbert_scores(q, d).tolist() == [[1.0, 27.0]]
+    assert drop_ins.colbert_scores(q, d, documents_mask=mask).tolist() == [[1.0, 1.0]]
+    assert drop_ins.colbert_kd_scores(q, d[None], None, mask[None]).tolist() == [[1.0, 1.0]]
+    assert drop_ins.colbert_scores_pairwise(q, d[:1]).tolist() == [1.0]
 
 
 def test_left_padding(alone):
@@ -114,7 +117,7 @@ def test_left_padding(alone):
 def test_groups_that_are_not_one_for_each_query():
     q, d, *_ = grouped()
     with pytest.raises(ValueError, match=r"documents_embeddings: 2 .* as queries, 4"):
-        ours.colbert_kd_scores(q.repeat(2, 1, 1), d)
+        drop_ins.colbert_kd_scores(q.repeat(2, 1, 1), d)
 
 
 @pytest.mark.parametrize("name", ["colbert_scores", "colbert_kd_scores"])
@@ -128,18 +131,18 @@ def test_one_mask_for_all_texts(name, alone):
 def test_pairwise(kind, dtype, alone):
     q, d = texts(QUERIES, dtype), texts(DOCUMENTS, dtype, seed=1)
     check_ = (q, d) if kind == "lists" else (padded(q)[0], padded(d)[0])
-    own = scores.colbert_scores_pairwise(*check_)
+    reference = scores.colbert_scores_pairwise(*check_)
     wide = [[x.double() for x in side] for side in check_]
     exact = scores.colbert_scores_pairwise(*wide)
     alone()
-    assert_as_good(ours.colbert_scores_pairwise(*check_), own, exact)
+    assert_as_good(drop_ins.colbert_scores_pairwise(*check_), reference, exact)
 
 
 def test_pairs_end_with_the_shorter_side(alone):
     q, d = texts(QUERIES), texts(DOCUMENTS, seed=1)
     expected = scores.colbert_scores_pairwise(q[:3], d)
     alone()
-    assert_close(ours.colbert_scores_pairwise(q[:3], d), expected)
+    assert_close(drop_ins.colbert_scores_pairwise(q[:3], d), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,14 +161,14 @@ def test_inputs(how, name, alone):
         () if "pair" in name else (q_mask, d_mask.numpy() if name != "ColBERTScores" else d_mask)
     )
     q, d = convert(q), convert(d)
-    expected = THEIRS[name](q, d, *masks)
+    expected = ORIGINALS[name](q, d, *masks)
     alone()
-    assert_close(OURS[name](q, d, *masks), expected)
+    assert_close(DROP_INS[name](q, d, *masks), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient(name, alone):
-    """Of random weights on the scores; no two similarities are equal."""
+    """Of a randomly weighted sum of the scores; no two similarities are equal."""
     q, d, *masks = flat() if "pair" in name else call_of(name, mask=torch.bool)
     masks = [] if "pair" in name else masks
     weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -176,9 +179,13 @@ def test_gradient(name, alone):
         weight = weights.flatten()[: found.numel()].view(found.shape)
         return torch.autograd.grad((found * weight).sum(), leaves)
 
-    exact, own = (gradients(THEIRS[name], dtype) for dtype in (torch.float64, torch.float32))
+    exact, reference = (
+        gradients(ORIGINALS[name], dtype) for dtype in (torch.float64, torch.float32)
+    )
     alone()
-    for found, *wanted in zip(gradients(OURS[name], torch.float32), own, exact, strict=True):
+    for found, *wanted in zip(
+        gradients(DROP_INS[name], torch.float32), reference, exact, strict=True
+    ):
         assert_as_good(found, *wanted)
     assert found.abs().max() > 0.01
 
@@ -187,26 +194,26 @@ def test_gradient(name, alone):
 def test_weights_are_the_librarys_business(name):
     q, d, q_mask, d_mask = call_of(name, mask=torch.float32)
     for weights in ((q_mask * 0.5, d_mask), (q_mask, d_mask * 0.5)):
-        expected = THEIRS[name](q, d, *weights)
-        assert torch.equal(OURS[name](q, d, *weights), expected)
-        assert (expected != THEIRS[name](q, d, q_mask, d_mask)).any()
+        expected = ORIGINALS[name](q, d, *weights)
+        assert torch.equal(DROP_INS[name](q, d, *weights), expected)
+        assert (expected != ORIGINALS[name](q, d, q_mask, d_mask)).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_backend_that_is_named_computes(name):
     q, d, *masks = flat() if "pair" in name else call_of(name, mask=torch.bool)
     masks = [] if "pair" in name else masks
-    found = OURS[name](q, d, *masks, backend="torch")
-    assert torch.equal(found, THEIRS[name](q, d, *masks, backend="torch"))
+    found = DROP_INS[name](q, d, *masks, backend="torch")
+    assert torch.equal(found, ORIGINALS[name](q, d, *masks, backend="torch"))
     with pytest.raises(RuntimeError, match="requires CUDA"):
-        OURS[name](q, d, *masks, backend="flash")
+        DROP_INS[name](q, d, *masks, backend="flash")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rerank(dtype, monkeypatch):
     lengths = [[5, 9, 2, 9], [3, 1], [4]]
     documents = [texts(n, dtype, seed=i) for i, n in enumerate(lengths, 3)]
-    # Some documents have no token of a positive similarity: their padding decides.
+    # Some documents have no positive similarity: their padding is the maximum.
     documents[0][2], documents[1][1] = (
         -x[j].abs() for x, j in ((documents[0], 2), (documents[1], 1))
     )
@@ -216,7 +223,7 @@ def test_rerank(dtype, monkeypatch):
     for q, d in ((queries, documents), (padded(queries)[0][:, :2], documents)):
         expected = rank.rerank(ids, q, d)
         monkeypatch.setattr(rank.rank, "colbert_scores", None)
-        found = ours.rerank(ids, q, d, device="cpu")
+        found = drop_ins.rerank(ids, q, d, device="cpu")
         monkeypatch.undo()
         assert [[r["id"] for r in row] for row in found] == [
             [r["id"] for r in row] for row in expected
@@ -229,15 +236,15 @@ def test_rerank(dtype, monkeypatch):
 
 def test_rerank_of_a_query_without_documents():
     q, d = texts([4, 2]), [[], texts([3], seed=2)]
-    found = ours.rerank([[], ["x"]], q, d)
+    found = drop_ins.rerank([[], ["x"]], q, d)
     assert found[0] == []
-    assert found[1] == ours.rerank([["x"]], q[1:], d[1:])[0]
+    assert found[1] == drop_ins.rerank([["x"]], q[1:], d[1:])[0]
 
 
 def test_rerank_of_one_array():
     q, d = texts([4])[0].numpy(), [[x.numpy() for x in texts([3, 5], seed=2)]]
     expected = rank.rerank([[1, 2]], q, d)
-    found = ours.rerank([[1, 2]], q, d)
+    found = drop_ins.rerank([[1, 2]], q, d)
     assert [r["id"] for r in found[0]] == [r["id"] for r in expected[0]]
     np.testing.assert_allclose(
         *([r["score"] for r in rows[0]] for rows in (found, expected)), rtol=1e-6
@@ -245,7 +252,7 @@ def test_rerank_of_one_array():
 
 
 class Encoder(nn.Module):
-    """What PyLate's losses ask of a model; its ColBERT is not to be had beside every release."""
+    """What PyLate's losses call on a model; ColBERT does not load with every release."""
 
     skiplist = [3, 4]
 
@@ -291,9 +298,9 @@ def test_losses(kind, metric, settings, expansion, alone):
         value.backward()
         return value.detach(), model.embedding.weight.grad
 
-    expected = run(THEIRS[metric])
+    expected = run(ORIGINALS[metric])
     alone()
-    value, gradient = run(OURS[metric])
+    value, gradient = run(DROP_INS[metric])
     assert_close(value, expected[0], rtol=1e-5, atol=1e-6)
     assert_close(gradient, expected[1], rtol=1e-4, atol=1e-6)
     assert gradient.abs().max() > 1e-3
@@ -305,9 +312,9 @@ def test_compiles_in_one_graph(masked):
     masks = (q_mask, d_mask) if masked else ()
     grouped = (q_mask, d_mask[:, None]) if masked else ()
     for call in (
-        lambda q, d: ours.colbert_scores(q, d, *masks),
-        lambda q, d: ours.colbert_kd_scores(q, d[:, None], *grouped),
-        ours.colbert_scores_pairwise,
+        lambda q, d: drop_ins.colbert_scores(q, d, *masks),
+        lambda q, d: drop_ins.colbert_kd_scores(q, d[:, None], *grouped),
+        drop_ins.colbert_scores_pairwise,
     ):
         torch.compiler.reset()
         found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, d)

@@ -1,4 +1,4 @@
-"""A patched ColBERT of PyLate returns what it returned."""
+"""A patched ColBERT of PyLate returns what the unpatched one returns."""
 
 import copy
 import shutil
@@ -15,10 +15,10 @@ pytest.importorskip("pylate.models")
 from pylate import scores
 from pylate.models import ColBERT
 
-from embedfuse.integrations import pylate as ours
+from embedfuse.integrations import pylate as drop_ins
 
 if int(version("sentence-transformers").split(".")[0]) > 5:
-    reason = "PyLate's ColBERT does not load beside sentence-transformers"
+    reason = "PyLate's ColBERT does not load with sentence-transformers"
     pytest.skip(f"{reason} {version('sentence-transformers')}", allow_module_level=True)
 
 TEXTS = [*stdlib_docstrings(12), "Short.", "日本語のテキスト and emoji 🎉"]
@@ -77,8 +77,8 @@ def test_similarity(model):
     masks[1][1::2, 5:] = 0
     expected = model.similarity(q, d, *masks), model.similarity_pairwise(q, d[: len(q)])
     embedfuse.patch(model)
-    assert model.similarity is ours.colbert_scores
-    assert model.similarity_pairwise is ours.colbert_scores_pairwise
+    assert model.similarity is drop_ins.colbert_scores
+    assert model.similarity_pairwise is drop_ins.colbert_scores_pairwise
     assert_close(model.similarity(q, d, *masks), expected[0])
     assert_close(model.similarity_pairwise(q, d[: len(q)]), expected[1])
 
@@ -103,7 +103,7 @@ def test_unpatch_is_exact(model):
 
 
 def test_training_features(model):
-    """Losses call the model on what tokenize gives; there too the padding of queries may be scored."""
+    """Losses call the model on the output of `tokenize`; there too the padding of queries may be scored."""
     for t, is_query in ((QUERIES, True), (TEXTS, False)):
         features = model.tokenize(t, is_query=is_query)
         expected = model(dict(features))["token_embeddings"]

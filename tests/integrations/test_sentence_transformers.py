@@ -1,4 +1,4 @@
-"""A patched SentenceTransformer returns what it returned."""
+"""A patched SentenceTransformer returns what the unpatched one returns."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def model(loaded):
 
 @pytest.fixture
 def poolings(monkeypatch):
-    """What each pass through the model inside was told that it will be pooled with."""
+    """The `pooling` argument of each packed forward of the model inside."""
     seen = []
     packed_states = PackedModel.packed_states
 
@@ -151,7 +151,7 @@ def test_query_and_document(model, poolings):
     assert_close(torch.tensor(model.encode_query(TEXTS)), torch.tensor(queries), **TIGHT)
     assert_close(torch.tensor(model.encode_document(TEXTS)), torch.tensor(documents), **TIGHT)
     assert abs(queries - documents).max() > 0.01
-    assert poolings == ["mean"] * 2  # what the library says beside, task=, turns nothing off
+    assert poolings == ["mean"] * 2  # the library also passes task=, which changes nothing
 
 
 def test_empty_list(model):
@@ -193,7 +193,7 @@ def test_normalize_twice_is_once(model):
     assert_same(pipeline(model, "mean", Normalize(), Dense(384, 16), Normalize()))
 
 
-def test_a_module_of_the_users_own_sees_the_tokens(model):
+def test_a_custom_module_sees_the_tokens(model):
     class Own(torch.nn.Module):
         def forward(self, features):
             features["sentence_embedding"] = features["token_embeddings"].sum(1)
@@ -263,7 +263,7 @@ def test_unpatch_is_exact(model):
 
 
 def test_a_forward_kept_by_a_wrapper_outlives_the_patch(model):
-    """As accelerate keeps it where training runs in bf16."""
+    """As accelerate keeps `forward` when it trains in bf16."""
     expected = model.encode(TEXTS)
     embedfuse.patch(model)
     kept = model.forward
@@ -296,7 +296,7 @@ def test_saved_model_needs_no_embedfuse(model, tmp_path):
 
 
 def test_a_failed_check_rolls_both_back(model, monkeypatch):
-    from embedfuse.integrations.sentence_transformers.model import model as integration
+    from embedfuse.integrations.sentence_transformers import model as integration
 
     kinds = [type(m) for m in model.modules()]
     pool = integration.pool_normalize

@@ -1,4 +1,4 @@
-"""What is edited on a patched SentenceTransformer shows as it does on one that was never patched."""
+"""An edit of a patched SentenceTransformer has the effect that it has on an unpatched one."""
 
 import copy
 import functools
@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.modules import (  # noqa: E402
 
 TEXTS = ["Return a list of the words.", "Short", "", "A text that is longer than the others. " * 4]
 TIGHT = {"rtol": 0, "atol": 2e-5}
-FUSED = None  # where the edit leaves one kernel to pool and normalise
+FUSED = None  # where one kernel still pools and normalises
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def low_rank(model):
 
 _POOLED = "pooling by its module: "
 _KINDS = _POOLED + "its modules are "
-# name: (edit, beginning of the reason why something runs as the original has it)
+# name: (edit, beginning of the reason why the original code runs)
 EDITS = {
     "normalize elsewhere": (put("2.module_output_name", "unit"), FUSED),
     "normalize of another kind": (replace(2, Normalize(module_output_name="unit")), FUSED),
@@ -187,7 +187,7 @@ EDITS = {
 
 
 def outcome(model):
-    """What the public calls give, or the kind of what they raise."""
+    """What the public calls return, or the class of the error that they raise."""
     try:
         vectors = model.encode_query(TEXTS), model.encode_document(TEXTS)
         return [*vectors, model.similarity(*vectors), model.encode(TEXTS)]
@@ -238,7 +238,7 @@ def test_a_forward_replaced_on_a_class(loaded, kind, monkeypatch):
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory) -> str:
-    """Its tokenizer adds no token to a text."""
+    """A decoder whose tokenizer adds no token to a text."""
     return str(families.make(tmp_path_factory.mktemp("decoder") / "qwen2", "qwen2"))
 
 

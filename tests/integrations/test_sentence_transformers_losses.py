@@ -1,4 +1,4 @@
-"""sentence-transformers' losses and their drop-ins give one value and one gradient."""
+"""sentence-transformers' losses and their drop-ins give the same value and the same gradient."""
 
 import inspect
 import itertools
@@ -15,7 +15,7 @@ st = pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 from sentence_transformers.util import cos_sim, dot_score, euclidean_sim  # noqa: E402
 
-from embedfuse.integrations import sentence_transformers_losses as ours  # noqa: E402
+from embedfuse.integrations.sentence_transformers import losses as drop_ins  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ NAMES = ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"]
 
 
 class Given(torch.nn.Sequential):
-    """In place of a model: embeddings are given."""
+    """A model that returns the embeddings that it gets."""
 
     def forward(self, features):
         return {"sentence_embedding": features["rows"]}
@@ -63,7 +63,7 @@ def columns(count: int, rows=21, dim=12, dtype=torch.float32, norm=1.0):
 
 
 def value_and_gradients(loss, embeddings):
-    """Of any of the losses, from embeddings."""
+    """Value and gradients of a loss, from embeddings."""
     leaves = [x.detach().clone().requires_grad_() for x in embeddings]
     if isinstance(loss, losses.MultipleNegativesRankingLoss):
         value = loss.compute_loss_from_embeddings(leaves, None)
@@ -79,16 +79,16 @@ def value_and_gradients(loss, embeddings):
 
 
 def assert_same(name, embeddings, rtol=1e-6, **options):
-    """Value within rtol; gradients as in embedfuse/testing.py, against the original's in fp64."""
+    """Value within rtol; gradients as in embedfuse.testing, against the original's in fp64."""
     wide = [x.detach().double() for x in embeddings]
-    original, drop_in = (getattr(module, name)(MODEL, **options) for module in (losses, ours))
+    original, drop_in = (getattr(module, name)(MODEL, **options) for module in (losses, drop_ins))
     wanted, expected = value_and_gradients(original, embeddings)
     exact, exact_grads = value_and_gradients(original, wide)
     found, grads = value_and_gradients(drop_in, embeddings)
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=0)
     assert abs(found - exact) <= 2 * abs(wanted - exact) + rtol * abs(exact)
-    for got, own, best in zip(grads, expected, exact_grads, strict=True):
-        assert_as_good(got, own, best)
+    for got, reference, best in zip(grads, expected, exact_grads, strict=True):
+        assert_as_good(got, reference, best)
     return found
 
 
@@ -117,7 +117,7 @@ def test_scale_and_dot_product(name):
 def test_by_hand():
     q = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     d = torch.tensor([[1.0, 0.0], [4.0, 0.0]])
-    loss = ours.MultipleNegativesRankingLoss(MODEL, scale=2.0)
+    loss = drop_ins.MultipleNegativesRankingLoss(MODEL, scale=2.0)
     # Cosines 1 1 / 0 0: log(2) for both rows.
     found = loss.compute_loss_from_embeddings([q, d], None)
     assert found.item() == pytest.approx(0.693147, abs=1e-6)
@@ -132,7 +132,7 @@ def test_another_similarity_runs_the_original_and_says_so_once(caplog):
     with caplog.at_level(logging.WARNING, "embedfuse"):
         for name, _ in itertools.product(NAMES, range(2)):
             options = {"similarity_fct": similarity, "scale": 1.0}
-            pairs = [getattr(m, name)(MODEL, **options) for m in (losses, ours)]
+            pairs = [getattr(m, name)(MODEL, **options) for m in (losses, drop_ins)]
             wanted, found = (value_and_gradients(loss, embeddings) for loss in pairs)
             assert torch.equal(found[0], wanted[0])
             assert all(map(torch.equal, found[1], wanted[1]))
@@ -143,7 +143,7 @@ def test_another_similarity_runs_the_original_and_says_so_once(caplog):
 def test_a_learned_scale():
     embeddings = columns(3)
     grads = []
-    for module in (losses, ours):
+    for module in (losses, drop_ins):
         scale = torch.nn.Parameter(torch.tensor(7.0))
         loss = module.MultipleNegativesRankingLoss(MODEL, scale=scale)
         assert dict(loss.named_parameters())["scale"] is scale
@@ -155,7 +155,7 @@ def test_a_learned_scale():
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_another_process(name, rank, monkeypatch):
-    """Two processes: its rows stand before or after ours, column by column in one order."""
+    """Two processes: the other's rows come before or after, in the same order in each column."""
     embeddings = columns(4)
     others = [normalize(x.detach().roll(1, 0), dim=1) for x in embeddings]
     calls = itertools.count()
@@ -164,7 +164,7 @@ def test_rows_of_another_process(name, rank, monkeypatch):
         both = [others[next(calls) % 4].to(x.dtype), x]
         return torch.cat(both if rank else both[::-1])
 
-    for module in (ours, *map(inspect.getmodule, (getattr(losses, name) for name in NAMES))):
+    for module in (drop_ins, *map(inspect.getmodule, (getattr(losses, name) for name in NAMES))):
         monkeypatch.setattr(module, "all_gather_with_grad", gather)
         monkeypatch.setattr(module, "get_rank", lambda: rank)
     for mode in ("in_batch_negatives", "hard_negatives"):
@@ -175,7 +175,7 @@ def test_rows_of_another_process(name, rank, monkeypatch):
 
 def test_stored_scores_stay_within_a_tile(monkeypatch):
     """The largest tensor that autograd keeps has the size of the pool, not of the scores."""
-    loss = ours.MultipleNegativesRankingLoss(MODEL, directions=ALL)
+    loss = drop_ins.MultipleNegativesRankingLoss(MODEL, directions=ALL)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: kept.append(x.numel()) or x, lambda x: x
@@ -185,18 +185,18 @@ def test_stored_scores_stay_within_a_tile(monkeypatch):
 
 
 def test_errors_are_the_originals():
-    loss = ours.MultipleNegativesRankingLoss(MODEL)
+    loss = drop_ins.MultipleNegativesRankingLoss(MODEL)
     with pytest.raises(ValueError, match="at least 2"):
         loss.compute_loss_from_embeddings(columns(1), None)
     for name in NAMES:
         with pytest.raises(ValueError, match="query_to_doc"):
-            getattr(ours, name)(MODEL, directions=("doc_to_query",))
+            getattr(drop_ins, name)(MODEL, directions=("doc_to_query",))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_class_config_and_citation(name):
     options = {"scale": 3.0, "directions": ALL}
-    original, drop_in = (getattr(m, name)(MODEL, **options) for m in (losses, ours))
+    original, drop_in = (getattr(m, name)(MODEL, **options) for m in (losses, drop_ins))
     assert isinstance(drop_in, type(original))
     assert type(drop_in).__name__ == type(original).__name__
     assert drop_in.get_config_dict() == original.get_config_dict()
@@ -209,7 +209,7 @@ def test_class_config_and_citation(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_inside_matryoshka(name):
     found = []
-    for module in (losses, ours):
+    for module in (losses, drop_ins):
         inner = getattr(module, name)(MODEL)
         loss = losses.MatryoshkaLoss(MODEL, inner, [12, 5])
         embeddings = columns(3)
@@ -224,7 +224,7 @@ def test_inside_matryoshka(name):
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits_are_as_accurate_as_the_original(dtype, scale, autocast):
-    """Loss and gradients beside fp64; of a gradient what it is off by as a whole."""
+    """Loss and gradients against fp64; a gradient's error is one number, its norm."""
     # Norms such that no gradient falls below fp16's smallest number.
     embeddings = columns(3, rows=64, dim=96, norm=0.02 if scale == 20 else 0.002)
     if not autocast:
@@ -234,20 +234,22 @@ def test_16_bits_are_as_accurate_as_the_original(dtype, scale, autocast):
         options = {"directions": directions, "partition_mode": mode, "scale": scale}
         options |= {"hardness_mode": hardness, "hardness_strength": strength}
         name = NAMES[number % 2]
-        loss, original = (getattr(module, name)(MODEL, **options) for module in (ours, losses))
+        loss, original = (getattr(module, name)(MODEL, **options) for module in (drop_ins, losses))
         exact = value_and_gradients(original, [x.double() for x in embeddings])
         with torch.autocast("cpu", dtype, enabled=autocast):
-            found, own = (value_and_gradients(f, embeddings) for f in (loss, original))
-        for got, wanted, best in zip(*([x[0], *x[1]] for x in (found, own, exact)), strict=True):
+            found, reference = (value_and_gradients(f, embeddings) for f in (loss, original))
+        for got, wanted, best in zip(
+            *([x[0], *x[1]] for x in (found, reference, exact)), strict=True
+        ):
             assert best.shape == () or got.dtype == wanted.dtype
-            error, its_error = ((x - best).norm() / best.norm() for x in (got, wanted))
-            # As good up to what two orders of adding up the same numbers differ by.
-            assert error <= 1.02 * its_error + 1e-6, (options, error, its_error)
+            error, reference_error = ((x - best).norm() / best.norm() for x in (got, wanted))
+            # As good as the original, apart from the order of summation.
+            assert error <= 1.02 * reference_error + 1e-6, (options, error, reference_error)
 
 
 def test_compiles_in_one_graph():
     options = {"directions": ALL, "hardness_mode": "hard_negatives", "hardness_strength": 3.0}
-    loss = ours.MultipleNegativesRankingLoss(MODEL, **options)
+    loss = drop_ins.MultipleNegativesRankingLoss(MODEL, **options)
 
     def call(*embeddings):
         return loss.compute_loss_from_embeddings(list(embeddings), None)

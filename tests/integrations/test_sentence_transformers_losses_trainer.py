@@ -1,4 +1,4 @@
-"""The drop-in losses in SentenceTransformerTrainer: the original's losses, step by step."""
+"""The drop-ins in SentenceTransformerTrainer: the original's loss at each step."""
 
 import logging
 import random
@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer import losses  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Pooling  # noqa: E402
 from transformers import BertConfig, BertModel  # noqa: E402
 
-from embedfuse.integrations import sentence_transformers_losses as ours  # noqa: E402
+from embedfuse.integrations.sentence_transformers import losses as drop_ins  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +97,7 @@ def train(module, name, folder, data, out, **options):
 )
 def test_training(name, options, folder, data, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "embedfuse"):
-        found = train(ours, name, folder, data, tmp_path, **options)
+        found = train(drop_ins, name, folder, data, tmp_path, **options)
     wanted = train(losses, name, folder, data, tmp_path, **options)
     assert not [record for record in caplog.records if record.name == "embedfuse"]
     assert len(found[0]) == STEPS
@@ -110,13 +110,13 @@ def test_training(name, options, folder, data, tmp_path, caplog):
         assert found[2][:18] == [5, 5, 2] * 6
 
 
-def test_the_models_own_similarity(folder, monkeypatch):
+def test_the_models_similarity(folder, monkeypatch):
     model = build(folder)
     model.similarity_fn_name = "dot"
     embeddings = list(0.3 * torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)))
     wanted, found = (
         module.MultipleNegativesRankingLoss(model, similarity_fct=model.similarity)
-        for module in (losses, ours)
+        for module in (losses, drop_ins)
     )
     expected = wanted.compute_loss_from_embeddings(embeddings, None)
     monkeypatch.delattr(losses.MultipleNegativesRankingLoss, "compute_loss_from_embeddings")

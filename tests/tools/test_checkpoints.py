@@ -1,4 +1,4 @@
-"""Checkpoints: what is written from a patched model is what a plain one reads, every tensor of it."""
+"""Checkpoints: an unpatched model reads every tensor that a patched one writes, and the reverse."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 import embedfuse
 from embedfuse.patching.swap import Patched
-from tests.tools.rows import Row, cases, check
+from tests.tools.rows import Row, cases, check, check_document
 from tests.tools.twins import make_model, states
 
 
@@ -26,7 +26,7 @@ def halved(model: nn.Module) -> nn.Module:
 
 
 def through(write, read):
-    """write(model, folder), then read(plain model with other weights, folder), patched again if it was."""
+    """write(model, folder), then read(unpatched copy with other weights, folder), patched if the model is."""
 
     def act(model, folder):
         write(model, folder)
@@ -57,7 +57,7 @@ def read_dcp(model, folder):
 
 
 def loaded_plain(model, folder):
-    """As many trainers do: model.from_pretrained of the object."""
+    """from_pretrained called on the object, as many trainers do."""
     model.save_pretrained(folder)
     loaded = model.from_pretrained(folder).eval()
     assert type(loaded) is getattr(type(model), "original", type(model))
@@ -117,7 +117,7 @@ ROWS = [
             lambda m, folder: m.load_state_dict(torch.load(folder / "x")),
         ),
     ),
-    Row("torch: `save` of one weight", before="-", remark="its own bytes"),
+    Row("torch: `save` of one weight", before="-", remark="writes that weight alone"),
     Row(
         "torch.distributed.checkpoint",
         act=through(
@@ -146,7 +146,7 @@ def test_checkpoint(row, when, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["bert", "mistral"])
-def test_one_weight_is_its_own_bytes(family):
+def test_one_weight_is_saved_alone(family):
     sizes = []
     for patch in (False, True):
         model = make_model(family)
@@ -160,3 +160,7 @@ def test_one_weight_is_its_own_bytes(family):
         )
         sizes.append(len(stream.getvalue()))
     assert sizes[0] == sizes[1]
+
+
+def test_document():
+    check_document("Checkpoints", ROWS)

@@ -6,7 +6,7 @@ from torch import nn
 
 import embedfuse
 from embedfuse.patching import PatchError
-from tests.tools.rows import Row, cases, check
+from tests.tools.rows import Row, cases, check, check_document
 from tests.tools.twins import batch_for, make_model, outcome, states
 
 peft = pytest.importorskip("peft")
@@ -23,7 +23,7 @@ def family_of(model: nn.Module) -> str:
 
 
 def added(make):
-    """make(family) -> config. The adapters' values are moved from where they do nothing."""
+    """make(family) -> config. Adapters get values that change the output."""
 
     def act(model, folder):
         torch.manual_seed(3)
@@ -59,7 +59,7 @@ def ia3(family):
 
 
 def on(targets, **options):
-    """LoRA on other modules, named for the family or for all."""
+    """LoRA on other modules; targets: one for all families, or a dict by family."""
 
     def make(family):
         named = targets[family] if isinstance(targets, dict) else targets
@@ -135,13 +135,13 @@ METHODS = {
     "VeRA": ("Vera", {}),
     "WaveFT": ("WaveFT", {"n_frequency": 50}),
 }
-_IDS = {"before": "original", "after": "original", "said": "called with inputs_embeds"}
-_KEYS = {"before": "original", "after": "original", "said": "called with past_key_values"}
-_MIXES = {"before": "refused", "after": "original", "said": "which mixes rows"}
+_IDS = {"before": "original", "after": "original", "reason": "called with inputs_embeds"}
+_KEYS = {"before": "original", "after": "original", "reason": "called with past_key_values"}
+_MIXES = {"before": "refused", "after": "original", "reason": "which mixes rows"}
 
 ROWS = [
     *(
-        # Families in turn: a method's layers are of one kind in both.
+        # Families alternate: a method has the same layers in both.
         Row(f"peft: {name}", act=on_linears(kind, **options), families=(family,))
         for (name, (kind, options)), family in zip(
             METHODS.items(), ["bert", "mistral"] * len(METHODS), strict=False
@@ -182,7 +182,7 @@ ROWS = [
         "peft: `modules_to_save`, RMSNorm",
         before="original",
         after="original",
-        said="ModulesToSaveWrapper",
+        reason="ModulesToSaveWrapper",
         act=saved({"mistral": "input_layernorm"}),
         families=("mistral",),
     ),
@@ -195,12 +195,14 @@ ROWS = [
         "peft: ShadowPEFT",
         before="original",
         after="original",
-        said="has a hook",
+        reason="has a hook",
         act=added(lambda _: peft.ShadowConfig(task_type="FEATURE_EXTRACTION")),
         families=("mistral",),
     ),
-    Row("peft: Poly, with `task_ids`", before="refused", after="original", said="has a hook"),
-    Row("peft: LoRA with `adapter_names`", before="original", after="original", said="has a hook"),
+    Row("peft: Poly, with `task_ids`", before="refused", after="original", reason="has a hook"),
+    Row(
+        "peft: LoRA with `adapter_names`", before="original", after="original", reason="has a hook"
+    ),
     Row(
         "peft: merged, unmerged, switched off", after="-", remark="tests/integrations/test_peft.py"
     ),
@@ -208,7 +210,7 @@ ROWS = [
         "peft: X-LoRA, adaption prompt, CPT, multitask prompts",
         before="-",
         after="-",
-        remark="for models with a language head alone",
+        remark="only for models with a language-modelling head",
     ),
 ]
 
@@ -219,8 +221,8 @@ def test_method(row, when, family, tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before patch", "after patch"])
-def test_adapters_of_the_calls_choice(when):
-    """adapter_names: each row another adapter, told to the layers by hooks."""
+def test_adapters_chosen_by_the_call(when):
+    """adapter_names: an adapter for each row, passed to the layers by hooks."""
     twins = [make_model("mistral") for _ in range(2)]
     if when == "after patch":
         embedfuse.patch(twins[0])
@@ -271,7 +273,7 @@ def test_poly(when):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("when", ["before patch", "after patch"])
 def test_an_untrained_adapter_that_mixes_rows(when, dtype):
-    """It adds zero, so that no comparison of outputs shows what it will do when it is trained."""
+    """It adds zero, so comparing outputs cannot show what it does once it is trained."""
     config = peft.LilyConfig(task_type="FEATURE_EXTRACTION", target_modules=LINEAR["mistral"])
     model = make_model("mistral").to(dtype)
     if when == "before patch":
@@ -288,7 +290,7 @@ def test_an_untrained_adapter_that_mixes_rows(when, dtype):
 
 
 def test_every_method_has_a_row():
-    """A method that a new PEFT brings is missing here until somebody has tried it."""
+    """Fails for a method that a new release of PEFT adds, until it has a row."""
     tried = {kind.lower() for kind, _ in METHODS.values()}
     tried |= {"ia3", "lily", "poly", "shadow", "cartridge", "trainable_tokens"}
     tried |= {"prompt_tuning", "p_tuning", "prefix_tuning"}
@@ -296,3 +298,7 @@ def test_every_method_has_a_row():
     tried |= {"ln_tuning"}
     known = {kind.value.lower() for kind in peft.PeftType}
     assert known - tried == set()
+
+
+def test_document():
+    check_document("PEFT", ROWS)

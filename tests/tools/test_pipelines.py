@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 import embedfuse
-from tests.tools.rows import Row
+from tests.tools.rows import Row, check_document
 from tests.tools.twins import MAKERS, make_model, outcome
 
 ROWS = [
@@ -17,13 +17,13 @@ ROWS = [
     Row(
         "sentence-transformers: `encode(device=[…])`, pools",
         before="-",
-        remark="vectors; the path in the workers is tests/integrations'",
+        remark="tests/integrations/test_processes.py checks the path in the workers",
     ),
 ]
 
 
 class Pooled(nn.Module):
-    """Mean of the states, its distance to the labels as loss."""
+    """Its loss is the squared distance of mean-pooled states to the labels."""
 
     def __init__(self, model):
         super().__init__()
@@ -46,7 +46,7 @@ def rows(count: int) -> list[dict]:
 
 
 def trained(model, folder) -> dict[str, torch.Tensor]:
-    """After 2 steps, and 2 more from their checkpoint."""
+    """Weights after 2 steps, and 2 more from their checkpoint."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -101,3 +101,7 @@ def test_pools_of_sentence_transformers(way):
         finally:
             model.stop_multi_process_pool(pool)
     assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_document():
+    check_document("Training and pools", ROWS)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import embedfuse
 from tests import ranks
-from tests.tools.rows import Row, cases, check
+from tests.tools.rows import Row, cases, check, check_document
 from tests.tools.twins import assert_same, gradients, layers, linears, make_model, outcome, states
 
 
@@ -55,14 +55,14 @@ ROWS = [
     Row(
         "FSDP2: `fully_shard(model)`",
         before="refused",
-        said="FSDP",
-        remark="patch first, then shard; the class's new name is not known",
+        reason="FSDP",
+        remark="patch first, then shard: sharding changes the model's class",
     ),
     Row(
         "FSDP2: `fully_shard` of each layer",
         before="refused",
         after="original",
-        said=_HOOK,
+        reason=_HOOK,
         remark="before: as above; after: “… has a hook …”",
     ),
 ]
@@ -88,12 +88,12 @@ def test_another_process(method):
     embedfuse.patch(model)
     if method == "loky":
         joblib = pytest.importorskip("joblib")
-        [(found, served)] = joblib.Parallel(2, backend="loky")([joblib.delayed(run_there)(model)])
+        [(found, ran)] = joblib.Parallel(2, backend="loky")([joblib.delayed(run_there)(model)])
     else:
         with multiprocessing.get_context(method).Pool(1) as pool:
-            found, served = pool.apply_async(run_there, (model,)).get(120)
+            found, ran = pool.apply_async(run_there, (model,)).get(120)
     assert_close(torch.tensor(found), expected, rtol=0, atol=2e-5)
-    assert served == "works"
+    assert ran == "works"
 
 
 def shard_layers(model):
@@ -111,7 +111,7 @@ WRAPPERS = {
 
 
 def work(rank: int, size: int) -> dict[str, str]:
-    served = {}
+    outcomes = {}
     for family in ("bert", "mistral"):
         for name, wrap in WRAPPERS.items():
             original, model = make_model(family), make_model(family)
@@ -125,25 +125,29 @@ def work(rank: int, size: int) -> dict[str, str]:
             for parameter, value in expected.items():
                 gradient = getattr(found[parameter], "full_tensor", lambda g=found[parameter]: g)()
                 assert_close(gradient, value, rtol=0, atol=1e-4 * max(1, value.abs().max().item()))
-            served[f"{name} {family}"] = outcome(wrapped)
+            outcomes[f"{name} {family}"] = outcome(wrapped)
             if name != "DDP":
                 original = WRAPPERS[name](original)
                 with pytest.raises(TypeError, match="FSDP"):
                     embedfuse.patch(original)
-    return served
+    return outcomes
 
 
 def test_ranks(tmp_path):
     first, second = ranks.run(2, work, tmp_path)
     assert first == second
-    for name, served in first.items():
-        assert (_HOOK in served) if "layers" in name else served == "works", name
+    for name, found in first.items():
+        assert (_HOOK in found) if "layers" in name else found == "works", name
 
 
-def test_twins_are_told_apart():
+def test_different_twins_fail():
     """assert_same can fail."""
     other = make_model("bert")
     with torch.no_grad():
         linears(other)[0].weight.mul_(1.1)
     with pytest.raises(AssertionError):
         assert_same(make_model("bert"), other)
+
+
+def test_document():
+    check_document("Processes and ranks", ROWS)

@@ -1,10 +1,10 @@
-"""Quantised weights: served where each row is rounded by itself, refused where the batch counts."""
+"""Quantised weights: they work where each row is rounded alone, and are refused where the batch counts."""
 
 import pytest
 import torch
 from torch import nn
 
-from tests.tools.rows import Row, cases, check
+from tests.tools.rows import Row, cases, check, check_document
 from tests.tools.twins import linears
 
 
@@ -46,16 +46,16 @@ ROWS = [
     Row(
         "torch.ao: `quantize_dynamic`, int8",
         **_BY_BATCH,
-        said="torch.ao.nn.quantized.dynamic.modules.linear.Linear, which m",
-        remark="by name: it rounds by the batch, padding included",
+        reason="torch.ao.nn.quantized.dynamic.modules.linear.Linear, which m",
+        remark="refused by its name: its rounding depends on the whole batch, padding included",
         act=torch_ao(torch.qint8),
     ),
     Row("torch.ao: `quantize_dynamic`, float16", act=torch_ao(torch.float16), train=False),
     Row(
         "torchao: int8 dynamic activations",
         **_BY_BATCH,
-        said="Int8Tensor, which may mix rows or round by the batch",
-        remark="by name; rounding flips in the original too, by 0.02 with the padding",
+        reason="Int8Tensor, which may mix rows or round by the batch",
+        remark="refused by its name: padding changes its rounding, by 0.02 in the original too",
         act=torchao("Int8DynamicActivationInt8WeightConfig"),
     ),
     Row("torchao: int8 weights", act=torchao("Int8WeightOnlyConfig"), train=False),
@@ -69,3 +69,7 @@ ROWS = [
 @cases(ROWS)
 def test_quantised(row, when, family, tmp_path):
     check(row, when, family, tmp_path)
+
+
+def test_document():
+    check_document("Quantisation", ROWS)

@@ -1,4 +1,4 @@
-"""Forwards and functions that somebody replaced, on a class or in a modelling file, as Liger does."""
+"""Forwards and functions replaced on a class or in a modelling file, as Liger does."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers.models.bert import modeling_bert
 from transformers.models.mistral import modeling_mistral
 
 import embedfuse
-from tests.tools.rows import Row
+from tests.tools.rows import Row, check_document
 from tests.tools.twins import make_model, outcome, states
 
 
@@ -31,14 +31,14 @@ def mlp_forward(monkeypatch):
 def rotary(monkeypatch):
     plain = modeling_mistral.apply_rotary_pos_emb
 
-    def turned(q, k, cos, sin, *args, **kwargs):
+    def swapped(q, k, cos, sin, *args, **kwargs):
         return plain(q, k, sin, cos, *args, **kwargs)
 
-    monkeypatch.setattr(modeling_mistral, "apply_rotary_pos_emb", turned)
+    monkeypatch.setattr(modeling_mistral, "apply_rotary_pos_emb", swapped)
 
 
 def replaced_class(monkeypatch):
-    """Of the file: objects that were made before keep theirs."""
+    """A class of the modelling file; existing objects keep their class."""
 
     class Other(modeling_mistral.MistralRMSNorm):
         pass
@@ -54,13 +54,13 @@ CHANGES = {
 }
 ROWS = [
     *(
-        Row(f"Liger's way: {name}", "original", "original", said="was replaced by")
+        Row(f"Liger's way: {name}", "original", "original", reason="was replaced by")
         for name in CHANGES
     ),
     Row(
-        "Liger's way: a class of the file replaced",
+        "Liger's way: a class in the modelling file replaced",
         before="-",
-        remark="models made before keep theirs",
+        remark="existing models keep their class",
     ),
 ]
 
@@ -91,3 +91,7 @@ def test_a_replaced_class(monkeypatch):
     with torch.no_grad():
         assert_close(states(model), states(original), rtol=0, atol=5e-5)
     assert outcome(model) == "works"
+
+
+def test_document():
+    check_document("Replaced code", ROWS)

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
 import embedfuse
-from tests.tools.rows import Row, cases, check
+from tests.tools.rows import Row, cases, check, check_document
 from tests.tools.twins import (
     assert_same,
     batch_for,
@@ -24,7 +24,7 @@ from tests.tools.twins import (
 
 
 class Called(nn.Module):
-    """A model whose call somebody else makes."""
+    """A model that is called through a function."""
 
     def __init__(self, model, call):
         super().__init__()
@@ -148,10 +148,10 @@ def offloaded(model, folder):
     return accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
 
 
-_HOOK = {"before": "original", "after": "original", "said": "has a hook"}
-_NORM = {"before": "original", "after": "original", "said": "not one of transformers.models"}
+_HOOK = {"before": "original", "after": "original", "reason": "has a hook"}
+_NORM = {"before": "original", "after": "original", "reason": "not one of transformers.models"}
 _OWN = "has a forward of its own"
-_COMPILED = "the compiler reads the original forward"
+_COMPILED = "the original forward is compiled"
 
 ROWS = [
     Row(
@@ -162,7 +162,7 @@ ROWS = [
     Row(
         "`model.forward = torch.compile(model.forward)`",
         before="original",
-        said=_OWN,
+        reason=_OWN,
         remark=f"before: “… {_OWN} …”; after: {_COMPILED}",
         act=compiled_forward,
     ),
@@ -170,20 +170,20 @@ ROWS = [
         "`layer = torch.compile(layer)`",
         before="original",
         after="original",
-        said=_OWN,
+        reason=_OWN,
         act=compiled_layers,
     ),
     Row("`torch.export.export`", remark="exports the original forward", act=exported),
     Row("`torch.jit.trace`", remark="traces the original forward", act=traced),
     Row("torch.func: `functional_call`", act=called_with_others),
     Row(
-        "torch.func: `grad`, `vmap` over it",
+        "torch.func: `grad`, `vmap`",
         before="-",
         after="original",
-        said="inside a transform of torch.func",
+        reason="inside a transform of torch.func",
     ),
     Row("prune: `l1_unstructured`", **_HOOK, act=on_linears(pruned)),
-    Row("prune: the same, `remove`d", act=on_linears(pruned_for_good)),
+    Row("prune: `l1_unstructured`, then `remove`", act=on_linears(pruned_for_good)),
     Row("parametrizations: `weight_norm`", act=on_linears(parametrizations.weight_norm)),
     Row("parametrizations: `spectral_norm`", act=on_linears(parametrizations.spectral_norm)),
     Row("parametrizations: `orthogonal`", act=on_linears(parametrizations.orthogonal)),
@@ -192,13 +192,13 @@ ROWS = [
     Row("parametrize: embeddings", act=scaled("Embedding")),
     Row("parametrize: LayerNorm", act=scaled("LayerNorm"), families=("bert",)),
     Row("parametrize: RMSNorm", **_NORM, act=scaled("RMSNorm"), families=("mistral", "qwen3")),
-    Row("`AveragedModel` (EMA)", remark="of a patched model is patched", act=averaged),
+    Row("`AveragedModel` (EMA)", remark="the average of a patched model is patched", act=averaged),
     Row("weights tied between layers", act=tied),
     Row("`resize_token_embeddings`", act=resized),
     Row("frozen parameters", act=frozen),
     Row(
         '`set_attn_implementation("eager")`',
-        remark="with gradients the original, which can be differentiated twice",
+        remark="with gradients the original runs, which can be differentiated twice",
         act=eager,
         train=False,
     ),
@@ -206,7 +206,7 @@ ROWS = [
         "accelerate: `disk_offload`",
         before="original",
         after="original",
-        said=_OWN,
+        reason=_OWN,
         act=offloaded,
         train=False,
     ),
@@ -269,9 +269,13 @@ def test_gradient_checkpointing(family):
     embedfuse.patch(twins[0])
     for model in twins:
         model.gradient_checkpointing_enable()
-        for module in model.modules():  # recomputed in training alone, where dropout is on
+        for module in model.modules():  # checkpointing works only in training, where dropout is on
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         model.train()
     assert_same(*twins)
     assert outcome(patched_inside(twins[0])) == "works"
+
+
+def test_document():
+    check_document("Compilers, transforms, parametrisations", ROWS)

@@ -1,4 +1,4 @@
-"""A model and its patched twin in the hands of a tool, and what the patched one does then."""
+"""A model and its patched twin: how both are made, called and compared."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def patched_inside(model: nn.Module) -> nn.Module | None:
-    """The patched transformers model, wherever a tool has put it."""
+    """The patched transformers model inside what a tool has made of it."""
     return next((m for m in model.modules() if isinstance(m, Patched)), None)
 
 
@@ -36,7 +36,7 @@ def batch_for(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def states(model: nn.Module, batch: dict | None = None) -> torch.Tensor:
-    """last_hidden_state at the tokens, with the rows of learned prompts."""
+    """last_hidden_state at the tokens, without the rows of learned prompts."""
     batch = batch_for(model) if batch is None else batch
     found = model(**batch).last_hidden_state
     text = found[:, -batch["attention_mask"].shape[1] :]
@@ -44,7 +44,7 @@ def states(model: nn.Module, batch: dict | None = None) -> torch.Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of a sum in which every state counts, by parameter."""
+    """By parameter, of a weighted sum of all states."""
     model.zero_grad()
     kept = states(model)
     (kept * torch.linspace(-1, 1, kept.numel()).view_as(kept)).sum().backward()
@@ -52,7 +52,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same(patched: nn.Module, original: nn.Module, train: bool = True) -> None:
-    """States, and gradients of all that can be trained."""
+    """Compare states, and gradients of all parameters that require them."""
     with torch.no_grad():
         expected, found = states(original), states(patched)
     assert expected.isfinite().all()
@@ -68,7 +68,7 @@ def assert_same(patched: nn.Module, original: nn.Module, train: bool = True) -> 
 
 
 def outcome(model: nn.Module) -> str:
-    """How the patched model served its calls: "works" on the fused path, or the reasons why not."""
+    """How the patched model ran its calls: "works" on the fused path, or the reasons why not."""
     report = embedfuse.report(patched_inside(model))
     reasons = {**report.original_calls, **dict.fromkeys(report.refused.values())}
     return "; ".join(reasons) or "works"

@@ -1,4 +1,4 @@
-"""What holds a model and its tokenizer: texts end in the token that the checkpoint wants there."""
+"""Wrappers of a model and a tokenizer: the tokenizer ends texts in the token that the checkpoint expects."""
 
 from embedfuse.patching.wrapper import PatchedWrapper
 from embedfuse.pipeline.eos import AppendedEnd, append_end, lacks_end, says_add_eos
@@ -8,19 +8,19 @@ _END = "tokenizer"  # in Report.repaired and Report.refused
 
 
 class EndsTexts(PatchedWrapper):
-    """Mixin of a holder whose `tokenizer` is made to add the token; swap_out puts it back."""
+    """Mixin of a wrapper with a `tokenizer`, which is made to add the token until swap_out."""
 
-    # Not in _embedfuse, whose copies leave such things behind.
+    # Not in _embedfuse, because a copy of the wrapper needs it too.
     _embedfuse_end: AppendedEnd | None = None
 
     def repair_end(self, last_token: bool) -> None:
-        """Have the tokenizer add it if it does not. last_token: whether that token's state is the vector."""
+        """Make the tokenizer add the token if it does not. last_token: whether the last token is pooled."""
         report = self._embedfuse.report
         try:
             if token := missing_end(self.tokenizer, self.held(self).config, last_token):
                 self._embedfuse_end = append_end(self.tokenizer, token)
                 report.repaired[_END] = (
-                    f"added no {token}, which the checkpoint wants after each text"
+                    f"added no {token}, which the checkpoint expects after each text"
                 )
         except ValueError as error:
             report.refused[_END] = str(error)
@@ -34,10 +34,10 @@ class EndsTexts(PatchedWrapper):
 
 
 def missing_end(tokenizer, config, last_token: bool) -> str | None:
-    """The token that should end every text, if the tokenizer does not add it.
+    """The token that should end every text, if the tokenizer does not add it; None otherwise.
 
-    It is eos_token where tokenizer_config.json says so, and else that of the family's preset where the
-    last token is pooled.
+    Where the last token is pooled, it is that of the family's preset, if that names one. Otherwise it is
+    eos_token, if tokenizer_config.json says that it is added.
     """
     if tokenizer is None:
         return None

@@ -1,4 +1,4 @@
-"""PEFT: the transformers model inside is patched; adapters run as the modules that they are."""
+"""PEFT: the transformers model inside is patched; its adapters run as modules."""
 
 import peft
 from torch import nn

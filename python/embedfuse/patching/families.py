@@ -26,7 +26,7 @@ PATCHED_CLASSES = {
     "sentence_transformers.multi_vector_encoder.model.MultiVectorEncoder": (
         "embedfuse.integrations.sentence_transformers.multi_vector"
     ),
-    "pylate.models.colbert.ColBERT": "embedfuse.integrations.pylate",
+    "pylate.models.colbert.ColBERT": "embedfuse.integrations.pylate.model",
     "peft.peft_model.PeftModel": "embedfuse.integrations.peft",
     "peft.peft_model.PeftModelForFeatureExtraction": "embedfuse.integrations.peft",
     "FlagEmbedding.inference.embedder.encoder_only.m3.M3Embedder": (

@@ -1,7 +1,7 @@
 """FlagEmbedding's FlagLLMModel on embedfuse's pipeline: same calls, types and values.
 
-What changes: one forward per batch instead of two for the first, batches by tokens, no padding, the last
-layer for the last tokens alone.
+What changes: the first batch runs once and not twice, batches are formed by tokens, there is no padding,
+and the last layer computes only the last token of each text.
 """
 
 import numpy as np
@@ -10,7 +10,8 @@ from FlagEmbedding.inference.embedder.decoder_only import base
 from torch import Tensor, nn
 
 from embedfuse.integrations.end_token import EndsTexts
-from embedfuse.integrations.flag_embedding.wrapper import PROBE_TEXTS, FlagHolder, stream
+from embedfuse.integrations.flag_embedding.wrapper import FlagWrapper, stream
+from embedfuse.integrations.probe import PROBE_TEXTS
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.families import patched_class_of
 from embedfuse.patching.forward.decoder import PackedDecoder
@@ -18,14 +19,14 @@ from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options
 from embedfuse.pipeline.embeddings import Vectors
 from embedfuse.pipeline.heads import Heads
-from embedfuse.pipeline.pipeline import EmbeddingPipeline, NoTokenError
+from embedfuse.pipeline.pipeline import NoTokenError
 
 _ORIGINAL = base.BaseLLMEmbedder
 _DENSE = ("dense",)
 
 
-# The original comes first: only then has the class its memory layout, as a swap of classes asks.
-class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagHolder):
+# The original is the first base, so that both classes have one memory layout: assigning __class__ needs it.
+class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagWrapper):
     original = _ORIGINAL
 
     @classmethod
@@ -34,7 +35,7 @@ class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagHolder):
         if not issubclass(patched_class_of(inner), PackedDecoder):
             kind = type(inner).__name__
             raise TypeError(
-                f"model: it holds a {kind}; accepted are MistralModel, LlamaModel, Qwen2Model and "
+                f"model: the model inside is a {kind}; accepted are MistralModel, LlamaModel, Qwen2Model and "
                 "Qwen3Model"
             )
         return inner
@@ -63,13 +64,20 @@ class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagHolder):
         **kwargs,
     ) -> np.ndarray | Tensor:
         limits = (batch_size, max_length, convert_to_numpy, device)
-        if why := self._unserved(kwargs):
+        if why := self._refusal(kwargs):
             self._embedfuse.report.original(why)
             return super().encode_single_device(sentences, *limits, **kwargs)
         device = self.target_devices[0] if device is None else device
-        self._place(device, torch.float32 if device == "cpu" else None)
+        self._prepare(device, torch.float32 if device == "cpu" else None)
         texts = [sentences] if isinstance(sentences, str) else sentences
-        pipeline, dtype = self._pipeline(), self.model.dtype
+        pipeline = self._embedding_pipeline(
+            self.model,
+            Heads(),
+            pooling="last",
+            normalize=self.normalize_embeddings,
+            dimensions=self.truncate_dim,
+        )
+        dtype = self.model.dtype
 
         def finished(vectors: Vectors) -> np.ndarray | Tensor:
             dense = vectors.dense
@@ -85,20 +93,3 @@ class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagHolder):
         parts = parts or [finished(pipeline.empty(_DENSE, dtype))]
         found = np.concatenate(parts) if convert_to_numpy else torch.cat(parts)
         return found[0] if isinstance(sentences, str) else found
-
-    def _pipeline(self) -> EmbeddingPipeline:
-        """The pipeline over what this object holds now, kept until that changes."""
-        settings = self.normalize_embeddings, self.truncate_dim
-        made_of = (self.model, self.tokenizer, *settings)
-        return self._kept(
-            ("pipeline", str(self.model.device)),
-            made_of,
-            lambda: EmbeddingPipeline(
-                self.model,
-                self._text_tokenizer(),
-                Heads(),
-                pooling="last",
-                normalize=self.normalize_embeddings,
-                dimensions=self.truncate_dim,
-            ),
-        )

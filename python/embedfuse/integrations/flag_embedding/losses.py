@@ -1,13 +1,14 @@
-"""FlagEmbedding's training models with in-batch losses from ops.info_nce: no scores are stored.
+"""Drop-ins for FlagEmbedding's training models: in-batch losses without stored scores.
 
-    from embedfuse.integrations.flag_embedding.losses import BiEncoderOnlyEmbedderModel
+    from embedfuse.integrations.flag_embedding import losses
 
-or, of a model that a Runner has built, `runner.model.__class__ = BiEncoderOnlyEmbedderModel`. Arguments,
-encoding and losses are the originals', with in-batch and with cross-device negatives, kl_div distillation and
-MRL; nothing is returned in place of the scores, and scores and loss are fp32, also where the originals' are
-rounded to 16 bits. What needs them all (m3_kd_loss, a compute_score_func) runs
-the original's code, and the log says so once. Not offered: EncoderOnlyEmbedderM3Model, whose
-self-distillation adds up three matrices of scores.
+    runner.model.__class__ = losses.BiEncoderOnlyEmbedderModel  # a model that a Runner has built
+
+Arguments, encoding and losses are the originals', with in-batch and with cross-device negatives, kl_div
+distillation and MRL. The output's `scores` is None. Scores and loss are fp32, also where the originals' are
+rounded to 16 bits. What needs all scores (m3_kd_loss, a compute_score_func) runs the original's code, and
+the log says so once. Not offered: EncoderOnlyEmbedderM3Model, whose self-distillation adds up three
+matrices of scores.
 """
 
 import functools
@@ -28,8 +29,9 @@ with explained("FlagEmbedding"):
 logger = logging.getLogger("embedfuse")
 
 
-# Overrides of AbsEmbedderModel's. q_reps: (queries, d). p_reps: (queries * group, d), of each query the
-# positive first. No mixin: only with the original as its one base can a class be given to a built model.
+# Overrides of AbsEmbedderModel's methods. q_reps: (queries, d). p_reps: (queries * group, d), each group
+# with its positive first. Not a mixin, because `model.__class__ = ...` needs a class whose only base is the
+# original.
 def _in_batch_neg_loss(
     self, q_reps, p_reps, teacher_targets=None, compute_score_func=None, **kwargs
 ):
@@ -54,21 +56,32 @@ def _cross_device_neg_loss(
 
 
 class BiEncoderOnlyEmbedderModel(encoder_only.BiEncoderOnlyEmbedderModel):
-    """The original's arguments and values."""
+    """FlagEmbedding's BiEncoderOnlyEmbedderModel, with the same arguments and losses.
+
+    With queries q_i and passages p_j, p_i+ the positive of query i:
+
+        loss = mean over i of -log(exp(s(q_i, p_i+)) / sum over j of exp(s(q_i, p_j)))
+        s(q, p) = <q, p> / temperature
+
+    Constructor and `forward` are the original's; `forward` returns None for the scores.
+    """
 
     _compute_in_batch_neg_loss = _in_batch_neg_loss
     _compute_cross_device_neg_loss = _cross_device_neg_loss
 
 
 class BiDecoderOnlyEmbedderModel(decoder_only.BiDecoderOnlyEmbedderModel):
-    """The original's arguments and values."""
+    """FlagEmbedding's BiDecoderOnlyEmbedderModel, with the same arguments and losses.
+
+    The loss is that of `BiEncoderOnlyEmbedderModel`.
+    """
 
     _compute_in_batch_neg_loss = _in_batch_neg_loss
     _compute_cross_device_neg_loss = _cross_device_neg_loss
 
 
 def _distilled(model, q_reps: Tensor, p_reps: Tensor, targets: Tensor | None) -> Tensor | float:
-    """Of each query's own group; targets: (queries, group)."""
+    """The distillation loss over each query's group; targets: (queries, group), or None."""
     if targets is None:
         return 0.0
     group = len(p_reps) // len(q_reps)
@@ -83,17 +96,17 @@ def _loss(queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
 
 
 def _stores_scores(model, teacher_targets: Tensor | None, compute_score_func) -> bool:
-    """Whether the original's code has to run."""
+    """Whether the original's code runs, which stores all scores."""
     reason = None
     if compute_score_func is not None:
         reason = f"compute_score_func={compute_score_func!r}"
     elif teacher_targets is not None and model.kd_loss_type != "kl_div":
         reason = f"kd_loss_type={model.kd_loss_type!r}"
     if reason:
-        _say_original(type(model).__name__, reason)
+        _warn_original(type(model).__name__, reason)
     return reason is not None
 
 
 @functools.cache
-def _say_original(model: str, reason: str) -> None:
-    logger.warning("%s: the original's code, which stores all scores, serves %s", model, reason)
+def _warn_original(model: str, reason: str) -> None:
+    logger.warning("%s: the original's code, which stores all scores, runs for %s", model, reason)

@@ -1,9 +1,11 @@
 """FlagEmbedding's BGEM3FlagModel on embedfuse's pipeline: same calls, keys, types and values.
 
-One type differs: the score of two lists of weights without a shared token is 0.0, there the integer 0.
+One type differs: the lexical score of two texts without a shared token is 0.0; the original gives the
+integer 0.
 
-What changes: one forward per batch instead of two for the first, batches by tokens, no padding, lexical
-weights without a loop over tokens, scores of the pairs alone, and arrays of their own memory.
+What changes: the first batch runs once and not twice, batches are formed by tokens, there is no padding,
+lexical weights need no loop over tokens, scores are computed for the given pairs only, and no array is a
+view of a batch.
 """
 
 from collections import defaultdict
@@ -16,11 +18,11 @@ from tqdm import tqdm
 
 from embedfuse.integrations.flag_embedding.wrapper import (
     LEFT_PADDING,
-    PROBE_TEXTS,
-    FlagHolder,
+    FlagWrapper,
     most_tokens,
     stream,
 )
+from embedfuse.integrations.probe import PROBE_TEXTS
 from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.families import patched_class_of
@@ -35,7 +37,7 @@ from embedfuse.pipeline.scores import score_pairs
 
 _ORIGINAL = m3.M3Embedder
 _POOLINGS = {"cls": "cls", "mean": "mean", "last_token": "last"}
-# Of the model inside; what they compute is computed here.
+# Methods of the model inside that are replaced by the pipeline; an edited one runs the original.
 _EMBED = ("forward", "_dense_embedding", "_sparse_embedding", "_colbert_embedding")
 _SCORE = (
     *("compute_dense_score", "compute_sparse_score", "compute_colbert_score"),
@@ -44,8 +46,8 @@ _SCORE = (
 _EVERYTHING = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
 
 
-# The original comes first: only then has the class its memory layout, as a swap of classes asks.
-class M3Embedder(_ORIGINAL, FlagHolder):
+# The original is the first base, so that both classes have one memory layout: assigning __class__ needs it.
+class M3Embedder(_ORIGINAL, FlagWrapper):
     original = _ORIGINAL
 
     @classmethod
@@ -53,7 +55,7 @@ class M3Embedder(_ORIGINAL, FlagHolder):
         inner = model.model.model
         if not issubclass(patched_class_of(inner), PackedEncoder):
             raise TypeError(
-                f"model: it holds a {type(inner).__name__}; accepted is XLMRobertaModel"
+                f"model: the model inside is a {type(inner).__name__}; accepted is XLMRobertaModel"
             )
         return inner
 
@@ -82,13 +84,13 @@ class M3Embedder(_ORIGINAL, FlagHolder):
         kwargs.pop("convert_to_numpy", None)
         wanted = {"dense": return_dense, "sparse": return_sparse, "multi": return_colbert_vecs}
         outputs = tuple(name for name, on in wanted.items() if on)
-        if why := self._unserved(kwargs) or (None if outputs else "no output is asked for"):
+        if why := self._refusal(kwargs) or (None if outputs else "no output is asked for"):
             self._embedfuse.report.original(why)
             return super().encode_single_device(
                 sentences, batch_size, max_length, *wanted.values(), device, **kwargs
             )
         device = self.target_devices[0] if device is None else device
-        self._place(device, torch.float32 if device == "cpu" else None)
+        self._prepare(device, torch.float32 if device == "cpu" else None)
         texts = [sentences] if isinstance(sentences, str) else sentences
         pipeline = self._pipeline(self.truncate_dim)
         parts = [v.numpy() for v in stream(pipeline, texts, outputs, batch_size, max_length)]
@@ -114,7 +116,7 @@ class M3Embedder(_ORIGINAL, FlagHolder):
         device: str | None = None,
         **kwargs,
     ):
-        if why := self._unserved(kwargs) or self._unscored():
+        if why := self._refusal(kwargs) or self._scores_refusal():
             self._embedfuse.report.original(why)
             return super().compute_score_single_device(
                 sentence_pairs,
@@ -126,7 +128,7 @@ class M3Embedder(_ORIGINAL, FlagHolder):
                 **kwargs,
             )
         device = self.target_devices[0] if device is None else device
-        self._place(device, torch.float32 if device == "cpu" else None)
+        self._prepare(device, torch.float32 if device == "cpu" else None)
         if len(sentence_pairs) == 0:
             return []
         weights = weights_for_different_modes
@@ -161,55 +163,45 @@ class M3Embedder(_ORIGINAL, FlagHolder):
         q, p = torch.from_numpy(q_reps), torch.from_numpy(p_reps)
         return maxsim(q[None], p[None], reduction="mean")[0, 0].to(q.dtype)
 
-    def _unserved(self, kwargs: dict) -> str | None:
-        if why := super()._unserved(kwargs):
+    def _refusal(self, kwargs: dict) -> str | None:
+        if why := super()._refusal(kwargs):
             return why
         inner = self.model
         if name := replaced(inner, "FlagEmbedding", *_EMBED):
-            return f"{name} is not FlagEmbedding's own"
+            return f"{name} was replaced"
         if inner.sentence_pooling_method not in _POOLINGS:
             return f"sentence_pooling_method={inner.sentence_pooling_method!r}"
         return None if self.tokenizer.padding_side == "right" else LEFT_PADDING
 
-    def _unscored(self) -> str | None:
-        """Why the original has to compute scores of pairs."""
+    def _scores_refusal(self) -> str | None:
+        """Why the original computes scores of pairs; None where it does not."""
         inner = self.model
         if name := replaced(inner, "FlagEmbedding", *_SCORE):
-            return f"{name} is not FlagEmbedding's own"
+            return f"{name} was replaced"
         if inner.temperature != 1:
             return f"temperature={inner.temperature}"
         return None
 
     def _pipeline(self, dimensions: int | None) -> EmbeddingPipeline:
-        """The pipeline over what this object holds now, kept until that changes."""
         inner = self.model
-        made_of = (
-            *(inner.model, self.tokenizer, inner.sparse_linear, inner.colbert_linear),
-            *(inner.normalize_embeddings, inner.sentence_pooling_method),
-        )
-        return self._kept(
-            ("pipeline", dimensions, str(inner.model.device)),
-            made_of,
-            lambda: EmbeddingPipeline(
-                inner.model,
-                self._text_tokenizer(),
-                Heads(inner.sparse_linear, inner.colbert_linear),
-                pooling=_POOLINGS[inner.sentence_pooling_method],
-                normalize=inner.normalize_embeddings,
-                dimensions=dimensions,
-            ),
+        return self._embedding_pipeline(
+            inner.model,
+            Heads(inner.sparse_linear, inner.colbert_linear),
+            pooling=_POOLINGS[inner.sentence_pooling_method],
+            normalize=inner.normalize_embeddings,
+            dimensions=dimensions,
         )
 
 
 def _dicts(sparse: Csr, half: bool) -> list[dict]:
-    """As the original returns them: defaultdicts with numpy's scalars."""
+    """As the original returns them: defaultdicts of numpy scalars."""
     weights = sparse.weights[sparse.places()].numpy()
     weights = iter(weights.astype(np.float16) if half else weights)
     return [defaultdict(int, zip(row, weights, strict=False)) for row in sparse.dicts()]
 
 
 def _csr(rows: list[dict[str, np.float32]], number: dict[str, int]) -> Csr:
-    """Dicts as Csr; `number` gives each key an id and is extended."""
+    """Dicts as Csr. number: the id of each key; new keys are added."""
     indptr, ids, weights = [0], [], []
     for row in rows:
         entries = sorted((number.setdefault(key, len(number)), w) for key, w in row.items() if w)
@@ -223,9 +215,9 @@ def _csr(rows: list[dict[str, np.float32]], number: dict[str, int]) -> Csr:
 
 def _comparable(*results: dict) -> list[dict[str, torch.Tensor]]:
     """The outputs of two encodes as tensors, for the self-check."""
-    # A weight next to zero may be an entry in one of the two and none in the other.
+    # A weight near zero may be an entry in one result and missing in the other.
     keys = sorted({key for result in results for row in result["lexical_weights"] for key in row})
-    keys = keys or [""]  # no entry at all: compare a column of zeros
+    keys = keys or [""]  # no entries: compare a column of zeros
     return [
         {
             "dense_vecs": torch.from_numpy(result["dense_vecs"]),

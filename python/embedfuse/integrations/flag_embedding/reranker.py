@@ -1,11 +1,11 @@
-"""FlagEmbedding's FlagReranker: packed pairs, one forward per batch, batches by tokens."""
+"""FlagEmbedding's FlagReranker: packed pairs, batches formed by tokens, one forward for each."""
 
 import torch
 from FlagEmbedding.inference.reranker.encoder_only import base
 from torch import nn
 from tqdm import tqdm
 
-from embedfuse.integrations.flag_embedding.wrapper import LEFT_PADDING, FlagHolder, most_tokens
+from embedfuse.integrations.flag_embedding.wrapper import LEFT_PADDING, FlagWrapper, most_tokens
 from embedfuse.packing import end_to_end
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.families import patched_class_of
@@ -20,8 +20,8 @@ _ORIGINAL = base.BaseReranker
 _PROBE_PAIRS = [["one", "Two short words"], ["a longer question than that", "One"]]
 
 
-# The original comes first: only then has the class its memory layout, as a swap of classes asks.
-class BaseReranker(_ORIGINAL, FlagHolder):
+# The original is the first base, so that both classes have one memory layout: assigning __class__ needs it.
+class BaseReranker(_ORIGINAL, FlagWrapper):
     original = _ORIGINAL
 
     @classmethod
@@ -29,7 +29,9 @@ class BaseReranker(_ORIGINAL, FlagHolder):
         inner = model.model
         if not issubclass(patched_class_of(inner), PackedClassifier):
             kind = type(inner).__name__
-            raise TypeError(f"model: it holds a {kind}; accepted are …ForSequenceClassification")
+            raise TypeError(
+                f"model: the model inside is a {kind}; accepted are …ForSequenceClassification"
+            )
         if inner.config.num_labels != 1:
             raise TypeError(f"model: {inner.config.num_labels} labels; accepted is 1, the score")
         return inner
@@ -56,7 +58,7 @@ class BaseReranker(_ORIGINAL, FlagHolder):
         device: str | None = None,
         **kwargs,
     ) -> list[float]:
-        if why := self._unserved(kwargs):
+        if why := self._refusal(kwargs):
             self._embedfuse.report.original(why)
             limits = (batch_size, query_max_length, max_length, normalize, device)
             return super().compute_score_single_gpu(sentence_pairs, *limits, **kwargs)
@@ -69,13 +71,13 @@ class BaseReranker(_ORIGINAL, FlagHolder):
         device = self.target_devices[0] if device is None else device
         if device == "cpu":
             self.use_fp16 = False
-        self._place(device, torch.float16 if self.use_fp16 else None)
+        self._prepare(device, torch.float16 if self.use_fp16 else None)
         if not sentence_pairs:
             return []
         pairs = [sentence_pairs] if isinstance(sentence_pairs[0], str) else sentence_pairs
         sequences = self._pair_ids(pairs, query_max_length, max_length)
         device = self.model.device
-        budget = self._kept(("budget", str(device)), (), lambda: TokenBudget(device))
+        budget = self._cached(("budget", str(device)), (), lambda: TokenBudget(device))
         scores, to_host = torch.empty(len(pairs)), ToHost(device)
         with tqdm(total=len(pairs), desc="Compute Scores", disable=len(pairs) < batch_size) as bar:
             run = budget.run(
@@ -91,16 +93,16 @@ class BaseReranker(_ORIGINAL, FlagHolder):
             return [base.sigmoid(score) for score in scores.tolist()]
         return scores.tolist()
 
-    def _unserved(self, kwargs: dict) -> str | None:
+    def _refusal(self, kwargs: dict) -> str | None:
         left = self.tokenizer.padding_side != "right"
-        return super()._unserved(kwargs) or (LEFT_PADDING if left else None)
+        return super()._refusal(kwargs) or (LEFT_PADDING if left else None)
 
     def _logits(self, sequences: list[list[int]], batch: list[int]) -> torch.Tensor:
         chosen = [sequences[i] for i in batch]
         return self.model.sequence_logits(*end_to_end(chosen, self.model.device))
 
     def _pair_ids(self, pairs, query_max_length: int, max_length: int) -> list[list[int]]:
-        """Token ids of the pairs, as the original makes them: each side cut, decoded, joined and cut."""
+        """Token ids of pairs, as the original makes them: each side truncated and decoded, then joined."""
         tokenize = self._text_tokenizer()
         sides = []
         for side, name, length in ((0, "queries", query_max_length), (1, "passages", max_length)):
@@ -108,7 +110,7 @@ class BaseReranker(_ORIGINAL, FlagHolder):
             check_texts(texts, name)
             distinct = list(dict.fromkeys(texts))
             ids = tokenize(distinct, length, special=False)
-            plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            decoded = dict(zip(distinct, self.tokenizer.batch_decode(ids, **plain), strict=True))
+            verbatim = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            decoded = dict(zip(distinct, self.tokenizer.batch_decode(ids, **verbatim), strict=True))
             sides.append([decoded[text] for text in texts])
         return tokenize.pairs(*sides, max_length)

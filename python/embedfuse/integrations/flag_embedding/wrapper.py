@@ -1,39 +1,40 @@
-"""What patched objects of FlagEmbedding share: they hold a `model` and a `tokenizer`."""
+"""What patched objects of FlagEmbedding share: each wraps a `model` and a `tokenizer`."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from embedfuse.patching.forward.packed_model import PackedModel
 from embedfuse.patching.layout import is_hooked
 from embedfuse.patching.wrapper import PatchedWrapper
 from embedfuse.pipeline.embeddings import Vectors
+from embedfuse.pipeline.heads import Heads
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from embedfuse.pipeline.tokenize import TextTokenizer
 
 T = TypeVar("T")
-# Why the original serves where the first column is read, which holds no token then.
+# Why the original runs where it pools the first column, which then holds padding.
 LEFT_PADDING = "the tokenizer pads on the left"
-PROBE_TEXTS = ["One", "Two short words", "A somewhat longer text, so that padding is dropped."]
 
 
-class FlagHolder(PatchedWrapper):
-    def _unserved(self, kwargs: dict) -> str | None:
-        """Why the original has to serve a call with such further arguments."""
+class FlagWrapper(PatchedWrapper):
+    def _refusal(self, kwargs: dict) -> str | None:
+        """Why the original runs a call with these further arguments; None where it does not."""
         if kwargs:
             return f"called with {', '.join(kwargs)}"
         if not isinstance(self.held_now(), PackedModel):
             return "the model inside is not patched"
         return "the model has a hook" if is_hooked(self.model) else None
 
-    def _place(self, device: str, dtype: torch.dtype | None) -> None:
-        """What the originals do to their model before every call, where it is not done yet.
+    def _prepare(self, device: str, dtype: torch.dtype | None) -> None:
+        """Cast and move the model and set eval mode, as the originals do before every call.
 
         dtype: of the parameters; None: as they are.
         """
-        # Heads too, which someone may have cast or moved on their own.
+        # The heads may have another dtype or device than the rest.
         tensors = [*self.model.parameters(), *self.model.buffers()]
         if dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors):
             self.model.to(dtype)
@@ -42,16 +43,38 @@ class FlagHolder(PatchedWrapper):
             self.model.to(device)
         self.model.eval()
 
-    def _kept(self, key: Hashable, made_of: tuple, make: Callable[[], T]) -> T:
-        """make(), kept under `key` until one of `made_of` is another object."""
+    def _cached(self, key: Hashable, sources: tuple, make: Callable[[], T]) -> T:
+        """make(), cached under `key` until one of `sources` is another object."""
         cache = self._embedfuse.cache
         found = cache.get(key)
-        if found is None or any(a is not b for a, b in zip(found[0], made_of, strict=True)):
-            found = cache[key] = (made_of, make())
+        if found is None or any(a is not b for a, b in zip(found[0], sources, strict=True)):
+            found = cache[key] = (sources, make())
         return found[1]
 
     def _text_tokenizer(self) -> TextTokenizer:
-        return self._kept("tokenize", (self.tokenizer,), lambda: TextTokenizer(self.tokenizer))
+        return self._cached("tokenize", (self.tokenizer,), lambda: TextTokenizer(self.tokenizer))
+
+    def _embedding_pipeline(
+        self,
+        model: nn.Module,
+        heads: Heads,
+        *,
+        pooling: str,
+        normalize: bool,
+        dimensions: int | None,
+    ) -> EmbeddingPipeline:
+        return self._cached(
+            ("pipeline", dimensions, str(model.device)),
+            (model, self.tokenizer, heads.sparse, heads.multi, pooling, normalize),
+            lambda: EmbeddingPipeline(
+                model,
+                self._text_tokenizer(),
+                heads,
+                pooling=pooling,
+                normalize=normalize,
+                dimensions=dimensions,
+            ),
+        )
 
 
 def stream(
@@ -72,7 +95,7 @@ def stream(
 
 
 def most_tokens(batch_size: int, max_length: int) -> int:
-    """Tokens of one forward: whoever sets a smaller batch size lacks memory."""
+    """Upper bound for the tokens of one forward. A caller that lacks memory sets a smaller batch_size."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: accepted is 1 or more")
     return batch_size * max_length

@@ -1,4 +1,4 @@
-"""CrossEncoder: the transformers model inside does it all; its own code is left as it is."""
+"""CrossEncoder: the transformers model inside is patched; the methods of CrossEncoder stay as they are."""
 
 import sentence_transformers
 from torch import nn

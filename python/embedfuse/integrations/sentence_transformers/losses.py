@@ -1,12 +1,16 @@
-"""sentence-transformers' in-batch losses from ops.info_nce's statistics: no logits are stored.
+"""Drop-ins for sentence-transformers' in-batch losses: no logits are stored.
 
-    from embedfuse.integrations.sentence_transformers.losses import MultipleNegativesRankingLoss
+    from embedfuse.integrations.sentence_transformers import losses
 
-Constructor, embedding, gradient caching, config and citation are the original's; from embeddings to the loss
-the score matrix passes a tile at a time. Every option is served; a `similarity_fct` other than cos_sim,
-dot_score and a model's own `similarity` that means one of them runs the original's code, and the log says so
-once. 16-bit embeddings are widened first, as there; all is then fp32 (fp64 for fp64 embeddings) up to the
-embeddings' gradients, also under autocast, where the original rounds to 16 bits.
+    loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=32)
+    SentenceTransformerTrainer(model, loss=loss, ...)
+
+Constructor, embedding, gradient caching, config and citation are the original's. From the embeddings to the
+loss, a tile of the score matrix is computed at a time, by ops.info_nce's statistics. Every option has this
+path. With a `similarity_fct` other than cos_sim, dot_score and a model's `similarity` that is one of the
+two, the original's code runs, and the log says so once. 16-bit embeddings are converted to fp32 first, as
+in the original. Scores, loss and gradients up to the embeddings are then fp32 (fp64 for fp64 embeddings),
+also under autocast, where the original rounds to 16 bits.
 """
 
 import functools
@@ -15,12 +19,10 @@ import logging
 from collections.abc import Callable
 
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from embedfuse.compatibility import explained
 from embedfuse.ops.info_nce.loss import combine
 from embedfuse.ops.info_nce.statistics import (
     Excluded,
@@ -29,12 +31,37 @@ from embedfuse.ops.info_nce.statistics import (
     statistics,
 )
 
+with explained("sentence-transformers"):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
+
 logger = logging.getLogger("embedfuse")
 
 
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
-    """The original's arguments and values (scale = 1 / temperature; directions, partition_mode and hardness
-    as there)."""
+    """sentence-transformers' MultipleNegativesRankingLoss, with the same arguments and values.
+
+    With s_ij the similarity of query i and document j, and document i its positive:
+
+        loss = mean over i of -log(exp(scale * s_ii) / sum over j of exp(scale * s_ij))
+
+    `directions` adds other similarities to the sum; further columns of the data are hard negatives.
+
+    Args:
+        model: The SentenceTransformer that is trained.
+        scale: 1 / temperature.
+        similarity_fct: cos_sim, dot_score or `model.similarity`; with another one the original's code runs.
+        gather_across_devices: Whether the other processes' rows are negatives too (torch.distributed).
+        directions: Of "query_to_doc", "query_to_query", "doc_to_query" and "doc_to_doc".
+        partition_mode: "joint": one sum over all directions; "per_direction": the mean of a loss for each.
+        hardness_mode: "in_batch_negatives", "hard_negatives" or "all_negatives": the logits to which
+            hardness_strength * cosine is added, without a gradient; None: no logits.
+        hardness_strength: 0 or more.
+
+    Raises:
+        ValueError: As the original.
+    """
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if _similarity(self) is None:
@@ -43,8 +70,22 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 
 
 class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
-    """The original's arguments and values. mini_batch_size and mini_batch_num_tokens cut the embedding alone:
-    the loss has tiles of its own, and no progress bar."""
+    """sentence-transformers' CachedMultipleNegativesRankingLoss, with the same arguments and values.
+
+    Texts are embedded in mini-batches, twice (GradCache, arXiv 2101.06983). The loss is computed in tiles,
+    which mini_batch_size does not change.
+
+    Args:
+        model: The SentenceTransformer that is trained.
+        mini_batch_size: Texts in one forward of the model.
+        mini_batch_num_tokens: Tokens in one forward of the model, without padding, in place of
+            mini_batch_size.
+        show_progress_bar: Whether a bar shows the embedding.
+        scale: As in `MultipleNegativesRankingLoss`, like all other arguments.
+
+    Raises:
+        ValueError: As the original.
+    """
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -59,21 +100,21 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
 
 
 def _similarity(loss) -> str | None:
-    """cosine, dot, or None where the original's code has to run."""
+    """cosine, dot, or None where the original's code runs."""
     function = loss.similarity_fct
     model = getattr(function, "__self__", None)
     name = {cos_sim: "cosine", dot_score: "dot"}.get(function)
     if isinstance(model, SentenceTransformer) and function == model.similarity:
         name = {"cosine": "cosine", "dot": "dot"}.get(model.similarity_fn_name)
     if name is None:
-        _say_original(type(loss).__name__, function)
+        _warn_original(type(loss).__name__, function)
     return name
 
 
 @functools.cache
-def _say_original(loss: str, function: Callable) -> None:
+def _warn_original(loss: str, function: Callable) -> None:
     logger.warning(
-        "%s: the original's code, which stores all scores, serves similarity_fct=%r: neither cos_sim nor "
+        "%s: the original's code, which stores all scores, runs for similarity_fct=%r: neither cos_sim nor "
         "dot_score",
         loss,
         function,
@@ -101,31 +142,33 @@ def _in_batch_loss(loss, embeddings: list[Tensor]) -> Tensor:
 
 
 class _Batch:
-    """Statistics of each direction. queries: (batch, d). documents: per column (batch, d), the positives
-    first. local: the rows whose loss is taken."""
+    """Statistics of each direction.
+
+    queries: (batch, d). documents: (batch, d) per column, the positives first. local: this process's rows.
+    """
 
     def __init__(self, loss, queries: Tensor, documents: list[Tensor], local: slice):
         self.loss, self.queries, self.pool = loss, queries, torch.cat(documents)
         self.q, self.d = queries[local], documents[0][local]
         self.hard = [column[local] for column in documents[1:]]
         self.scale = torch.as_tensor(loss.scale, dtype=queries.dtype, device=queries.device)
-        numbers = torch.arange(len(queries), device=queries.device)
-        self.own = numbers[local]
-        self.same_query = Excluded(self.own)
+        index = torch.arange(len(queries), device=queries.device)
+        self.rows = index[local]
+        self.same_query = Excluded(self.rows)
         if self.hard:
-            keys = numbers.repeat(len(documents))
-            # Not self.own once more: torch.compile takes no tensor twice.
-            self.same_query = Excluded(self.own, x_keys=numbers[local], y_keys=keys)
+            keys = index.repeat(len(documents))
+            # Not self.rows again: torch.compile takes no tensor twice.
+            self.same_query = Excluded(self.rows, x_keys=index[local], y_keys=keys)
 
     def parts(self) -> dict[str, list[Statistics]]:
-        """Negatives by direction; joint, the positive is among doc_to_query's too, as it stands in both."""
+        """Negatives by direction. Joint, doc_to_query counts the positive once more, as the original does."""
         directions, joint = self.loss.directions, self.loss.partition_mode == "joint"
         parts = {"query_to_doc": self.query_to_doc()}
         if "query_to_query" in directions:
-            excluded = Excluded(self.own)
+            excluded = Excluded(self.rows)
             parts["query_to_query"] = [statistics(self.q, self.queries, self.scale, excluded)]
         if "doc_to_query" in directions:
-            excluded = Excluded(None if joint else self.own)
+            excluded = Excluded(None if joint else self.rows)
             parts["doc_to_query"] = [statistics(self.d, self.queries, self.scale, excluded)]
         if "doc_to_doc" in directions:
             parts["doc_to_doc"] = [statistics(self.d, self.pool, self.scale, self.same_query)]
@@ -136,7 +179,7 @@ class _Batch:
         in_batch = strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
         of_row = strength if mode in ("hard_negatives", "all_negatives") else 0.0
         if not self.hard or in_batch == of_row:
-            excluded = Excluded(self.own)
+            excluded = Excluded(self.rows)
             return [statistics(self.q, self.pool, self.scale, excluded, hardness=in_batch)]
         hard = torch.stack(self.hard, 1)
         return [

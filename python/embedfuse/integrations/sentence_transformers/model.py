@@ -1,6 +1,6 @@
 """SentenceTransformer: its transformer without padding, pooling and normalisation in one kernel.
 
-Only the class of the SentenceTransformer and of the model inside are swapped. The modules between
+Only the classes of the SentenceTransformer and of the model inside are swapped. The modules between them
 keep theirs, because `save` writes their class names into modules.json.
 """
 
@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from embedfuse.integrations.end_token import EndsTexts
+from embedfuse.integrations.probe import PROBE_TEXTS
 from embedfuse.ops import pool_normalize
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.forward.packed_model import PackedModel
@@ -27,25 +28,20 @@ from embedfuse.patching.wrapper import is_of, replaced
 
 _ORIGINAL = sentence_transformers.SentenceTransformer
 _LIBRARY = "sentence_transformers"
-# Its name there -> ours.
+# sentence-transformers' name -> that of ops.pool_normalize.
 _POOLINGS = {
     "cls": "cls",
     "lasttoken": "last",
     "mean": "mean",
     "weightedmean": "weighted_mean",
 }
-# Features that the pooled path understands; any other sends the call through the modules.
+# Features that the fused path takes; with any other the modules run one by one.
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _FEATURES = _INPUTS | {"modality", "prompt_length"}
 _TOKENS, _VECTOR = "token_embeddings", "sentence_embedding"
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
-_PROBE_TEXTS = (
-    "One",
-    "Two short words",
-    "A somewhat longer text, so that padding has to be dropped.",
-)
 
-# The model of which the caller wants nothing but the pooled vector.
+# The model whose caller wants only the pooled vector.
 _pooled_only = contextvars.ContextVar("embedfuse_pooled_only", default=None)
 
 
@@ -70,7 +66,7 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
         cls.swap_in(model, report, options)
         modes = getattr(model[1], "pooling_mode", ()) if len(model) > 1 else ()
         model.repair_end(last_token="lasttoken" in modes)
-        features = dict(model.preprocess(list(_PROBE_TEXTS)))
+        features = dict(model.preprocess(list(PROBE_TEXTS)))
         for name, value in features.items():
             features[name] = value.to(model.device) if isinstance(value, Tensor) else value
         if why := model._unfused(features, {}):
@@ -127,7 +123,7 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
             if is_hooked(module) or replaced(module, _LIBRARY, "forward"):
                 return f"{type(module).__name__} has a hook or a forward of its own"
         transformer, pooling, *rest = modules
-        # These hooks would not find the tokens among the features.
+        # Their hooks would miss the token embeddings among the features.
         if (
             is_hooked(self)
             or is_hooked(transformer.model)
@@ -139,17 +135,17 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
         if (
             method := transformer.modality_config.get(features.get("modality", "text"))
         ) is None or (any(method.get(name) != value for name, value in _FORWARD.items())):
-            return "the Transformer calls something else than the model's forward"
+            return "the Transformer calls something other than the model's forward"
         if transformer.module_output_name != _TOKENS:
             return f"the Transformer writes {transformer.module_output_name}"
         accepted = transformer.model_forward_params
         if accepted is not None and "attention_mask" in features.keys() - accepted:
-            return "the model is not given the attention_mask that is pooled by"
+            return "the model does not get the attention_mask that pooling uses"
         return _unfused_pooling(pooling, features) or _unfused_rest(rest)
 
 
-def _saying_what_is_wanted(name: str) -> Callable:
-    """A method of SentenceTransformer during which `forward` knows whether only the vector is wanted."""
+def _with_output_value(name: str) -> Callable:
+    """A method of SentenceTransformer that lets `forward` know whether only the vector is wanted."""
     original = getattr(_ORIGINAL, name)
     signature = inspect.signature(original)
 
@@ -163,9 +159,9 @@ def _saying_what_is_wanted(name: str) -> Callable:
     return method
 
 
-# What the library's processes run too; before 6.2 that was encode.
+# The method that worker processes run too: `encode` before 6.2.
 _RUNS = "_inference" if hasattr(_ORIGINAL, "_inference") else "encode"
-setattr(SentenceTransformer, _RUNS, _saying_what_is_wanted(_RUNS))
+setattr(SentenceTransformer, _RUNS, _with_output_value(_RUNS))
 
 
 def _unfused_pooling(pooling: Pooling, features: dict) -> str | None:
@@ -191,7 +187,7 @@ def _unfused_rest(modules: list[nn.Module]) -> str | None:
 
 
 def transformers_model(model: nn.Sequential) -> nn.Module:
-    """The transformers model that the pipeline starts with. TypeError where it has none."""
+    """The transformers model in the first module. TypeError where it has none."""
     inner = getattr(model[0], "model", None)
     if type(model[0]) is not Transformer or not isinstance(inner, nn.Module):
         raise TypeError(

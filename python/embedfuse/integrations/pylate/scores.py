@@ -1,35 +1,14 @@
-"""PyLate's ColBERT, and its scoring functions on ops.maxsim.
-
-A patched model scores so in `similarity` and `similarity_pairwise`. Losses, evaluators and `rank.rerank`
-hold functions of their own, which no patch of a model reaches and which several modules of the library
-import by name; use those of this module:
-
-    losses.Contrastive(model, score_metric=ColBERTScores())  # CachedContrastive too
-    losses.Distillation(model, score_metric=colbert_kd_scores)
-    rerank(documents_ids, queries_embeddings, documents_embeddings)
-
-They take what the library's functions take and return what these return, of the same dtype: a masked
-document token counts as similarity 0, and so do the zeros that `rerank` pads with. Sums are fp32, no
-similarity of two tokens is kept, and what a mask leaves out is never read. Where `backend` is named, or a
-mask holds other weights than 0 and 1 (under torch.compile: is not bool), the library's own function computes.
-
-PyLate 1.6 asks for sentence-transformers 5.3. Beside 6.2 its functions and losses work, its ColBERT does not;
-there MultiVectorEncoder loads the same checkpoints.
-"""
+"""Drop-ins for PyLate's scoring functions and its `rank.rerank`, on ops.maxsim."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pylate import rank, scores
-from pylate.models import ColBERT as _ORIGINAL
-from pylate.utils import convert_to_tensor
-from sentence_transformers.models import Transformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedfuse import ops
-from embedfuse.integrations.sentence_transformers.scoring import (
-    LateInteractionModel,
+from embedfuse.compatibility import explained
+from embedfuse.integrations.late_interaction import (
     check_groups,
     end_to_end,
     is_weighted,
@@ -37,41 +16,11 @@ from embedfuse.integrations.sentence_transformers.scoring import (
     score_all,
 )
 
+with explained("pylate"):
+    from pylate import rank, scores
+    from pylate.utils import convert_to_tensor
+
 Embeddings = list | np.ndarray | Tensor
-
-
-class ColBERT(LateInteractionModel, _ORIGINAL):
-    original = _ORIGINAL
-
-    @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
-        if type(model[0]) is not Transformer:
-            raise TypeError(
-                f"model: its first module is {type(model[0]).__name__}; accepted is Transformer"
-            )
-        return model[0].auto_model
-
-    @classmethod
-    def probe(cls, model: _ORIGINAL, texts: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-        longest = model.max_seq_length  # every encode sets it
-        call = {"convert_to_tensor": True, "show_progress_bar": False}
-        vectors = [model.encode(texts, is_query=is_query, **call) for is_query in (True, False)]
-        model.max_seq_length = longest
-        return tuple(vectors)
-
-    def scores_padding(self, features: dict) -> bool:
-        # Nothing marks queries, but when expanded they are all of one width.
-        if not self.do_query_expansion or features["input_ids"].shape[1] != self.query_length:
-            return False
-        return not features["attention_mask"].all()
-
-    @property
-    def similarity(self):
-        return colbert_scores
-
-    @property
-    def similarity_pairwise(self):
-        return colbert_scores_pairwise
 
 
 def colbert_scores(
@@ -81,7 +30,23 @@ def colbert_scores(
     documents_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """pylate.scores.colbert_scores: queries (Q, tokens, dim) with documents (D, tokens, dim), (Q, D)."""
+    """Scores of each query with each document, as pylate.scores.colbert_scores.
+
+    score[i, j] = sum over tokens q of query i of (max over tokens d of document j of <q, d>)
+
+    Args:
+        queries_embeddings: (Q, tokens, dim): a tensor, an array or a list of equally long texts.
+        documents_embeddings: (D, tokens, dim), likewise.
+        queries_mask: (Q, tokens), nonzero at tokens; (1, tokens) holds for all texts. None masks nothing.
+        documents_mask: (D, tokens), likewise. A masked token has similarity 0 with every query token.
+        backend: Where it is named, the library's function computes.
+
+    Returns:
+        (Q, D), in the dtype of the embeddings and masks promoted. Differentiable.
+
+    Raises:
+        ValueError: The sides differ in dtype or dim.
+    """
     sides = _sides(queries_embeddings, documents_embeddings, queries_mask, documents_mask)
     q, d, q_mask, d_mask = sides
     if backend is not None or is_weighted(q_mask) or is_weighted(d_mask):
@@ -93,7 +58,19 @@ def colbert_scores(
 def colbert_scores_pairwise(
     queries_embeddings: Embeddings, documents_embeddings: Embeddings, backend: str | None = None
 ) -> Tensor:
-    """pylate.scores.colbert_scores_pairwise: query i with document i, of any lengths, (pairs,)."""
+    """Score of query i with document i, as pylate.scores.colbert_scores_pairwise.
+
+    Args:
+        queries_embeddings: Texts (tokens, dim) of any lengths, or (pairs, tokens, dim), all of it tokens.
+        documents_embeddings: Likewise. What one side has more than the other is left out.
+        backend: Where it is named, the library's function computes.
+
+    Returns:
+        (pairs,), in the dtype of the first query. Differentiable.
+
+    Raises:
+        ValueError: The sides differ in dtype or dim.
+    """
     count = min(len(queries_embeddings), len(documents_embeddings))
     if backend is not None or count == 0:
         return scores.colbert_scores_pairwise(
@@ -112,8 +89,21 @@ def colbert_kd_scores(
     documents_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """pylate.scores.colbert_kd_scores: query i of (Q, tokens, dim) with its own documents of
-    (Q, N, tokens, dim), (Q, N)."""
+    """Scores of query i with the documents of group i, as pylate.scores.colbert_kd_scores.
+
+    Args:
+        queries_embeddings: (Q, tokens, dim).
+        documents_embeddings: (Q, N, tokens, dim): a group of N documents for each query.
+        queries_mask: (Q, tokens), nonzero at tokens; (1, tokens) holds for all texts. None masks nothing.
+        documents_mask: (Q, N, tokens), likewise. A masked token has similarity 0 with every query token.
+        backend: Where it is named, the library's function computes.
+
+    Returns:
+        (Q, N), in the dtype of the embeddings and masks promoted. Differentiable.
+
+    Raises:
+        ValueError: Groups are not as many as queries, or the sides differ in dtype or dim.
+    """
     sides = _sides(queries_embeddings, documents_embeddings, queries_mask, documents_mask)
     q, d, q_mask, d_mask = sides
     if backend is not None or is_weighted(q_mask) or is_weighted(d_mask):
@@ -127,8 +117,10 @@ def colbert_kd_scores(
 
 
 class ColBERTScores(scores.ColBERTScores):
-    """pylate.scores.ColBERTScores: queries (Q, tokens, dim) with all documents of groups
-    (D, N, tokens, dim), (Q, D * N), group by group."""
+    """Scores of each query with the documents of all groups, as pylate.scores.ColBERTScores.
+
+    It has no state; each call takes the embeddings.
+    """
 
     def __call__(
         self,
@@ -138,6 +130,21 @@ class ColBERTScores(scores.ColBERTScores):
         documents_mask: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
+        """Score as `colbert_scores`.
+
+        Args:
+            queries_embeddings: (Q, tokens, dim).
+            documents_embeddings: (G, N, tokens, dim): G groups of N documents.
+            queries_mask: (Q, tokens), as in `colbert_scores`.
+            documents_mask: (G, N, tokens), as in `colbert_scores`.
+            backend: Where it is named, the library's function computes.
+
+        Returns:
+            (Q, G * N), group by group; dtype as `colbert_scores`. Differentiable.
+
+        Raises:
+            ValueError: As `colbert_scores`.
+        """
         q, d, q_mask, d_mask = _sides(
             queries_embeddings, documents_embeddings, queries_mask, documents_mask
         )
@@ -151,7 +158,18 @@ def rerank(
     documents_embeddings: Sequence[Sequence[Embeddings]],
     device: str | None = None,
 ) -> list[list[rank.RerankResult]]:
-    """pylate.rank.rerank: each query's documents, best first, of equal scores the first given first."""
+    """Sort each query's documents by score, as pylate.rank.rerank.
+
+    Args:
+        documents_ids: For each query the ids of its documents.
+        queries_embeddings: Queries (tokens, dim), or one query alone, as a tensor or an array.
+        documents_embeddings: For each query its documents (tokens, dim), in the order of the ids.
+        device: Where to compute; None: where the queries are.
+
+    Returns:
+        For each query its documents with their scores, the highest first. Documents of equal score keep their
+        order.
+    """
     single = isinstance(queries_embeddings, np.ndarray | Tensor) and queries_embeddings.ndim == 2
     queries = queries_embeddings[None] if single else queries_embeddings
     results = []
@@ -159,7 +177,7 @@ def rerank(
         query = convert_to_tensor(query)
         query = query if device is None else query.to(device)
         documents = [convert_to_tensor(document).to(query.device) for document in documents]
-        if not documents:  # pylate's own raises
+        if not documents:  # the library's function raises
             results.append([])
             continue
         width = max(map(len, documents))
@@ -173,7 +191,7 @@ def rerank(
 def _sides(
     q: Embeddings, d: Embeddings, *masks: Embeddings | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """As tensors, a mask of one text for all texts of its side."""
+    """All as tensors; a mask of one text is expanded to all texts of its side."""
     q, d = convert_to_tensor(q), convert_to_tensor(d)
     q_mask, d_mask = (
         None if mask is None else convert_to_tensor(mask).expand(side.shape[:-1])
@@ -183,7 +201,7 @@ def _sides(
 
 
 def _dtype(q: Tensor, d: Tensor, *masks: Tensor | None) -> torch.dtype:
-    """What the library's products with its masks come out in."""
+    """The dtype of the library's scores, which are products with its masks."""
     dtype = q.dtype
     for mask in masks:
         dtype = dtype if mask is None else torch.promote_types(dtype, mask.dtype)

@@ -1,0 +1,7 @@
+"""Old path of embedfuse.integrations.flag_embedding.wrapper."""
+
+from embedfuse.integrations.flag_embedding.wrapper import *  # noqa: F403
+from embedfuse.integrations.flag_embedding.wrapper import FlagWrapper as FlagHolder  # noqa: F401
+from embedfuse.integrations.old_paths import warn_moved
+
+warn_moved(__name__, "embedfuse.integrations.flag_embedding.wrapper")
