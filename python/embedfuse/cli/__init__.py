@@ -9,7 +9,7 @@ COMMANDS = {
     "doctor": "what this machine has, and which backend runs which op, or why not",
     "demo": "embed real text with a real model, unpatched and patched in turn",
     "embed": "files in, vectors out",
-    "bench": "the benchmarks of a clone: results as tables and plots",
+    "bench": "time each op on this machine, per backend",
 }
 
 
