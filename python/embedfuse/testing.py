@@ -1,10 +1,10 @@
-"""The bound every fast version is held to: at most twice plain torch's own error, plus a floor.
+"""Numerical checks of ops: at most twice the error of plain torch is allowed, plus a floor.
 
-    |got - ref64| <= 2 |ref - ref64| + FLOOR[dtype] * |ref64|
+    |value - exact| <= 2 |torch - exact| + FLOOR[dtype] * |exact|
 
-in the root mean square, which hardly depends on chance, and in the largest, which one wrong number moves.
-ref64 is the reference on the same inputs widened to fp64, ref the reference in its own dtype. The floor is
-for references that happen to round to the right value.
+`exact` is the reference in fp64, `torch` the reference in the dtype of the value, both on the same inputs.
+The bound applies to the root mean square, which hardly depends on chance, and to the largest element, which
+one wrong number changes. The floor is for references that happen to round to the exact value.
 """
 
 import contextlib
@@ -19,18 +19,29 @@ from embedfuse.ops.maxsim.op import _pairs as every_pair
 from embedfuse.registry import Op, use_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# By dtype of the output: one step of the 16-bit formats just under 1, some sixteen of fp32.
+# By dtype of the output: one step of the 16-bit formats just below 1, about sixteen of fp32.
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def backends(op: Op, device: str) -> list[str]:
-    """Backends that this op has for tensors on such a device, whether or not they load here."""
+    """Names of the backends that an op has for tensors on a device.
+
+    Args:
+        op: An op of the registry.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The backends except "reference", in order of preference, also those that do not load on this machine.
+    """
     return [i.backend for i in op.implementations if device in i.devices()]
 
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and its kin give NaN (integers: the largest), so what a kernel leaves out shows."""
+    """Inside the block torch.empty and similar functions fill with NaN, integers with the largest value.
+
+    Elements that a kernel does not write are then seen.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -41,7 +52,16 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def run(op: Op, args: tuple, function=None):
-    """function(*args), by default the op's own; of one that writes its first argument, that, copied."""
+    """Call an op on arguments that are left unchanged.
+
+    Args:
+        op: An op of the registry.
+        args: The arguments.
+        function: Called instead of the op.
+
+    Returns:
+        The outputs. For an op that writes its first argument: a copy of that argument, written.
+    """
     function = function or op
     if not op.schema.startswith(f"{op.name}(Tensor(a!)"):
         return function(*args)
@@ -50,44 +70,79 @@ def run(op: Op, args: tuple, function=None):
     return first
 
 
-def assert_close_to_reference(op: Op, args: tuple, backend: str, scale: float | None = None):
-    """Run op(*args) on `backend` and hold every output to the bound above.
+def assert_close_to_reference(
+    op: Op, args: tuple, backend: str, scale: float | None = None
+) -> tuple:
+    """Run an op on a backend and compare every output with the reference.
 
-    scale: what FLOOR is relative to instead of the size of ref64, where outputs cancel (a loss near zero).
-    Returns the backend's outputs as a tuple, for further checks.
+    Args:
+        op: An op of the registry.
+        args: The arguments, floating-point tensors in the dtype under test.
+        backend: "cpp", "triton" or "cuda".
+        scale: What FLOOR is relative to, instead of the size of the exact value. For outputs that cancel,
+            such as a loss near zero.
+
+    Returns:
+        The outputs of the backend.
+
+    Raises:
+        AssertionError: An output is outside the bound, has another dtype or shape, or NaN elsewhere.
+        BackendError: The backend cannot run this call.
     """
     with use_backend(backend), poisoned_empty():
-        got = run(op, args)
-    return assert_within_bounds(op, args, backend, got, references(op, args), scale)
+        outputs = run(op, args)
+    return assert_within_bounds(op, args, backend, outputs, references(op, args), scale)
 
 
 def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
-    """Outputs of the reference in the op's own dtype, and in fp64."""
+    """Outputs of the reference of an op: in the dtype of the arguments, and in fp64."""
     exact = run(op, tuple(map(_widen, args)), op._reference)
     return _tuple(run(op, args, op._reference)), _tuple(exact)
 
 
-def assert_within_bounds(op: Op, args: tuple, backend: str, got, references, scale=None):
-    """Hold what op(*args) gave on `backend` to its references(op, args); as assert_close_to_reference."""
-    got = _tuple(got)
-    assert len(got) == len(references[0])
-    for index, (x, own, exact) in enumerate(zip(got, *references, strict=True)):
+def assert_within_bounds(
+    op: Op,
+    args: tuple,
+    backend: str,
+    outputs,
+    references: tuple[tuple, tuple],
+    scale: float | None = None,
+) -> tuple:
+    """Compare outputs that a backend has given with the reference.
+
+    Args:
+        op: An op of the registry.
+        args: The arguments of the call.
+        backend: Its name, for messages.
+        outputs: What the call returned.
+        references: What `references(op, args)` returns.
+        scale: As in `assert_close_to_reference`.
+
+    Returns:
+        The outputs as a tuple.
+
+    Raises:
+        AssertionError: As in `assert_close_to_reference`.
+    """
+    outputs = _tuple(outputs)
+    assert len(outputs) == len(references[0])
+    for index, (value, in_torch, exact) in enumerate(zip(outputs, *references, strict=True)):
         name = f"{op.name}[{backend}] output {index}"
-        assert (x.dtype, x.shape) == (own.dtype, own.shape), name
-        if x.is_floating_point():
-            assert_as_good(x, own, exact, scale=scale, name=name)
-        elif op.name == "maxsim" and x.numel():
-            chosen = [_chosen_products(args, argmax) for argmax in (x, own, exact)]
+        assert (value.dtype, value.shape) == (in_torch.dtype, in_torch.shape), name
+        if value.is_floating_point():
+            assert_as_good(value, in_torch, exact, scale=scale, name=name)
+        elif op.name == "maxsim" and value.numel():
+            chosen = [_chosen_products(args, argmax) for argmax in (value, in_torch, exact)]
             assert_as_good(chosen[0].float(), chosen[1].float(), chosen[2], name=name)
         else:
-            assert torch.equal(x, exact), name
-    return got
+            assert torch.equal(value, exact), name
+    return outputs
 
 
 def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
-    """In fp64 the products that maxsim's argmax stands for, 0 for none.
+    """The products, in fp64, at the argmax of maxsim; 0 where there is none.
 
-    An argmax is held to the bound by these: of products that fp32 cannot tell apart either may be chosen.
+    The products are compared, not the argmax: of two that are equal in fp32 either may be chosen.
     """
     query, query_spans, documents, document_spans, scale, _, pairs, normalize, width = args
     query, document = query.double(), torch.cat(documents).double()
@@ -106,33 +161,47 @@ def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
 
 
 def assert_as_good(
-    got: Tensor, own: Tensor, exact: Tensor, *, scale: float | None = None, name: str = "value"
-):
-    """Hold `got` to the bound above, where plain torch gives `own`, and in fp64 `exact`.
+    value: Tensor,
+    in_torch: Tensor,
+    exact: Tensor,
+    *,
+    scale: float | None = None,
+    name: str = "value",
+) -> None:
+    """Compare a result with that of plain torch in the same dtype and with the exact one.
 
-    scale: what FLOOR is relative to instead of the size of `exact`, where that cancels.
+    Args:
+        value: The result, of any shape.
+        in_torch: The result of plain torch, of the same shape and dtype.
+        exact: The result in fp64, of the same shape.
+        scale: What FLOOR is relative to, instead of the size of `exact`. For values that cancel.
+        name: What the message calls the result.
+
+    Raises:
+        AssertionError: The error is above the bound of this module, or the dtype, the shape or the places of
+            NaN differ.
     """
-    assert (got.dtype, got.shape) == (own.dtype, own.shape), name
-    got, own, exact = got.detach(), own.detach(), exact.detach().double()
-    assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN stands elsewhere"
-    errors, own_errors = _difference(got, exact), _difference(own, exact)
-    assert own_errors.isfinite().all(), f"{name}: plain torch overflows {got.dtype} on this sample"
+    assert (value.dtype, value.shape) == (in_torch.dtype, in_torch.shape), name
+    value, in_torch, exact = value.detach(), in_torch.detach(), exact.detach().double()
+    assert torch.equal(value.isnan(), exact.isnan()), f"{name}: NaN at other places"
+    errors, torch_errors = _difference(value, exact), _difference(in_torch, exact)
+    assert torch_errors.isfinite().all(), f"{name}: plain torch overflows {value.dtype} here"
     size = exact.nan_to_num(0, 0, 0)
     for measure in (_rms, _largest):
-        error, own_error = measure(errors), measure(own_errors)
-        bound = 2 * own_error + FLOOR[got.dtype] * (scale or measure(size))
+        error, torch_error = measure(errors), measure(torch_errors)
+        bound = 2 * torch_error + FLOOR[value.dtype] * (scale or measure(size))
         assert error <= bound, (
-            f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {own_error:.3g}"
+            f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {torch_error:.3g}"
         )
 
 
-def _difference(got: Tensor, exact: Tensor) -> Tensor:
-    # Equal infinities differ by NaN; NaN against NaN was checked before.
-    return torch.where((got == exact) | exact.isnan(), 0, got.double() - exact)
+def _difference(value: Tensor, exact: Tensor) -> Tensor:
+    # Equal infinities differ by NaN; places of NaN were compared before.
+    return torch.where((value == exact) | exact.isnan(), 0, value.double() - exact)
 
 
 def _rms(x: Tensor) -> float:
-    # Scaled, so that no square leaves the range.
+    # Divided by the largest, so that squares do not overflow.
     largest = _largest(x)
     return largest * (x / largest).square().mean().sqrt().item() if largest > 0 else 0.0
 
