@@ -9,7 +9,7 @@ COMMANDS = {
     "report": ("harness.report", "stored results as Markdown tables and plots"),
     "versions": ("models.versions", "this checkout compared with another one"),
     "checkpoints": ("models.checkpoints", "write checkpoints with random weights"),
-    "aot": ("kernels.aot", "what each Triton kernel takes of a chip; needs no GPU"),
+    "aot": ("kernels.aot", "what each Triton kernel uses of a chip; needs no GPU"),
     "tune": ("gpu.tune", "time the configs of the Triton kernels on this GPU, and store the best"),
     "gpu": ("gpu.run", "tests, sanitizer and benchmarks on a GPU, part by part"),
 }

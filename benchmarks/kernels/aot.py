@@ -1,4 +1,4 @@
-"""What each Triton kernel takes of a chip, found by compiling it with each config; needs no GPU.
+"""What each Triton kernel uses of a chip, found by compiling it with each config; needs no GPU.
 
 python -m benchmarks aot --out benchmarks/results/aot.json    # and aot.md
 """
@@ -44,7 +44,7 @@ def run(args) -> int:
 
 
 def compiled_rows(chips: list[str], kernels: list[str] | None) -> list[dict]:
-    """A row per kernel, dtype and config, with what it takes of each chip."""
+    """A row per kernel, dtype and config, with what it uses of each chip."""
     from benchmarks.kernels.machine_code import kernel_modules, kernels_of, launches
 
     modules = {}
@@ -65,7 +65,7 @@ def compiled_rows(chips: list[str], kernels: list[str] | None) -> list[dict]:
 
 
 def add_launch(rows: dict, launch, chip: str) -> None:
-    """Compile the launch; its row keeps the most that any launch takes of this chip."""
+    """Compile the launch; its row keeps the most that any launch uses of this chip."""
     from benchmarks.kernels.machine_code import resources
 
     first = {"kernel": launch.name(), "dtype": launch.dtype(), "config": launch.config()}

@@ -24,9 +24,8 @@ from embedfuse import losses
 from embedfuse.ops import Prefixes, info_nce
 
 TEMPERATURE = 0.02
-CACHED_ROWS = (
-    256  # of sentence-transformers' cached loss; its default, 32, takes several times as long
-)
+# Of the cached loss of sentence-transformers; with the default of 32 it takes several times as long.
+CACHED_ROWS = 256
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The table of what kernels take of a chip; compiling is tested in tests/aot."""
+"""The table of what kernels use of a chip; compiling is tested in tests/aot."""
 
 import json
 import types
