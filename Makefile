@@ -32,14 +32,14 @@ test-newest: $(VENV)/installed
 bench: $(VENV)/installed
 	mkdir -p $(OUT)
 	rm -f $(OUT)/bench.json
-	$(BIN)/python -m pytest benchmarks -q -p benchmarks.harness.ledger --benchmark-only --results=$(OUT)/bench.json $(ARGS)
-	$(BIN)/embedfuse bench report $(OUT)/bench.json
+	$(BIN)/python -m pytest benchmarks -q -p benchmarks.harness.record --benchmark-only --results=$(OUT)/bench.json $(ARGS)
+	$(BIN)/python -m benchmarks report $(OUT)/bench.json
 
 # On a machine with a GPU: builds into the Python that is there, fetches nothing.
 # PART: tests, sanitizer, models, kernels or tune, each in eight minutes; default the first four in this order.
 gpu:
 	EMBEDFUSE_BUILD_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	$(PYTHON) -m benchmarks.gpu.run --out $(OUT) $(PART)
+	$(PYTHON) -m benchmarks gpu --out $(OUT) $(PART)
 
 lint: $(VENV)/packages
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
-"""Speed of the kernels against plain torch and against what this machine can do at most.
+"""Speed of embedfuse, compared with plain torch, with other libraries and with the limits of the machine.
 
-    python -m pytest benchmarks -p benchmarks.harness.ledger --benchmark-only --results=out/bench.json
-    embedfuse bench report out/bench.json    # out/bench.md and plots
-    python -m benchmarks.gpu.run --out out       # on a GPU: correctness first, part by part
+    python -m pytest benchmarks -p benchmarks.harness.record --benchmark-only --results=out/bench.json
+    python -m benchmarks report out/bench.json    # out/bench.md and plots
+    python -m benchmarks gpu --out out            # on a GPU: correctness first, part by part
 
-On a machine with a GPU the ops run there, else on the CPU. -k picks some: -k "linear and cpp".
+On a machine with a GPU the ops run there, otherwise on the CPU. -k selects some: -k "linear and cpp".
 """

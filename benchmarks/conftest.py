@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from benchmarks.harness import peaks as peaks_of
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from benchmarks.harness.timing import DEVICE
 
 
 def pytest_addoption(parser):
@@ -13,8 +12,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """What is ours comes first: others may compile for minutes, or take the process down."""
-    items.sort(key=lambda item: "beside_others" in item.name)
+    """Comparisons with other libraries run last: these may compile for minutes or crash the process."""
+    items.sort(key=lambda item: "other_libraries" in item.name)
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +28,13 @@ def peaks(device) -> peaks_of.Peaks:
 
 @pytest.fixture(scope="session")
 def flush(device):
-    """Call that leaves nothing of a kernel's inputs in the caches."""
+    """A call that removes the inputs of a kernel from the caches."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
-    # On a GPU also long enough (0.1 ms) to hide the launch of what is timed after it.
+    # On a GPU also long enough (0.1 ms) to hide the launch of the call that is timed after it.
     buffer = torch.ones(max(2 * cache, 2**28) // 4, device=device)
 
     def run() -> None:
-        # On the CPU read: what was written would go to memory while the kernel is timed.
+        # Read on the CPU: written data would go to memory while the kernel is timed.
         buffer.sum() if device == "cpu" else buffer.zero_()
 
     return run

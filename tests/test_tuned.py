@@ -1,4 +1,4 @@
-"""Configs of kernels are looked up in a file per chip; the GPU is played by a device of that type."""
+"""Configs of kernels are read from a file per chip; no GPU is needed for a device of that type."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ HEADER = {"device": "a GPU", "triton": "3.6.0", "torch": "2.11.0"}
 
 
 class OnGPU:
-    """What a launcher's tensor tells of itself."""
+    """The attributes that are read of a launcher's tensor."""
 
     device = GPU
 
@@ -84,7 +84,7 @@ def test_distance_by_hand():
 
 def test_the_nearest_in_log_space_gives_the_config(fused_norm, stored):
     stored(entry(256, 32), entry(1024, 64))
-    # 500 is nearer to 256 by ratio, 520 to 1,024; by difference both were nearer to 256.
+    # 500 is nearer to 256 by ratio, 520 to 1,024; by difference both are nearer to 256.
     for hidden, block in ((256, 32), (500, 32), (520, 64), (1024, 64), (4000, 64)):
         assert fused_norm.config(OnGPU(), hidden=hidden, kind="mean") == {"block": block}
 
@@ -127,7 +127,7 @@ def test_a_default_is_logged_once_per_kernel(fused_norm, stored, caplog):
     assert not caplog.records
 
 
-def test_other_devices_have_the_default_and_no_log(fused_norm, stored, caplog):
+def test_other_devices_take_the_default_silently(fused_norm, stored, caplog):
     stored(entry(256, 32))
     caplog.set_level(logging.INFO, logger="embedfuse")
     for device in ("meta", "cpu"):
@@ -183,7 +183,7 @@ def test_a_file_of_another_chip_raises(fused_norm, stored):
         tuned.load(path)
 
 
-def test_the_files_that_are_shipped_load():
+def test_shipped_files_load():
     for path in tuned.FOLDER.glob("*.json"):
         assert tuned.load(path)["configs"]
 

@@ -1,7 +1,7 @@
 """Configs of kernels (tiles, warps, stages) as they were tuned on a chip, from configs/<chip>.json.
 
-`embedfuse bench tune` writes those files; nothing is timed here. The entry of the nearest shape gives the
-config; without one near, a kernel runs with its default, and the log says so once.
+`python -m benchmarks tune` writes those files; nothing is timed here. The entry of the nearest shape gives
+the config; without one near, a kernel runs with its default, and the log says so once.
 """
 
 import contextlib

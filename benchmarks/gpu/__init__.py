@@ -1,1 +1,1 @@
-"""What `make gpu` runs on a machine with a GPU."""
+"""What runs on a GPU only: `make gpu`, kernels and whole models at full size, and tuning."""

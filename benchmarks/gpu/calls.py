@@ -1,24 +1,18 @@
-"""Calls of ops for `embedfuse bench tune`: made, checked and timed on the GPU at hand."""
+"""Calls of ops to tune kernels with: made, checked and timed on this GPU."""
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import triton
 from embedfuse.triton_kernels import tuned
 from triton.testing import do_bench
 
-from benchmarks.gpu.tune import Rejected
+from benchmarks.gpu.search import Rejected
 from benchmarks.kernels.machine_code import kernel_modules, replaced, tunables_of
-from embedfuse import use_backend
+from embedfuse import testing, use_backend
 from embedfuse.registry import OPS, Op
-
-# The bound that every version of an op is held to lies with the tests.
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
-from embedfuse import testing
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,7 +32,7 @@ class OpCall:
         return testing.references(self.op, self.args)
 
     def check(self) -> None:
-        """AssertionError where values lie outside the bound."""
+        """AssertionError where values are outside the bound of embedfuse.testing."""
         with testing.poisoned_empty():
             outputs = self()
         testing.assert_within_bounds(self.op, self.args, "triton", outputs, self.references)
@@ -54,7 +48,7 @@ def header(chip: str) -> dict:
 
 
 def calls(device: str, kernels: list[str]) -> Iterator[OpCall]:
-    """Of the modules that hold these kernels; one at a time, since their tensors are large."""
+    """The calls of all modules with these kernels; one at a time, because their tensors are large."""
     for module in kernel_modules():
         if not set(tunables_of(module)) & set(kernels):
             continue
@@ -64,16 +58,20 @@ def calls(device: str, kernels: list[str]) -> Iterator[OpCall]:
 
 
 def attempt(call: OpCall, tunable: tuned.Tunable, config: dict) -> float:
-    """Median microseconds of the call with this config, the L2 cache emptied before each; or Rejected."""
+    """Median microseconds of the call with this config; the L2 cache is emptied before each repetition.
+
+    Raises:
+        Rejected: The config spills, fails or gives values outside the bound.
+    """
 
     def choose(asking, dtype, shape):
         return config if asking is tunable else asking.default_config(dtype, **shape)
 
     with tuned.choosing(choose):
         try:
-            with watched() as watchers:
+            with compile_recorders() as recorders:
                 call.check()
-            if any(compiled.n_spills for watcher in watchers for compiled in watcher.compiled):
+            if any(compiled.n_spills for recorder in recorders for compiled in recorder.compiled):
                 raise Rejected("spill")
             return 1e3 * do_bench(call, return_mode="median")
         except AssertionError as error:
@@ -84,8 +82,8 @@ def attempt(call: OpCall, tunable: tuned.Tunable, config: dict) -> float:
             raise Rejected(type(error).__name__) from error
 
 
-class Watcher:
-    """Stands for a kernel: launches it, and keeps what it was compiled to."""
+class CompileRecorder:
+    """Replaces a kernel: launches it, and records the compiled kernels."""
 
     def __init__(self, kernel: triton.JITFunction):
         self.kernel, self.compiled = kernel, []
@@ -98,7 +96,10 @@ class Watcher:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[Watcher]]:
+def compile_recorders() -> Iterator[list[CompileRecorder]]:
+    """Inside the block every Triton kernel is replaced by its CompileRecorder."""
     with contextlib.ExitStack() as stack:
-        wrapped = [stack.enter_context(replaced(module, Watcher)) for module in kernel_modules()]
-        yield [watcher for watchers in wrapped for watcher in watchers]
+        modules = [
+            stack.enter_context(replaced(module, CompileRecorder)) for module in kernel_modules()
+        ]
+        yield [recorder for recorders in modules for recorder in recorders]

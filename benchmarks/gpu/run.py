@@ -1,13 +1,12 @@
 """`make gpu`: correctness on the GPU, then compute-sanitizer, then speed, part by part.
 
-    python -m benchmarks.gpu.run --out OUT [tests|sanitizer|models|kernels|tune ...]
+    python -m benchmarks gpu --out OUT [tests|sanitizer|models|kernels|tune ...]
 
-Default: all but tune, in that order. A part ends after --minutes (8); what it left out is named. Results are
-written as they come: a part that crashes goes on behind the test that crashed it, and the next part runs.
-OUT/correctness.json says which ops and families are right; models and kernels leave out what is red there.
+Default: all except tune, in that order. A part ends after --minutes (8) and lists what it left out. Results
+are written as they come: after a crash a part continues with the next test, and the next part runs.
+OUT/correctness.json says which ops and families passed; models and kernels skip those that failed.
 """
 
-import argparse
 import json
 import os
 import re
@@ -23,21 +22,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import ledger
+from benchmarks.harness import record
 from embedfuse import native
 from embedfuse.cli import doctor
 
-PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-p",
-    "benchmarks.harness.ledger",
-    "-p",
-    "no:cacheprovider",
-    "-v",
-]
-PYTEST += ["--continue-on-collection-errors"]
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--continue-on-collection-errors"]
+PYTEST += ["-p", "benchmarks.harness.record", "-p", "no:cacheprovider"]
 SPEED = {
     "models": ["benchmarks/models/test_curves.py", "benchmarks/gpu/test_gpu_models.py"],
     "kernels": [
@@ -46,25 +36,26 @@ SPEED = {
     ],
 }
 OURS = "kernel_substring=embedfuse"  # torch's kernels race by design, in sorting
-# initcheck watches all: what a kernel that is not watched has written would count as unwritten.
+# initcheck includes torch's kernels: without them, what they write would count as not written.
 SANITIZER = {
     ("memcheck", "cuda"): [],
     ("racecheck", "cuda"): ["--kernel-name", OURS],
     ("initcheck", "cuda"): [],
     ("memcheck", "triton"): [],
 }
-GRACE = 30  # seconds that the test that is running gets beyond the budget
+GRACE = 30  # seconds after the budget in which the running test may end
 STARTED = time.monotonic()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu.run", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all but tune")
+def add_arguments(parser) -> None:
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all except tune")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--minutes", type=float, default=8.0, help="of each part")
-    args = parser.parse_args(argv)
-    if unknown := set(args.parts) - PARTS.keys():
-        parser.error(f"parts: {', '.join(sorted(unknown))}; accepted are {', '.join(PARTS)}")
+
+
+def run(args) -> int:
+    if unknown := sorted(set(args.parts) - PARTS.keys()):
+        raise SystemExit(f"parts: {', '.join(unknown)}; accepted are {', '.join(PARTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     if reason := describe(args.out):
         say(f"no GPU to run on: {reason}. `make bench` makes the same report for the CPU.")
@@ -74,12 +65,12 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.parts or [name for name in PARTS if name != "tune"]
         if not run_part(name, args.out, 60 * args.minutes)
     ]
-    say(f"failed: {', '.join(failed)}" if failed else "all parts are through")
+    say(f"failed: {', '.join(failed)}" if failed else "all parts passed")
     return 1 if failed else 0
 
 
 def describe(out: Path) -> str | None:
-    """Print what is here; the reason where nothing can run."""
+    """Print what this machine has; returns the reason where nothing can run."""
     facts = doctor.collect()
     (out / "doctor.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(doctor.as_text(facts), flush=True)
@@ -119,55 +110,53 @@ def run_part(name: str, out: Path, budget: float) -> bool:
 
 def run_tests(name: str, out: Path, end: float) -> bool:
     entries = run_pytest(["-m", "gpu", "tests"], out, name, end)
-    found = ledger.verdicts(entries)
-    (out / "correctness.json").write_text(json.dumps(found, indent=1) + "\n")
-    for subject, verdict in found.items():
+    verdicts = record.verdicts(entries)
+    (out / "correctness.json").write_text(json.dumps(verdicts, indent=1) + "\n")
+    for subject, verdict in verdicts.items():
         say(f"{verdict:8} {subject}")
-    return not ledger.red(found) and ledger.PASSED in found.values()
+    return not record.failed_names(verdicts) and record.PASSED in verdicts.values()
 
 
 def run_speed(name: str, out: Path, end: float) -> bool:
     gate = out / "correctness.json"
     if not gate.exists():
-        say(f"{name}: no {gate}, so nothing is left out; each benchmark checks its own results")
+        say(f"{name}: no {gate}, so nothing is skipped; each benchmark checks the values itself")
     files = ["--benchmark-only", "--correctness", str(gate), *SPEED[name]]
     entries = run_pytest(files, out, name, end)
     stored = [str(path) for part in SPEED if (path := out / f"{part}.json").exists()]
-    report = [sys.executable, "-m", "embedfuse", "bench", "report", *stored, "--out", str(out)]
-    reported = run(report, out / f"{name}-report.txt", time.monotonic() + 120) == 0
-    # What others break off is told, and is no fault of ours.
-    own = {e["outcome"] for e in entries if "beside_others" not in e["name"]}
-    return reported and not own & {ledger.FAILED, ledger.BEGUN}
+    report = [sys.executable, "-m", "benchmarks", "report", *stored, "--out", str(out)]
+    reported = run_logged(report, out / f"{name}-report.txt", time.monotonic() + 120) == 0
+    # Failures of other libraries are reported, and are no failure of this part.
+    ours = {e["outcome"] for e in entries if "other_libraries" not in e["name"]}
+    return reported and not ours & {record.FAILED, record.BEGUN}
 
 
 def run_pytest(arguments: list[str], out: Path, name: str, end: float) -> list[dict]:
-    """The ledger's entries. A run that crashed goes on behind its crash for as long as that gets further."""
+    """The entries of the results file. After a crash a new process continues, as long as it gets further."""
     results = out / f"{name}.json"
     results.unlink(missing_ok=True)
     left = None
     while time.monotonic() < end:
         budget = ["--results", str(results), "--budget", f"{end - time.monotonic():.0f}"]
-        code = run([*PYTEST, *budget, *arguments], out / f"{name}.txt", end + GRACE)
+        code = run_logged([*PYTEST, *budget, *arguments], out / f"{name}.txt", end + GRACE)
         entries = json.loads(results.read_text())["benchmarks"] if results.exists() else []
-        before, left = left, sum(e["outcome"] == ledger.NOT_RUN for e in entries)
+        before, left = left, sum(e["outcome"] == record.NOT_RUN for e in entries)
         if code == 0 or left in (0, before) or not entries:
             break
         say(f"{name}: pytest ended with {code}, {left} tests to go")
     if not results.exists():
         raise RuntimeError(f"pytest ended with {code} before it collected a test")
-    tell(name, entries)
+    say_outcomes(name, entries)
     return entries
 
 
-def tell(name: str, entries: list[dict]) -> None:
-    say(
-        f"{name}: "
-        + ", ".join(f"{n} {what}" for what, n in Counter(e["outcome"] for e in entries).items())
-    )
+def say_outcomes(name: str, entries: list[dict]) -> None:
+    counts = Counter(entry["outcome"] for entry in entries)
+    say(f"{name}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}")
     for entry in entries:
-        if entry["outcome"] == ledger.BEGUN:
-            say(f"  did not end (a crash, or the time was up): {entry['name']}")
-        elif entry["outcome"] != ledger.PASSED:
+        if entry["outcome"] == record.BEGUN:
+            say(f"  did not end (a crash, or the time was over): {entry['name']}")
+        elif entry["outcome"] != record.PASSED:
             say(f"  {entry['outcome']}: {entry['name']} {entry.get('reason', '')}".rstrip())
 
 
@@ -180,15 +169,14 @@ def run_sanitizer(name: str, out: Path, end: float) -> bool:
             "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin: nothing was checked"
         )
         return True
-    # Memory from cudaMalloc, each tensor for itself, so that the tools see where it ends.
-    paths = os.pathsep.join(filter(None, ["tests", os.environ.get("PYTHONPATH")]))
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths}
-    found = {}
+    # Each tensor gets its memory from cudaMalloc, so that the tools see where it ends.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    verdicts = {}
     for (check, backend), options in SANITIZER.items():
         if time.monotonic() > end:
-            found[f"{check} {backend}"] = ledger.NOT_RUN
+            verdicts[f"{check} {backend}"] = record.NOT_RUN
             continue
-        # torch asks the driver for what may not be there; that is no error of ours.
+        # torch makes driver calls that may fail by design, so API errors are not reported.
         command = [
             tool,
             "--tool",
@@ -201,27 +189,27 @@ def run_sanitizer(name: str, out: Path, end: float) -> bool:
         ]
         command += [sys.executable, "-m", "benchmarks.gpu.sanitize", backend]
         log = out / f"sanitizer-{check}-{backend}.txt"
-        code = run(command, log, end + GRACE, environment)
+        code = run_logged(command, log, end + GRACE, environment)
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log.read_text())
-        verdict = ledger.PASSED if code == 0 and summary else ledger.FAILED
-        found[f"{check} {backend}"] = (
+        verdict = record.PASSED if code == 0 and summary else record.FAILED
+        verdicts[f"{check} {backend}"] = (
             f"{verdict}: {summary[-1] if summary else f'ended with {code}'}"
         )
-        (out / "sanitizer.json").write_text(json.dumps(found, indent=1) + "\n")
-    for what, verdict in found.items():
+        (out / "sanitizer.json").write_text(json.dumps(verdicts, indent=1) + "\n")
+    for what, verdict in verdicts.items():
         say(f"{what}: {verdict}")
-    return not any(verdict.startswith(ledger.FAILED) for verdict in found.values())
+    return not any(verdict.startswith(record.FAILED) for verdict in verdicts.values())
 
 
 def run_tune(name: str, out: Path, end: float) -> bool:
     budget = f"{max(0.0, end - time.monotonic()):.0f}"
-    command = [sys.executable, "-m", "embedfuse", "bench", "tune", "--budget", budget]
-    command += ["--out", str(out / "configs")]  # on a lent machine only `out` outlives the run
-    return run(command, out / "tune.txt", end + GRACE) == 0
+    command = [sys.executable, "-m", "benchmarks", "tune", "--budget", budget]
+    command += ["--out", str(out / "configs")]  # on a borrowed machine only `out` is kept
+    return run_logged(command, out / "tune.txt", end + GRACE) == 0
 
 
-def run(command: list[str], log: Path, end: float, environment: dict | None = None) -> int:
-    """The exit status; killed at `end`. What it prints is shown with the time, and appended to `log`."""
+def run_logged(command: list[str], log: Path, end: float, environment: dict | None = None) -> int:
+    """Exit status of the command, which is killed at `end`; its output is shown and appended to `log`."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -254,6 +242,3 @@ PARTS: dict[str, Callable[[str, Path, float], bool]] = {
     "kernels": run_speed,
     "tune": run_tune,
 }
-
-if __name__ == "__main__":
-    raise SystemExit(main())

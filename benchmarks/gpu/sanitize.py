@@ -1,9 +1,9 @@
-"""Launches every kernel of a backend on its op's test samples, for compute-sanitizer to watch.
+"""Launches every kernel of a backend on the test samples of its op, to run under compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.sanitize cuda
 
-Prints the op before its kernels run: what the tool reports next is that op's. Results are not compared here;
-tests/gpu does that.
+Prints the name of the op before its kernels run, so that reports of the tool can be assigned to it. Results
+are not compared here; tests/gpu compares them.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The rows of targets.py that are kernels, on a GPU, beside plain torch and the peers that are installed.
+"""The kernels among the rows of targets.py, on a GPU, compared with plain torch and with installed libraries.
 
-Each row is checked against torch before it is timed: by events, with what it reads flushed from the caches,
-ours and its peers in turn. GB/s and TFLOP/s count what the call must move and compute at least, percent of
-the ceilings measured in the same run. The memory is what the call took beyond its inputs.
+Values of each row are compared with torch before it is timed: between CUDA events, with the inputs removed
+from the caches, calls of embedfuse and peers interleaved. GB/s and TFLOP/s count what the call must move and
+compute at least; percent is of the peaks measured in the same run. Memory is in addition to the inputs.
 """
 
 import functools
@@ -12,18 +12,26 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from benchmarks.conftest import DEVICE
-from benchmarks.harness.targets import TARGETS
+from benchmarks.gpu.checks import (
+    assert_close,
+    assert_same_direction,
+    check_loss,
+    check_part,
+    gradients,
+    maxsim_products,
+)
+from benchmarks.gpu.rows import figures
+from benchmarks.harness.timing import DEVICE
 from benchmarks.peers import gpu as gpu_peers
 from benchmarks.peers import losses
-from benchmarks.peers.gpu import Peer, agree, close
+from benchmarks.peers.gpu import Peer
 from benchmarks.peers.losses import TEMPERATURE, embeddings, stored
 from embedfuse import ops
 from embedfuse.registry import Cost
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-# Others come last, so that their time is that which our rows leave: see conftest.py.
-BESIDE = pytest.mark.parametrize("beside", ["beside_torch", "beside_others"])
+# Other libraries come last (conftest.py) and get the time that is left.
+COMPARED = pytest.mark.parametrize("compared_with", ["torch", "other_libraries"])
 
 
 @pytest.fixture
@@ -35,59 +43,33 @@ def measure(benchmark, peaks, flush) -> Callable:
     return run
 
 
-def figures(peaks, flush, row: str, ours: Callable, cost: Cost, peers: dict, start, check) -> dict:
-    """start: makes a call of a peer's function. check: raises for values that are not the row's."""
-    calls, entries = gpu_peers.ready(peers, start, check)
-    found = gpu_peers.in_turn({"embedfuse": ours, **calls}, flush)
-    own = found.pop("embedfuse")
-    for name, theirs in found.items():
-        entries[name] |= theirs | {"speedup": theirs["seconds"] / own["seconds"]}
-    scale = {"µs": 1e6, "ms": 1e3}[TARGETS[row].unit]
-    return {
-        **own,
-        "kernel": row,
-        "rows": {row: {"value": own["seconds"] * scale, "unit": TARGETS[row].unit}},
-        "gb_per_s": cost.bytes / own["seconds"] / 1e9,
-        "tflop_per_s": cost.flops / own["seconds"] / 1e12,
-        "percent_of_peak": 100 * peaks.floor(cost, torch.bfloat16) / own["seconds"],
-        "peak_gb_per_s": peaks.bandwidth / 1e9,
-        "peak_tflop_per_s": peaks.flops[torch.bfloat16] / 1e12,
-        "peers": entries,
-    }
-
-
 def texts(*shape: int) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
     return normalize(x, dim=-1)
 
 
-def products(q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """(queries, documents) scores, all similarities stored."""
-    return torch.einsum("aid,bjd->abij", q, d).amax(3).float().sum(2)
+EINSUM = {"torch einsum, bf16": Peer(lambda q, d: functools.partial(maxsim_products, q, d))}
 
 
-EINSUM = {"torch einsum, bf16": Peer(lambda q, d: functools.partial(products, q, d))}
-
-
-@BESIDE
+@COMPARED
 @pytest.mark.covers("maxsim")
 @pytest.mark.parametrize(
     ("documents", "dim", "dtype"),
     [(1000, 128, "bf16"), (10_000, 128, "bf16"), (10_000, 128, "int8"), (1000, 1024, "bf16")],
 )
-def test_maxsim(documents, dim, dtype, beside, measure):
+def test_maxsim(documents, dim, dtype, compared_with, measure):
     q, d = texts(1, 32, dim), texts(documents, 300, dim)
-    own = ops.quantize_int8(d) if dtype == "int8" else d
-    ours = functools.partial(ops.maxsim, q, own)
-    wanted = products(q, d)
+    documents_of_dtype = ops.quantize_int8(d) if dtype == "int8" else d
+    ours = functools.partial(ops.maxsim, q, documents_of_dtype)
+    wanted = maxsim_products(q, d)
 
     def check(found: torch.Tensor) -> None:
-        close(found, wanted, 0.01, "scores")  # bf16's rounding of the products
+        assert_close(found, wanted, 0.01, "scores")  # bf16's rounding of the products
 
     check(ours())
     others = gpu_peers.MAXSIM_INT8 if dtype == "int8" else gpu_peers.MAXSIM
-    peers = EINSUM if beside == "beside_torch" else others
+    peers = EINSUM if compared_with == "torch" else others
     read = d.numel() * (1 if dtype == "int8" else 2) + q.nbytes + 4 * documents
     read += 4 * d.shape[0] * d.shape[1] * (dtype == "int8")  # a scale for each token
     cost = Cost(bytes=read, flops=2 * 32 * 300 * documents * dim)
@@ -95,10 +77,10 @@ def test_maxsim(documents, dim, dtype, beside, measure):
     measure(row, ours, cost, peers, lambda function: function(q, d), check)
 
 
-@BESIDE
+@COMPARED
 @pytest.mark.covers("maxsim", "segment_sum")
 @pytest.mark.parametrize("passes", ["forward", "forward + backward"])
-def test_all_pairs(passes, beside, measure):
+def test_all_pairs(passes, compared_with, measure):
     backward = passes != "forward"
     q, d = (x.requires_grad_(backward) for x in (texts(128, 32, 128), texts(128, 300, 128)))
     weights = torch.randn(128, 128, generator=torch.Generator().manual_seed(1)).cuda()
@@ -113,48 +95,24 @@ def test_all_pairs(passes, beside, measure):
 
         return call
 
-    # Rounded to bf16, products are often equal, and another token than in fp32 gets the gradient.
-    exact = start(lambda q, d: lambda: products(q.float(), d.float()))()
+    # In bf16 products are often equal, and then another token than in fp32 may get the gradient.
+    exact = start(lambda q, d: lambda: maxsim_products(q.float(), d.float()))()
 
     def check(found: tuple[torch.Tensor, ...]) -> None:
         for what, a, b in zip(("q" if backward else "scores", "d"), found, exact, strict=False):
-            agree(a, b, 0.999, what)
+            assert_same_direction(a, b, 0.999, what)
 
     ours = start(lambda q, d: functools.partial(ops.maxsim, q, d))
     check(ours())
-    peers = EINSUM if beside == "beside_torch" else gpu_peers.MAXSIM
-    # Backward: a sum over the tokens that gave a maximum, which reads each side once more.
+    peers = EINSUM if compared_with == "torch" else gpu_peers.MAXSIM
+    # Backward sums over the tokens of the maxima and reads each side once more.
     flops = 2 * 128 * 32 * 128 * 300 * 128
     cost = Cost(bytes=(3 if backward else 1) * (q.nbytes + d.nbytes), flops=flops)
     row = f"MaxSim 128x32, 128x300, d=128, bf16, {passes}"
     measure(row, ours, cost, peers, start, check)
 
 
-def gradients(loss: Callable, *sides: torch.Tensor) -> list[torch.Tensor]:
-    """Loss, and its gradient to each side."""
-    value = loss(*sides)
-    return [value.detach(), *torch.autograd.grad(value, sides)]
-
-
-def check_loss(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    """The pool's positives, whose gradients are the largest, and its other documents each for themselves."""
-    value, q, pool = zip(found, wanted, strict=True)
-    close(*value, 0.05, "loss")
-    agree(*q, 0.99, "gradient of the queries")
-    rows = len(q[0])
-    agree(*(x[:rows] for x in pool), 0.99, "gradient of the positives")
-    if len(pool[0]) > rows:
-        agree(*(x[rows:] for x in pool), 0.99, "gradient of the other documents")
-
-
-def check_part(loss: Callable, reference: Callable, q: torch.Tensor, pool: torch.Tensor) -> None:
-    """On a part that torch can store."""
-    part = [x.detach()[:2048].clone().requires_grad_() for x in (q, pool)]
-    for found, wanted in zip(gradients(loss, *part), gradients(reference, *part), strict=True):
-        close(found, wanted, 0.05, "loss or gradient")
-
-
-@BESIDE
+@COMPARED
 @pytest.mark.covers("info_nce_forward", "info_nce_backward")
 @pytest.mark.parametrize(
     ("rows", "pool", "dim", "kind"),
@@ -165,9 +123,11 @@ def check_part(loss: Callable, reference: Callable, q: torch.Tensor, pool: torch
         (8192, 2**20, 1024, ", frozen"),
     ],
 )
-def test_info_nce(rows, pool, dim, kind, beside, measure):
-    """Frozen: the documents beyond the positives get no gradient. Peers know no such documents, so they
-    take all of them, joined, and their gradients are dropped."""
+def test_info_nce(rows, pool, dim, kind, compared_with, measure):
+    """Frozen: only the positives among the documents get a gradient.
+
+    Peers cannot leave gradients out, so they take all documents joined, and those gradients are dropped.
+    """
     q, documents = embeddings(rows, pool, dim, torch.bfloat16, "cuda")
     check_part(losses.ours, stored, q, documents)
     sides, loss, joined = (q, documents), losses.ours, lambda x: x
@@ -186,7 +146,7 @@ def test_info_nce(rows, pool, dim, kind, beside, measure):
 
     ours = functools.partial(gradients, loss, *sides)
     others = gpu_peers.INFO_NCE_SQUARE if rows == pool else gpu_peers.INFO_NCE
-    peers = {"torch, logits stored": Peer(stored)} if beside == "beside_torch" else others
+    peers = {"torch, logits stored": Peer(stored)} if compared_with == "torch" else others
     flops = 2 * rows * dim * (2 * pool + sides[1].shape[0])
     cost = Cost(bytes=2 * (q.nbytes + documents.nbytes), flops=flops)
     row = f"InfoNCE {rows:,} x {pool:,}, d={dim}, bf16{kind}"
@@ -194,9 +154,9 @@ def test_info_nce(rows, pool, dim, kind, beside, measure):
     measure(row, ours, cost, peers, start, check, logits_bytes=2 * rows * pool)
 
 
-@BESIDE
+@COMPARED
 @pytest.mark.covers("info_nce_forward", "info_nce_backward")
-def test_siglip(beside, measure):
+def test_siglip(compared_with, measure):
     sides = embeddings(65_536, 65_536, 768, torch.bfloat16, "cuda")
     check_part(losses.siglip, losses.siglip_stored, *sides)
 
@@ -205,7 +165,7 @@ def test_siglip(beside, measure):
 
     ours = start(losses.siglip)
     torch_peer = {"torch, logits stored": Peer(losses.siglip_stored)}
-    peers = torch_peer if beside == "beside_torch" else gpu_peers.SIGLIP
+    peers = torch_peer if compared_with == "torch" else gpu_peers.SIGLIP
     cost = Cost(bytes=4 * sides[0].nbytes, flops=6 * 65_536**2 * 768)
     row = "SigLIP 65,536 x 65,536, d=768, bf16"
     check = functools.partial(check_loss, wanted=ours())
@@ -232,9 +192,9 @@ def test_sparse_scatter(kind, measure):
 
     found = ours()
     found = found if kind == "dense" else found.dense(250_002)
-    check = functools.partial(close, wanted=found, share=0, what="weights")
+    check = functools.partial(assert_close, wanted=found, share=0, what="weights")
     check(theirs())
-    # Dense: 16 MB of mostly zeros are written.
+    # Dense: 16 MB, mostly zeros, are written.
     written = 2 * 32 * 250_002 if kind == "dense" else 10 * weights.numel()
     cost = Cost(bytes=10 * weights.numel() + written, flops=0)
     row = f"sparse scatter 32x512, V=250,002, {kind}"
@@ -253,7 +213,7 @@ def test_pool_normalize(measure):
     def theirs():
         return normalize(x[torch.arange(64, device="cuda"), mask.sum(1) - 1].float(), dim=1)
 
-    check = functools.partial(close, wanted=ours(), share=0.01, what="vectors")
+    check = functools.partial(assert_close, wanted=ours(), share=0.01, what="vectors")
     check(theirs())
     cost = Cost(bytes=mask.nbytes + 2 * 64 * 4096 * 2, flops=3 * 64 * 4096)
     row = "pool + normalize 64x512x4096, last, bf16"

@@ -1,8 +1,8 @@
-"""Whole models on a GPU, at full size with random weights, beside transformers and sentence-transformers.
+"""Whole models on a GPU, at full size with random weights, compared with the libraries that run them.
 
-`on the GPU` and `docs`: token ids there, vectors there, both sides in equal batches; time between two
-events. `end to end` and `on the host`: texts in, arrays out, by the wall clock. A peer that is not installed
-or fails is named by the skip. What comes last is what a short time leaves out: compiling takes minutes.
+`on the GPU` and `docs`: from token ids to vectors on the GPU, both sides in equal batches, timed between CUDA
+events. `end to end` and `on the host`: from texts to arrays, by the wall clock. A skip names a peer that is
+not installed or fails. Peers that compile for minutes come last, in the time that is left.
 """
 
 import gc
@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import embedfuse
-from benchmarks.conftest import DEVICE
+from benchmarks.harness.record import one_line
 from benchmarks.harness.targets import TARGETS
-from benchmarks.harness.turns import in_turn
+from benchmarks.harness.timing import DEVICE, interleaved
 from benchmarks.models import workloads
-from benchmarks.models.served import FORWARDS, Served
+from benchmarks.models.pairs import FORWARDS, ModelPair
 from benchmarks.models.workloads import BULK_TEXTS, INSTRUCTED, INSTRUCTION, LONGEST, MIXED, QUERY
 
 ALL = ("dense", "sparse", "multi")
@@ -31,44 +31,53 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 def of(*names: str):
     params = [pytest.param(n, marks=pytest.mark.covers(FAMILIES[n])) for n in names]
-    return pytest.mark.parametrize("served", params, indirect=True)
+    return pytest.mark.parametrize("models", params, indirect=True)
 
 
 @pytest.fixture(scope="module")
-def served(request) -> Served:
-    yield Served(request.param)
+def models(request) -> ModelPair:
+    yield ModelPair(request.param)
     gc.collect()
     torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)
-def sizes(served, benchmark) -> None:
-    config = served.original.config
-    sizes = f"{served.name}, {config.num_hidden_layers} x {config.hidden_size}"
+def sizes(models, benchmark) -> None:
+    config = models.original.config
+    sizes = f"{models.name}, {config.num_hidden_layers} x {config.hidden_size}"
     benchmark.extra_info.update(sizes=sizes, dtype="bfloat16", peer_dtype="bfloat16")
 
 
 def lengths_of(workload: str, model: str) -> list[int]:
-    """Sorted, as sentence-transformers batches texts, so that padding costs the peer least."""
+    """Sorted, as sentence-transformers sorts texts, so that the peer computes little padding."""
     docs = [LONGEST] * BULK_TEXTS["cuda"][model]
     return sorted({DOCS: docs, MIXED_DOCS: MIXED.lengths(), ONE: QUERY.lengths()}[workload])
 
 
 def compare(benchmark, theirs: Callable, ours: Callable, inputs: list, rounds: int, **info) -> list:
-    """All inputs by both in turn; the vectors of the first are compared before anything is timed."""
+    """All inputs by both, interleaved; the vectors of the first are compared before anything is timed."""
     with torch.inference_mode():
         wanted, found = (torch.as_tensor(run(inputs[0])).double() for run in (theirs, ours))
     cosine = torch.nn.functional.cosine_similarity(found, wanted).min().item()
     assert cosine >= LOWEST_COSINE
     runs = [lambda run=run: [run(x) for x in inputs] for run in (theirs, ours)]
-    times = in_turn(runs, rounds, warmup=3 if len(inputs) == 1 else 1)
+    times = interleaved(runs, rounds, warmup=3 if len(inputs) == 1 else 1)
     benchmark.extra_info.update(lowest_cosine=cosine, **info)
     benchmark.pedantic(lambda: None)
     return times
 
 
 def record(info: dict, seconds: list[float], row: str, texts: int, tokens: int, note="") -> None:
-    """seconds: the peer's, ours. row: its name among the targets; others get tokens/s."""
+    """Add the figures of a row.
+
+    Args:
+        info: The extra_info of the benchmark.
+        seconds: Of the peer and of embedfuse.
+        row: The name of the row. The unit is that of its target; rows without target get tokens/s.
+        texts: Number of texts.
+        tokens: Number of tokens of all texts.
+        note: Shown in the report.
+    """
     unit = "ms" if texts == 1 else TARGETS[row].unit if row in TARGETS else "tokens/s"
     value = {
         "docs/s": texts / seconds[1],
@@ -85,58 +94,61 @@ def record(info: dict, seconds: list[float], row: str, texts: int, tokens: int, 
     )
 
 
-def forward(served: Served, peer: str, workload: str, benchmark, peaks) -> None:
+def forward(models: ModelPair, peer: str, workload: str, benchmark, peaks) -> None:
     try:
-        theirs = served.forward_of(peer)
+        theirs = models.forward_of(peer)
     except ImportError as error:
         pytest.skip(f"the peer {peer} is not installed: {error}")
-    lengths = lengths_of(workload, served.name)
+    lengths = lengths_of(workload, models.name)
     parts = [lengths[i : i + BATCH] for i in range(0, len(lengths), BATCH)]
-    batches = [workloads.token_ids(part, served.padding, served.device) for part in parts]
+    batches = [workloads.token_ids(part, models.padding, models.device) for part in parts]
     try:
         theirs(batches[0])
-    except Exception as error:  # whatever a peer raises: ours is measured beside the others
-        pytest.skip(f"the peer {peer} fails: {type(error).__name__}: {str(error)[:200]}")
+    except Exception as error:  # a peer may raise anything; the others are still measured
+        pytest.skip(f"the peer {peer} fails: {one_line(error)}")
     rounds = QUERY_ROUNDS if workload == ONE else ROUNDS
-    times = compare(benchmark, theirs, served.embed, batches, rounds, peer=peer)
-    row = f"{served.name}, {workload}" + " on the GPU" * (workload == ONE)
+    times = compare(benchmark, theirs, models.embed, batches, rounds, peer=peer)
+    row = f"{models.name}, {workload}" + " on the GPU" * (workload == ONE)
     walls = f"wall clock {times[1].wall * 1e3:,.1f} ms, peer {times[0].wall * 1e3:,.1f} ms"
-    rate = 2 * matrix_elements(served) * sum(lengths) / times[1].gpu
+    rate = 2 * matrix_elements(models) * sum(lengths) / times[1].gpu
     share = f"; {rate / peaks.flops[torch.bfloat16]:.0%} of the GEMM rate" * (workload != ONE)
     seconds = [t.gpu for t in times]
     record(benchmark.extra_info, seconds, row, len(lengths), sum(lengths), walls + share)
 
 
-def matrix_elements(served: Served) -> int:
-    """Of the layers; two operations per token each. Attention and the pruning of the last are not counted."""
-    layers = getattr(served.original, "layers", None) or served.original.encoder.layer
+def matrix_elements(models: ModelPair) -> int:
+    """Elements of the layers' weight matrices: two operations per token each.
+
+    Attention and the pruning of the last layer are not counted.
+    """
+    layers = getattr(models.original, "layers", None) or models.original.encoder.layer
     return sum(p.numel() for p in layers.parameters() if p.dim() == 2)
 
 
 @of("BGE-M3", "E5-mistral-7B", "BERT-base")
 @pytest.mark.parametrize("workload", [DOCS, ONE])
-def test_forward(served, workload, benchmark, peaks):
-    forward(served, "transformers", workload, benchmark, peaks)
+def test_forward(models, workload, benchmark, peaks):
+    forward(models, "transformers", workload, benchmark, peaks)
 
 
 @of("BGE-M3", "BERT-base")
-def test_mixed_lengths(served, benchmark, peaks):
-    forward(served, "transformers", MIXED_DOCS, benchmark, peaks)
+def test_mixed_lengths(models, benchmark, peaks):
+    forward(models, "transformers", MIXED_DOCS, benchmark, peaks)
 
 
 @of("E5-mistral-7B")
-def test_shared_instruction(served, benchmark):
+def test_shared_instruction(models, benchmark):
     lengths = [INSTRUCTION + n for n in INSTRUCTED.lengths()]
-    batch = workloads.token_ids(lengths, served.padding, served.device, shared=INSTRUCTION)
+    batch = workloads.token_ids(lengths, models.padding, models.device, shared=INSTRUCTION)
     runs = {}
     for reuse in ("off", "batch"):
-        embedfuse.unpatch(served.fast)
-        embedfuse.patch(served.fast, reuse_prefixes=reuse)
-        runs[reuse] = in_turn([lambda: served.embed(batch)], ROUNDS * 2, warmup=2)[0].gpu
-    embedfuse.unpatch(served.fast)
-    embedfuse.patch(served.fast, reuse_prefixes="off")
+        embedfuse.unpatch(models.patched)
+        embedfuse.patch(models.patched, reuse_prefixes=reuse)
+        runs[reuse] = interleaved([lambda: models.embed(batch)], ROUNDS * 2, warmup=2)[0].gpu
+    embedfuse.unpatch(models.patched)
+    embedfuse.patch(models.patched, reuse_prefixes="off")
     gain = runs["off"] / runs["batch"]
-    row = f"{served.name}, {len(lengths)} queries with a {INSTRUCTION}-token instruction"
+    row = f"{models.name}, {len(lengths)} queries with a {INSTRUCTION}-token instruction"
     benchmark.extra_info.update(
         peer="embedfuse, reuse_prefixes='off'",
         workload=row,
@@ -150,11 +162,11 @@ def test_shared_instruction(served, benchmark):
 
 @of("BGE-M3", "E5-mistral-7B")
 @pytest.mark.parametrize("workload", [ONE, DOCS])
-def test_texts_beside_sentence_transformers(served, workload, benchmark):
+def test_texts_vs_sentence_transformers(models, workload, benchmark):
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    lengths = lengths_of(workload, served.name)
-    texts = workloads.texts_of(served.tokenizer, lengths)
-    model, embedder = served.sentence_transformer, served.embedder
+    lengths = lengths_of(workload, models.name)
+    texts = workloads.texts_of(models.tokenizer, lengths)
+    model, embedder = models.sentence_transformer, models.embedder
     times = compare(
         benchmark,
         lambda texts: model.encode(texts, batch_size=BATCH, convert_to_tensor=True).float().cpu(),
@@ -164,25 +176,25 @@ def test_texts_beside_sentence_transformers(served, workload, benchmark):
         peer="sentence-transformers",
     )
     seconds = [t.wall for t in times]
-    row = f"{served.name}, {workload} end to end"
+    row = f"{models.name}, {workload} end to end"
     record(benchmark.extra_info, seconds, row, len(lengths), sum(lengths))
 
 
 @of("BGE-M3")
 @pytest.mark.covers("token_weights", "sparse_scatter")
-def test_all_outputs_on_the_host(served, benchmark):
-    lengths = lengths_of(DOCS, served.name)
-    texts, embedder = workloads.texts_of(served.tokenizer, lengths), served.embedder
+def test_all_outputs_on_the_host(models, benchmark):
+    lengths = lengths_of(DOCS, models.name)
+    texts, embedder = workloads.texts_of(models.tokenizer, lengths), models.embedder
     calls = [lambda: embedder.encode(texts), lambda: embedder.encode(texts, ALL)]
-    seconds = [times.wall for times in in_turn(calls, ROUNDS)]
-    row = f"{served.name}, {DOCS}, all three outputs on the host"
+    seconds = [times.wall for times in interleaved(calls, ROUNDS)]
+    row = f"{models.name}, {DOCS}, all three outputs on the host"
     record(benchmark.extra_info, seconds, row, len(lengths), sum(lengths))
-    benchmark.extra_info["peer"] = "embedfuse, dense alone on the host"
+    benchmark.extra_info["peer"] = "embedfuse, only dense on the host"
     benchmark.pedantic(lambda: None)
 
 
 @of("BGE-M3", "E5-mistral-7B", "BERT-base")
 @pytest.mark.parametrize("workload", [DOCS, ONE])
 @pytest.mark.parametrize("peer", list(FORWARDS)[1:])
-def test_forward_beside_others(served, workload, peer, benchmark, peaks):
-    forward(served, peer, workload, benchmark, peaks)
+def test_forward_vs_other_libraries(models, workload, peer, benchmark, peaks):
+    forward(models, peer, workload, benchmark, peaks)

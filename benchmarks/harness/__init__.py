@@ -1,1 +1,1 @@
-"""How calls are timed, stored and shown."""
+"""How calls are timed, and how results are stored and shown."""

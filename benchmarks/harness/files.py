@@ -1,4 +1,4 @@
-"""JSON that reads well in a diff."""
+"""JSON files that read well in a diff."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_json(path: Path, document: dict, rows: str) -> None:
-    """document, whose value under `rows` is a list: one line each. There is never half a file."""
+    """Write `document`, with a line for each entry of the list under `rows`, as a whole or not at all."""
     head = {key: value for key, value in document.items() if key != rows}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     entries = ",\n".join(json.dumps(entry) for entry in document[rows])

@@ -1,4 +1,4 @@
-"""The report's pictures: the roofline, and the two curves of whole models. Needs matplotlib."""
+"""The plots of a report: the roofline, and the two curves of whole models. Needs matplotlib."""
 
 import itertools
 from pathlib import Path
@@ -13,7 +13,7 @@ MARKERS = {"float32": "o", "bfloat16": "^"}  # the dtypes of benchmarks/harness/
 
 
 def draw(rows: list[dict], stem: Path) -> None:
-    """stem-roofline.png and stem-curves.png, of what the rows hold."""
+    """Write stem-roofline.png and stem-curves.png, each where the rows have such figures."""
     computing = [
         row for row in rows if row.get("tflop_per_s", 0) > 0 and row.get("backend") != "reference"
     ]
@@ -29,13 +29,13 @@ def save(figure: Figure, path: str) -> None:
 
 
 def roofline(rows: list[dict]) -> Figure:
-    """Operations per byte that a call must move against TFLOP/s, under the ceilings of the same run."""
+    """TFLOP/s over the operations per byte that a call must move, with the ceilings of the same run."""
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     axes = figure.subplots()
     points = [intensity(row) for row in rows]
     bandwidth = rows[0]["peak_gb_per_s"] * 1e9
     peaks = {row.get("dtype", "bfloat16"): row["peak_tflop_per_s"] for row in rows}
-    # Behind the last point there is room for the ceilings' names.
+    # The ceilings' names need room to the right of the last point.
     left, right = min(points) / 2, max(*points, max(peaks.values()) * 1e12 / bandwidth) * 60
     for dtype, peak in peaks.items():
         ridge = peak * 1e12 / bandwidth
@@ -67,7 +67,7 @@ def roofline(rows: list[dict]) -> Figure:
 
 
 def label(axes, text: str, x: float, y: float, offset: tuple[int, int]) -> None:
-    """Left of the point and above it."""
+    """To the left of the point and above it."""
     axes.annotate(text, (x, y), offset, textcoords="offset points", ha="right", color=GREY)
 
 
@@ -76,7 +76,7 @@ def intensity(row: dict) -> float:
 
 
 def name_of(row: dict) -> str:
-    """The op; a kernel's row by its first word."""
+    """The op, or the first word of the kernel's row."""
     return row.get("op") or row["kernel"].split(" ")[0]
 
 
@@ -104,7 +104,7 @@ def both_curves(rows: list[dict]) -> Figure:
 
 
 def lines(ax, rows: list[dict], unit: float) -> None:
-    """Ours filled and solid, the peer's hollow and dashed; a colour for each dtype."""
+    """embedfuse filled and solid, the peer hollow and dashed; a colour for each dtype."""
     for color, dtype in enumerate(dict.fromkeys(row["dtype"] for row in rows)):
         found = sorted((row for row in rows if row["dtype"] == dtype), key=lambda row: row["x"])
         for key, name, style in (

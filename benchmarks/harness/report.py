@@ -1,7 +1,7 @@
-"""Benchmark runs as Markdown tables and plots.
+"""Stored benchmark runs as Markdown tables and plots.
 
-    embedfuse bench report out/bench.json    # prints the tables; writes out/bench.md and plots beside it
-    embedfuse bench report out/models.json out/kernels.json --out docs    # several runs of one machine
+    python -m benchmarks report out/bench.json    # prints the tables; writes out/bench.md and plots there
+    python -m benchmarks report out/models.json out/kernels.json --out docs    # several runs of one machine
 
 % of peak: the time that the bytes take at the measured bandwidth, or the operations at the measured GEMM
 rate, whichever is longer, over the measured time. x reference: plain torch's time over this version's.
@@ -9,33 +9,11 @@ rate, whichever is longer, over the measured time. x reference: plain torch's ti
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness import targets
+from benchmarks.harness.tables import TABLES
 
-TARGET_HEADER = ("row", "unit", "floor", "target", "measured", "of target", "published")
-KERNEL_HEADER = (
-    "kernel", "median", "GB/s", "TFLOP/s", "% of peak", "memory", "peer", "its time", "its memory",
-    "speed-up",
-)  # fmt: skip
-CURVE_HEADER = ("model", "dtype", "", "peer", "its value", "embedfuse", "speed-up")
-MODEL_HEADER = (
-    "model", "workload", "dtype", "original tokens/s", "patched tokens/s", "original", "patched",
-    "speed-up", "lowest cosine",
-)  # fmt: skip
-PEER_HEADER = (
-    "workload", "peer", "its dtype", "our dtype", "peer", "embedfuse", "speed-up", "lowest cosine",
-    "note",
-)  # fmt: skip
-LOSS_HEADER = (
-    "loss, forward and backward", "dtype", "peer", "peer's time", "embedfuse", "speed-up", "peer's TFLOP/s",
-    "TFLOP/s", "peer's memory", "memory", "the logits",
-)  # fmt: skip
-HEADER = (
-    "op", "sample", "dtype", "backend", "median", "GB/s", "TFLOP/s", "% of peak", "x reference",
-)  # fmt: skip
-_NOTHING = "holds no result of this folder's benchmarks"
+NO_RESULTS = "holds no result of these benchmarks"
 
 
 def add_arguments(parser) -> None:
@@ -55,19 +33,19 @@ def run(args) -> int:
     try:
         stored = [read(path) for path in args.files]
     except (OSError, ValueError) as error:
-        print(f"embedfuse bench report: {error}", file=sys.stderr)
+        print(f"python -m benchmarks report: {error}", file=sys.stderr)
         return 2
     entries = [entry for part in stored for entry in part["benchmarks"]]
     rows = joined([entry["extra_info"] for entry in entries if entry.get("extra_info")])
     machine = stored[0]["machine_info"]
     tables = [
-        table(found, machine)
+        table(of_kind, machine)
         for key, table in TABLES.items()
-        if (found := [row for row in rows if key in row])
+        if (of_kind := [row for row in rows if key in row])
     ]
     first = args.files[0]
     if not tables:
-        print(f"embedfuse bench report: {first}: {_NOTHING}", file=sys.stderr)
+        print(f"python -m benchmarks report: {first}: {NO_RESULTS}", file=sys.stderr)
         return 1
     text = "\n".join([machine_line(machine), *tables, *missing(entries)])
     folder = args.out or first.parent
@@ -85,17 +63,17 @@ def run(args) -> int:
 
 
 def read(path: Path) -> dict:
-    """A stored run. OSError or ValueError, naming the file, for what is none."""
+    """A stored run; OSError or ValueError, naming the file, where it holds none."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        document = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    parts = found if isinstance(found, dict) else {}
+    parts = document if isinstance(document, dict) else {}
     machine, entries = parts.get("machine_info"), parts.get("benchmarks")
-    ours = isinstance(machine, dict) and "device" in machine and isinstance(entries, list)
-    if not ours or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: {_NOTHING}")
-    return found
+    is_run = isinstance(machine, dict) and "device" in machine and isinstance(entries, list)
+    if not is_run or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: {NO_RESULTS}")
+    return document
 
 
 def machine_line(machine: dict) -> str:
@@ -105,32 +83,9 @@ def machine_line(machine: dict) -> str:
     )
 
 
-def targets_table(rows: list[dict], machine: dict) -> str:
-    """The first measurement of each row; on another device than the targets' they do not apply."""
-    found: dict[str, dict] = {}
-    for row in rows:
-        found |= {name: value for name, value in row["rows"].items() if name not in found}
-    wanted = targets.of(machine["device"])
-    lines = [table_row(TARGET_HEADER), table_row(["---"] * 2 + ["---:"] * 4 + ["---"])]
-    for name, measured in found.items():
-        target = wanted.get(name)
-        value = (
-            f"{measured['value']:,.3g}" if measured["value"] < 1e3 else f"{measured['value']:,.0f}"
-        )
-        entries = ["", "", value, "", ""]
-        if target is not None:
-            floor = "" if target.floor is None else f"{target.floor:,g}"
-            reached = f"{target.reached(measured['value']):.2f}x"
-            entries = [floor, f"{target.target:,g}", value, reached, target.published]
-        lines.append(table_row((name, measured["unit"], *entries)))
-    if left := [name for name in wanted if name not in found]:
-        lines += ["", f"Targets without a measurement here: {'; '.join(left)}."]
-    return "\n".join(lines) + "\n"
-
-
 def joined(rows: list[dict]) -> list[dict]:
-    """Of the runs of one kernel beside different peers the first, with the peers of all."""
-    found, kernels = [], {}
+    """One row per kernel: the first of its runs, with the peers of all of them."""
+    result, kernels = [], {}
     for row in rows:
         name = row.get("kernel")
         if name in kernels:
@@ -138,56 +93,12 @@ def joined(rows: list[dict]) -> list[dict]:
             continue
         if name is not None:
             kernels[name] = row = {**row, "peers": dict(row["peers"])}
-        found.append(row)
-    return found
-
-
-def kernels_table(rows: list[dict], machine: dict) -> str:
-    """A line for each peer. Memory is what the call took beyond its inputs."""
-    lines = [table_row(KERNEL_HEADER), table_row(["---"] + ["---:"] * 5 + ["---"] + ["---:"] * 3)]
-    for row in rows:
-        own = (
-            row["kernel"],
-            duration(row["seconds"]),
-            f"{row['gb_per_s']:.3g}",
-            f"{row['tflop_per_s']:.3g}",
-            f"{row['percent_of_peak']:.1f}",
-            f"{row['bytes'] / 1e6:,.0f} MB",
-        )
-        for theirs in [peer_cells(*item) for item in row["peers"].items()] or [("",) * 4]:
-            lines.append(table_row((*own, *theirs)))
-            own = ("",) * len(own)
-    return "\n".join(lines) + "\n"
-
-
-def peer_cells(name: str, peer: dict) -> tuple[str, ...]:
-    if reason := peer.get("reason"):
-        return name, reason.replace("|", "\\|"), "", ""
-    size = f"{peer['bytes'] / 1e6:,.0f} MB"
-    return (
-        f"{name} {peer['version']}".rstrip(),
-        duration(peer["seconds"]),
-        size,
-        f"{peer['speedup']:.2f}x",
-    )
-
-
-def curves_table(rows: list[dict], machine: dict) -> str:
-    show: dict[str, tuple[str, Callable]] = {
-        "length": ("texts of {} tokens, tokens/s", "{:,.0f}".format),
-        "batch": ("latency, queries at once: {}", duration),
-    }
-    lines = [table_row(CURVE_HEADER), table_row(["---"] * 4 + ["---:"] * 3)]
-    for row in rows:
-        what, number = show[row["curve"]]
-        values = number(row["peer_value"]), number(row["value"]), f"{row['speedup']:.2f}x"
-        named = row["curve_model"], row["dtype"], what.format(row["x"]), row["curve_peer"]
-        lines.append(table_row((*named, *values)))
-    return "\n".join(lines) + "\n"
+        result.append(row)
+    return result
 
 
 def missing(entries: list[dict]) -> list[str]:
-    """What has no result, by the reason."""
+    """The benchmarks without a result, by reason."""
     reasons: dict[str, list[str]] = {}
     for entry in entries:
         if (outcome := entry.get("outcome", "passed")) != "passed":
@@ -196,117 +107,8 @@ def missing(entries: list[dict]) -> list[str]:
             reasons.setdefault(reason, []).append(entry["name"].split("::")[-1])
     if not reasons:
         return []
-    told = [
+    lines = [
         f"- {reason}: {', '.join(names) if len(names) < 4 else f'{len(names)} benchmarks'}"
         for reason, names in reasons.items()
     ]
-    return ["\n".join(["Without a result:", "", *told]) + "\n"]
-
-
-def ops_table(rows: list[dict], machine: dict) -> str:
-    peaks = {row["dtype"]: row["peak_tflop_per_s"] for row in rows}
-    rates = ", ".join(f"{dtype} GEMM {rate:.3g} TFLOP/s" for dtype, rate in peaks.items())
-    lines = [
-        f"Measured peaks: memory {rows[0]['peak_gb_per_s']:.3g} GB/s, {rates}. "
-        "The reference is the plain torch that defines the op, and not tuned.",
-        "",
-        table_row(HEADER),
-        table_row(["---"] * 4 + ["---:"] * 5),
-        *(table_row(cells(row, rows)) for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def models_table(rows: list[dict], machine: dict) -> str:
-    """Time per call; speed-up is the median of the rounds' ratios."""
-    lines = [table_row(MODEL_HEADER), table_row(["---"] * 3 + ["---:"] * 6)]
-    for row in rows:
-        entries = (
-            *(row[key] for key in ("model", "workload", "dtype")),
-            f"{row['original_tokens_per_s']:,.0f}",
-            f"{row['patched_tokens_per_s']:,.0f}",
-            duration(row["original_seconds"]),
-            duration(row["patched_seconds"]),
-            f"{row['speedup']:.2f}x",
-            f"{row['lowest_cosine']:.7f}",
-        )
-        lines.append(table_row(entries))
-    return "\n".join(lines) + "\n"
-
-
-def peers_table(rows: list[dict], machine: dict) -> str:
-    """Medians of calls in turn."""
-    sizes = sorted({row["sizes"] for row in rows if "sizes" in row})
-    lines = [f"Random weights, true architecture: {'; '.join(sizes)}.", ""] if sizes else []
-    lines += [table_row(PEER_HEADER), table_row(["---"] * 4 + ["---:"] * 4 + ["---"])]
-    for row in rows:
-        cosine = row.get("lowest_cosine")
-        entries = (
-            *(row[key] for key in ("workload", "peer", "peer_dtype", "dtype")),
-            duration(row["peer_seconds"]),
-            duration(row["seconds"]),
-            f"{row['speedup']:.2f}x",
-            "" if cosine is None else f"{cosine:.7f}",
-            row.get("note", ""),
-        )
-        lines.append(table_row(entries))
-    return "\n".join(lines) + "\n"
-
-
-def losses_table(rows: list[dict], machine: dict) -> str:
-    """Medians of calls in turn; memory beyond inputs and gradients, at its peak."""
-    lines = [table_row(LOSS_HEADER), table_row(["---"] * 3 + ["---:"] * 8)]
-    for row in rows:
-        seconds, sizes = ([row["peer_" + key], row[key]] for key in ("seconds", "bytes"))
-        entries = (
-            *(row[key] or "" for key in ("loss", "dtype", "loss_peer")),
-            *("" if s is None else duration(s) for s in seconds),
-            "" if seconds[0] is None else f"{seconds[0] / seconds[1]:.2f}x",
-            *("" if s is None else f"{row['flops'] / s / 1e12:.3g}" for s in seconds),
-            *("" if n is None else f"{n / 1e6:,.0f} MB" for n in (*sizes, row["logits_bytes"])),
-        )
-        lines.append(table_row(entries))
-    return "\n".join(lines) + "\n"
-
-
-def table_row(row) -> str:
-    return f"| {' | '.join(row)} |"
-
-
-def cells(row: dict, rows: list[dict]) -> list[str]:
-    speedup = times_reference(row, rows)
-    return [
-        *(row[key] for key in ("op", "sample", "dtype", "backend")),
-        duration(row["seconds"]),
-        f"{row['gb_per_s']:.3g}",
-        f"{row['tflop_per_s']:.3g}",
-        f"{row['percent_of_peak']:.1f}",
-        "" if speedup is None else f"{speedup:.2f}",
-    ]
-
-
-def times_reference(row: dict, rows: list[dict]) -> float | None:
-    """None when the run holds no reference for the same call."""
-    call = ("op", "sample", "dtype")
-    for other in rows:
-        if other["backend"] == "reference" and all(other[key] == row[key] for key in call):
-            return other["seconds"] / row["seconds"]
-    return None
-
-
-def duration(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
-
-
-# By the key that tells a row of each from others.
-TABLES = {
-    "rows": targets_table,
-    "model": models_table,
-    "peer": peers_table,
-    "curve": curves_table,
-    "loss": losses_table,
-    "kernel": kernels_table,
-    "op": ops_table,
-}
+    return ["\n".join(["Without a result:", "", *lines]) + "\n"]

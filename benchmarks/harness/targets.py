@@ -1,25 +1,33 @@
-"""What whole models and kernels are to reach on one H100, and what they can reach at most.
+"""Targets of whole models and kernels on one H100, and the limits of that GPU.
 
-floor: the operations over the matrix rate measured there (798 TFLOP/s in bf16) or the bytes over the
-bandwidth (3.0 TB/s), whichever takes longer. published: the best figure found elsewhere. Absolute numbers
-hold on the named GPU alone, so on others no result stands beside them.
+Absolute numbers apply to this GPU only: reports of other devices leave the targets out.
 """
 
 from dataclasses import dataclass
 
 DEVICE = "H100"
-RATES = ("tokens/s", "docs/s", "x")  # more is better; of units of time less is
+RATES = ("tokens/s", "docs/s", "x")  # higher is better; of times lower is
 
 
 @dataclass(frozen=True)
 class Target:
+    """One row.
+
+    Attributes:
+        unit: Of `floor` and `target`.
+        floor: The limit: the operations over the measured matrix rate (798 TFLOP/s in bf16) or the bytes
+            over the bandwidth (3.0 TB/s), whichever takes longer.
+        target: What this project wants to reach.
+        published: The best figure found elsewhere.
+    """
+
     unit: str
     floor: float | None
     target: float
     published: str = ""
 
     def reached(self, value: float) -> float:
-        """1 and more: the target is met."""
+        """Share of the target; from 1 on it is met."""
         return value / self.target if self.unit in RATES else self.target / value
 
 
@@ -57,5 +65,5 @@ TARGETS = {
 
 
 def of(device: str) -> dict[str, Target]:
-    """Target of each row, by the device's name; none for one that has none."""
+    """Target of each row, by the name of the device; empty for devices without targets."""
     return TARGETS if DEVICE in device else {}

@@ -1,1 +1,1 @@
-"""Single ops, beside their peers."""
+"""Single ops, compared with other libraries, and what Triton kernels compile to."""

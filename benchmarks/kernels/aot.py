@@ -1,6 +1,6 @@
-"""What each Triton kernel takes of a chip, by compiling it with each of its configs; no GPU is needed.
+"""What each Triton kernel uses of a chip, found by compiling it with each config; needs no GPU.
 
-embedfuse bench aot --out benchmarks/results/aot.json    # and aot.md
+python -m benchmarks aot --out benchmarks/results/aot.json    # and aot.md
 """
 
 import sys
@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 from benchmarks.harness.files import write_json
-from benchmarks.harness.report import table_row
+from benchmarks.harness.tables import table_row
 from benchmarks.kernels.occupancy import CHIPS, resident_blocks
 
 HEAD = """\
-Compiled by Triton {triton} and not run, by `embedfuse bench aot`. Per chip: registers of a thread · KiB of
-shared memory · bytes spilled · percent of a multiprocessor's warps that fit at once, by arithmetic. Calls of
-one row differ in what is masked, aligned or left out; the most that any of them takes is shown. A config that
-was tuned for one chip has entries for that chip alone.
+Compiled by Triton {triton} and not run, by `python -m benchmarks aot`. Per chip: registers of a thread · KiB
+of shared memory · bytes spilled · computed percent of a multiprocessor's warps that fit at once. Calls of one
+row differ in what is masked, aligned or left out; the row shows the most that any of them takes. A config
+that was tuned for one chip has entries for that chip only.
 """
 
 
@@ -23,7 +23,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--chip", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument(
-        "--out", type=Path, help="JSON file to write, with the table as .md beside it"
+        "--out", type=Path, help="JSON file to write; the table goes to the same name with .md"
     )
 
 
@@ -31,7 +31,7 @@ def run(args) -> int:
     try:
         import triton
     except ImportError as error:
-        print(f"embedfuse bench aot: triton does not load: {error}", file=sys.stderr)
+        print(f"python -m benchmarks aot: triton does not load: {error}", file=sys.stderr)
         return 1
     rows = compiled_rows(args.chip, args.kernel)
     document = {"triton": triton.__version__, "chips": args.chip, "rows": rows}
@@ -44,7 +44,7 @@ def run(args) -> int:
 
 
 def compiled_rows(chips: list[str], kernels: list[str] | None) -> list[dict]:
-    """One per kernel, dtype and config, with what it takes of each chip."""
+    """A row per kernel, dtype and config, with what it uses of each chip."""
     from benchmarks.kernels.machine_code import kernel_modules, kernels_of, launches
 
     modules = {}
@@ -52,7 +52,7 @@ def compiled_rows(chips: list[str], kernels: list[str] | None) -> list[dict]:
         for kernel in kernels_of(module):
             modules[kernel.removesuffix("_kernel")] = module
     if unknown := set(kernels or ()) - set(modules):
-        raise SystemExit(f"no kernel {', '.join(unknown)}; there are {', '.join(modules)}")
+        raise SystemExit(f"--kernel {', '.join(unknown)}: accepted are {', '.join(modules)}")
     rows = {}
     for name in kernels or modules:
         start = time.monotonic()
@@ -65,7 +65,7 @@ def compiled_rows(chips: list[str], kernels: list[str] | None) -> list[dict]:
 
 
 def add_launch(rows: dict, launch, chip: str) -> None:
-    """Compiles it, and raises what its row shows for this chip to what it takes."""
+    """Compile the launch; its row keeps the most that any launch uses of this chip."""
     from benchmarks.kernels.machine_code import resources
 
     first = {"kernel": launch.name(), "dtype": launch.dtype(), "config": launch.config()}

@@ -1,7 +1,7 @@
-"""What the Triton launchers launch, compiled to machine code for a chip, without a GPU.
+"""The launches of the Triton launchers, compiled to machine code for a chip, without a GPU.
 
-Every kernel module lists launcher calls on the meta device (`aot_calls`); the calls are recorded at the
-kernel, so signature, constants and warps are the launcher's own.
+Every kernel module lists launcher calls on the meta device (`aot_calls`). They are recorded where the kernel
+is launched, so signature, constants and warps are those that the launcher chooses.
 """
 
 import contextlib
@@ -90,8 +90,7 @@ class Launch:
 
 
 def resources(compiled: CompiledKernel) -> dict[str, int]:
-    """Registers of a thread, bytes of its stack, which is where spilled registers go, and bytes of shared
-    memory."""
+    """Registers of a thread, bytes of the stack that registers spill to, and bytes of shared memory."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
@@ -105,8 +104,8 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     }
 
 
-class Recorder:
-    """Stands for a kernel, and notes its launches."""
+class LaunchRecorder:
+    """Replaces a kernel and records the launches."""
 
     def __init__(self, kernel: triton.JITFunction):
         self.kernel, self.launches = kernel, []
@@ -129,14 +128,14 @@ def kernel_modules() -> list[ModuleType]:
 
 @contextlib.contextmanager
 def replaced(module: ModuleType, wrap: Callable) -> Iterator[list]:
-    """Inside, wrap(kernel) stands for each kernel of the module; gives these."""
-    stand_ins = {key: wrap(kernel) for key, kernel in kernels_of(module).items()}
-    with mock.patch.multiple(module, **stand_ins):
-        yield list(stand_ins.values())
+    """Inside the block wrap(kernel) replaces each kernel of the module; yields the replacements."""
+    wrapped = {key: wrap(kernel) for key, kernel in kernels_of(module).items()}
+    with mock.patch.multiple(module, **wrapped):
+        yield list(wrapped.values())
 
 
 def recorded_launches(module: ModuleType) -> list[Launch]:
-    with replaced(module, Recorder) as recorders:
+    with replaced(module, LaunchRecorder) as recorders:
         for launcher, args in module.aot_calls():
             launcher(*args)
     for recorder in recorders:
@@ -145,17 +144,17 @@ def recorded_launches(module: ModuleType) -> list[Launch]:
 
 
 def launches(module: ModuleType, chip: str) -> list[Launch]:
-    """With the default configs, and with each that is tuned for this chip, wherever it might be chosen."""
-    found = recorded_launches(module)
+    """With the default configs, and with each config tuned for this chip wherever it may be chosen."""
+    result = recorded_launches(module)
     names = tunables_of(module)
     for entry in tuned.entries_of(chip):
         if entry["kernel"] in names:
-            found += launches_with(module, entry)
-    return found
+            result += launches_with(module, entry)
+    return result
 
 
 def launches_with(module: ModuleType, entry: dict) -> list[Launch]:
-    """Those of aot_calls that may be given this entry's config."""
+    """The launches of aot_calls for which this entry's config may be chosen."""
 
     def choose(tunable, dtype, shape):
         if tuned.allows(tunable, entry, dtype, shape):
@@ -163,7 +162,7 @@ def launches_with(module: ModuleType, entry: dict) -> list[Launch]:
         return tunable.default_config(dtype, **shape)
 
     def has_config(launch):
-        # What is not the kernel's, as how many programs there are, its launcher keeps to itself.
+        # Keys that are no arguments of the kernel, e.g. the number of programs, stay in the launcher.
         return all(launch.kwargs.get(key, value) == value for key, value in entry["config"].items())
 
     with tuned.choosing(choose):

@@ -1,10 +1,10 @@
-"""info_nce forward and backward beside its peers, and beside the GEMMs that it is made of.
+"""info_nce, forward and backward, compared with other libraries and with three GEMMs of the same size.
 
-Both take the same embeddings in turn; the ratio is that of the calls' medians. Loss and gradients are
-compared before anything is timed. Memory is that of one call in a fresh process. TFLOP/s counts the three
-products of the loss and its gradient, 6 rows pool dim operations, whatever an implementation computes again;
-ours, without stored logits, computes them twice.
-A peer that is not installed, raises or gives other values is named by the skip.
+Calls of both sides on the same embeddings are interleaved; the ratio is that of their medians. Loss and
+gradients are compared before anything is timed. Memory is that of one call in a fresh process. TFLOP/s counts
+the three products of the loss and its gradient, 6 rows pool dim operations, also where an implementation
+computes some of them twice, as ours does, which stores no logits. A skip names a peer that is not installed,
+raises or gives other values.
 """
 
 import functools
@@ -15,9 +15,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.conftest import DEVICE
-from benchmarks.harness.turns import in_turn
-from benchmarks.peers.gpu import told
+from benchmarks.harness.record import one_line
+from benchmarks.harness.timing import DEVICE, interleaved
 from benchmarks.peers.losses import PEERS, both_passes, embeddings, ours
 
 ROUNDS = 3
@@ -26,7 +25,7 @@ SQUARE = (8192, 8192, 1024)  # as many scores
 MILLION = (256, 1_000_000, 256)
 MEMORY_OF_A_MILLION = 3e9
 DTYPES = ["float32", "bfloat16"]
-# Of the gradients' largest element. Peers round scores and weights to bf16 at places of their own.
+# Relative to the largest element of the gradients. Peers round other intermediate values to bf16.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 pytestmark = pytest.mark.covers("info_nce_forward", "info_nce_backward")
@@ -34,26 +33,26 @@ pytestmark = pytest.mark.covers("info_nce_forward", "info_nce_backward")
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PEERS)
-def test_beside_peer(name, dtype, benchmark):
+def test_vs_peer(name, dtype, benchmark):
     peer = PEERS[name]
     if peer.gpu_only and DEVICE == "cpu":
-        pytest.skip(f"the peer {name} runs on a GPU alone")
+        pytest.skip(f"the peer {name} runs on a GPU only")
     pytest.importorskip(peer.package, reason=f"the peer {name} is not installed")
     shape = SQUARE if peer.symmetric else SHAPE
     q, pool = embeddings(*shape, getattr(torch, dtype), DEVICE)
     try:
         agree(peer, q, pool, TOLERANCE[dtype])
-    except Exception as error:  # of others: ours is measured beside the rest
+    except Exception as error:  # a peer may raise anything; the others are still measured
         if peer.package == "torch":
             raise
-        pytest.skip(f"the peer {name} fails: {told(error)}")
+        pytest.skip(f"the peer {name} fails: {one_line(error)}")
     theirs, mine = (functools.partial(both_passes, f, q, pool) for f in (peer.theirs, peer.ours))
     bytes_of = [memory(name, side, dtype, shape)[0] for side in ("theirs", "ours")]
-    record(benchmark, name, dtype, shape, turns(theirs, mine), bytes_of)
+    record(benchmark, name, dtype, shape, wall_seconds(theirs, mine), bytes_of)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_beside_its_gemms(dtype, benchmark):
+def test_vs_gemms(dtype, benchmark):
     q, pool = embeddings(*SHAPE, getattr(torch, dtype), DEVICE)
     scores = torch.empty(len(q), len(pool), dtype=q.dtype, device=DEVICE)
     grad_q, grad_pool = torch.empty_like(q), torch.empty_like(pool)
@@ -65,14 +64,14 @@ def test_beside_its_gemms(dtype, benchmark):
         torch.mm(scores.T, q, out=grad_pool)
 
     mine = functools.partial(both_passes, ours, q, pool)
-    record(benchmark, "the three GEMMs alone", dtype, SHAPE, turns(gemms, mine), [None, None])
+    record(benchmark, "the three GEMMs only", dtype, SHAPE, wall_seconds(gemms, mine), [None, None])
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="measures this process's memory")
 def test_a_million_documents(benchmark):
     q, pool = embeddings(*MILLION, torch.float32)
     mine = functools.partial(both_passes, ours, q, pool)
-    seconds = in_turn([mine], 2, warmup=0)[0].wall
+    seconds = interleaved([mine], 2, warmup=0)[0].wall
     del q, pool, mine
     extra, whole = memory("torch, logits stored", "ours", "float32", MILLION)
     assert whole <= MEMORY_OF_A_MILLION
@@ -81,23 +80,23 @@ def test_a_million_documents(benchmark):
 
 
 def agree(peer, q, pool, tolerance: float) -> None:
-    found = []
+    values = []
     for loss in (peer.theirs, peer.ours):
         value = both_passes(loss, q, pool)
-        found.append([value.float(), q.grad.float(), pool.grad[:: len(pool) // 512].float()])
-    for wanted, got in zip(*found, strict=True):
+        values.append([value.float(), q.grad.float(), pool.grad[:: len(pool) // 512].float()])
+    for wanted, got in zip(*values, strict=True):
         atol = tolerance * wanted.abs().max().item()
         torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
 
 
-def turns(theirs: Callable, mine: Callable) -> list[float]:
-    """Medians of both."""
-    return [times.wall for times in in_turn([theirs, mine], ROUNDS, warmup=0)]
+def wall_seconds(theirs: Callable, mine: Callable) -> list[float]:
+    """Median seconds of both."""
+    return [times.wall for times in interleaved([theirs, mine], ROUNDS, warmup=0)]
 
 
 @functools.cache
 def memory(name: str, side: str, dtype: str, shape: tuple) -> tuple[int, int]:
-    """Bytes beyond inputs and gradients, and of the whole process (on a GPU: of all its tensors)."""
+    """Bytes in addition to inputs and gradients, and of the whole process (on a GPU: of all tensors)."""
     if DEVICE == "cpu":
         call = [
             sys.executable,

@@ -1,7 +1,7 @@
-"""The scoring functions of sentence-transformers and PyLate, and embedfuse's of the same name, on the CPU.
+"""Scoring functions of sentence-transformers and PyLate compared with those of embedfuse, on the CPU.
 
-Both take the same call in turn; the ratio is that of the calls' medians. Where a library is not installed,
-the skip names it.
+Calls of both sides are interleaved; the ratio is that of their medians. A skip names a library that is not
+installed.
 """
 
 import statistics
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import DEVICE
+from benchmarks.harness.timing import DEVICE
 
 ROUNDS = 9
 DIM = 128
@@ -39,7 +39,7 @@ def pylate() -> tuple:
 
 
 def inputs(shape: str, dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit vectors, and masks that leave out a quarter of the longest documents' tokens on average."""
+    """Unit vectors, and masks that on average leave out a quarter of the documents' tokens."""
     queries, query_tokens, documents, tokens = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(queries, query_tokens, DIM, generator=generator)
@@ -93,7 +93,7 @@ def test_masked_tensors(library, shape, dtype, benchmark):
 
 @pytest.mark.parametrize("library", [sentence_transformers, pylate])
 def test_gradients(library, benchmark):
-    """In fp32 alone: rounded to bf16, the products that the libraries take the maximum of are often equal."""
+    """In fp32 only: rounded to bf16, the products that the libraries take the maximum of are often equal."""
     call = inputs("all pairs", "float32")
     compare(benchmark, library(), described("all pairs"), "float32", call, gradient=True)
 

@@ -1,8 +1,8 @@
-"""MaxSim beside its peers: a query of 32 tokens against documents of 300, and all pairs with their gradient.
+"""MaxSim compared with other libraries: one query and many documents, and all pairs with their gradient.
 
-Peer and embedfuse take the same arrays in turn; the ratio is that of the calls' medians. maxsim-cpu and
-numkong take fp32 alone (numkong screens packed int8), so embedfuse's bf16 and int8 stand against that; where
-one is not installed, the skip names it.
+Calls of peer and embedfuse on the same arrays are interleaved; the ratio is that of their medians. maxsim-cpu
+and numkong take fp32 only (numkong preselects in packed int8), so bf16 and int8 of embedfuse are compared
+with that. A skip names a library that is not installed.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.conftest import DEVICE
+from benchmarks.harness.timing import DEVICE
 from embedfuse import ops
 
 ROUNDS = 15
@@ -41,7 +41,7 @@ def einsum(q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
 
 
 def ours(q: torch.Tensor, d: torch.Tensor, dtype: str) -> Callable:
-    """A call of maxsim in such a dtype; documents are converted beforehand."""
+    """A call of maxsim in this dtype; the documents are converted beforehand."""
     if dtype == "int8":
         d = ops.quantize_int8(d)
     else:
@@ -49,14 +49,14 @@ def ours(q: torch.Tensor, d: torch.Tensor, dtype: str) -> Callable:
     return lambda: ops.maxsim(q[None], d)[0]
 
 
-def compare(benchmark, peer: str, theirs: Callable, own: Callable, dtypes: tuple, **info):
-    seconds = {theirs: [], own: []}
+def compare(benchmark, peer: str, theirs: Callable, mine: Callable, dtypes: tuple, **info):
+    seconds = {theirs: [], mine: []}
     for _ in range(ROUNDS):
-        for run in (theirs, own):
+        for run in (theirs, mine):
             start = time.perf_counter()
             run()
             seconds[run].append(time.perf_counter() - start)
-    medians = [statistics.median(seconds[run]) for run in (theirs, own)]
+    medians = [statistics.median(seconds[run]) for run in (theirs, mine)]
     benchmark.extra_info.update(
         peer=peer,
         peer_dtype=dtypes[0],
@@ -81,32 +81,32 @@ def check(found: torch.Tensor, wanted: torch.Tensor, dtype: str):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("dim", DOCUMENTS)
-def test_beside_einsum(dim, dtype, benchmark):
+def test_vs_einsum(dim, dtype, benchmark):
     q, d = rerank_texts(dim)
-    own = ours(q, d, dtype)
-    check(own(), einsum(q, d), dtype)
+    mine = ours(q, d, dtype)
+    check(mine(), einsum(q, d), dtype)
     peer_dtype = "float32" if dtype == "int8" else dtype
     a, b = (x.to(getattr(torch, peer_dtype)) for x in (q, d))
     dtypes = peer_dtype, dtype
-    compare(benchmark, "torch einsum", lambda: einsum(a, b), own, dtypes, workload=workload(dim))
+    compare(benchmark, "torch einsum", lambda: einsum(a, b), mine, dtypes, workload=workload(dim))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_beside_maxsim_cpu(dtype, benchmark):
+def test_vs_maxsim_cpu(dtype, benchmark):
     peer = pytest.importorskip("maxsim_cpu", reason="the peer maxsim-cpu is not installed")
     q, d = rerank_texts(128)
-    own, arrays = ours(q, d, dtype), (q.numpy(), d.numpy())
-    check(own(), torch.from_numpy(np.asarray(peer.maxsim_scores(*arrays))), dtype)
+    mine, arrays = ours(q, d, dtype), (q.numpy(), d.numpy())
+    check(mine(), torch.from_numpy(np.asarray(peer.maxsim_scores(*arrays))), dtype)
     theirs = functools.partial(peer.maxsim_scores, *arrays)
-    compare(benchmark, "maxsim-cpu", theirs, own, ("float32", dtype), workload=workload(128))
+    compare(benchmark, "maxsim-cpu", theirs, mine, ("float32", dtype), workload=workload(128))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dim", DOCUMENTS)
-def test_beside_numkong(dim, dtype, benchmark):
+def test_vs_numkong(dim, dtype, benchmark):
     peer = pytest.importorskip("numkong", reason="the peer numkong is not installed")
     q, d = rerank_texts(dim)
-    own, wanted = ours(q, d, dtype), einsum(q, d)
+    mine, wanted = ours(q, d, dtype), einsum(q, d)
     packed_q, packed = peer.maxsim_pack(q.numpy()), [peer.maxsim_pack(x.numpy()) for x in d]
     threads = torch.get_num_threads()
     parts = [packed[i::threads] for i in range(threads)]
@@ -119,19 +119,19 @@ def test_beside_numkong(dim, dtype, benchmark):
         def theirs() -> list[list[float]]:
             return list(pool.map(scores, parts))
 
-        found = torch.empty(len(packed))
+        scored = torch.empty(len(packed))
         for i, part in enumerate(theirs()):
-            found[i::threads] = 32 - torch.tensor(part)  # its sum is of 1 - cosine
-        errors = [(x - wanted).abs().mean().item() for x in (found, own())]
+            scored[i::threads] = 32 - torch.tensor(part)  # numkong sums 1 - cosine
+        errors = [(x - wanted).abs().mean().item() for x in (scored, mine())]
         assert errors[1] < errors[0] / 3
         name = f"{workload(dim)}; mean errors {errors[0]:.2g} and {errors[1]:.2g}"
-        compare(benchmark, "numkong", theirs, own, ("packed", dtype), workload=name)
+        compare(benchmark, "numkong", theirs, mine, ("packed", dtype), workload=name)
 
 
 def peak_bytes(call: Callable) -> int:
-    """What `call` adds to the process's memory at most; Linux."""
+    """Peak of what `call` adds to the memory of the process; Linux only."""
     status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
     def kib(key: str) -> int:
         return int(next(x for x in status.read_text().splitlines() if x.startswith(key)).split()[1])
@@ -143,8 +143,8 @@ def peak_bytes(call: Callable) -> int:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_all_pairs_beside_torch(dtype, backward, benchmark):
-    """Torch in fp32, on the same values: its einsum in bf16 takes many times as long."""
+def test_all_pairs_vs_torch(dtype, backward, benchmark):
+    """Torch in fp32 on the same values: torch's einsum in bf16 takes many times as long."""
     sides = [x.to(getattr(torch, dtype)) for x in texts((128, 32, 128), (128, 300, 128))]
     weights = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
 
@@ -160,14 +160,14 @@ def test_all_pairs_beside_torch(dtype, backward, benchmark):
     def products(q, d):
         return torch.einsum("aid,bjd->abij", q, d).amax(3).sum(2)
 
-    theirs, own = run(products, torch.float32), run(ops.maxsim, getattr(torch, dtype))
-    own()  # scratch that is kept counts as the process's, not the call's
-    for a, b in zip(own(), theirs(), strict=True):
+    theirs, mine = run(products, torch.float32), run(ops.maxsim, getattr(torch, dtype))
+    mine()  # buffers that are kept afterwards do not count for the call
+    for a, b in zip(mine(), theirs(), strict=True):
         cosine = torch.nn.functional.cosine_similarity(
             a.double().flatten(), b.double().flatten(), 0
         )
         assert cosine > (0.9999 if dtype == "bfloat16" else 0.999999)
-    memory = [peak_bytes(call) / 2**20 for call in (theirs, own)]
+    memory = [peak_bytes(call) / 2**20 for call in (theirs, mine)]
     name = f"MaxSim, 128 x 32 against 128 x 300, d = 128, forward{' and backward' * backward}"
     name += f"; {memory[0]:,.0f} and {memory[1]:,.0f} MiB"
-    compare(benchmark, "torch einsum", theirs, own, ("float32", dtype), workload=name)
+    compare(benchmark, "torch einsum", theirs, mine, ("float32", dtype), workload=name)

@@ -1,7 +1,7 @@
 """Every op of the registry on its "bench" samples, per backend and dtype.
 
-A version whose results are wrong gets no speed: its correctness check runs first, and fails the test.
-Caches are emptied before every call: in a model, other layers' data went through them since.
+The values of each version are checked first: where they are wrong, the test fails and nothing is timed.
+Caches are emptied before every call: in a model the data of other layers replaces their content.
 """
 
 import functools
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import embedfuse
-from benchmarks.conftest import DEVICE
-from benchmarks.harness.peaks import DTYPES, cuda_seconds
+from benchmarks.harness.peaks import DTYPES
+from benchmarks.harness.timing import DEVICE, cuda_seconds
 from embedfuse import testing
+from embedfuse.cli.bench import describe
 from embedfuse.registry import OPS
 
 ROUNDS = 15
@@ -44,7 +45,7 @@ def test_op(op, dtype, index, backend, benchmark, peaks, flush):
         testing.assert_close_to_reference(op, args, backend)
     with embedfuse.use_backend(backend):
         benchmark.pedantic(op, args, setup=flush, rounds=ROUNDS, warmup_rounds=2)
-        if DEVICE == "cuda":  # the wall clock above saw the launch alone
+        if DEVICE == "cuda":  # the wall clock above measures the launch only
             seconds = statistics.median(cuda_seconds(lambda: op(*args), ROUNDS, before=flush))
         else:
             seconds = benchmark.stats.stats.median
@@ -66,19 +67,3 @@ def test_op(op, dtype, index, backend, benchmark, peaks, flush):
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def describe(op, args) -> str:
-    """Shapes and settings: "hidden_states 64x512x1024, mean, normalize"."""
-    parts = []
-    for argument, value in zip(op.overload._schema.arguments, args, strict=True):
-        if isinstance(value, torch.Tensor):
-            parts.append(f"{argument.name} {'x'.join(map(str, value.shape))}")
-        elif isinstance(value, list):
-            shapes = ("x".join(map(str, x.shape)) for x in value)
-            parts.append(f"{argument.name} {' + '.join(shapes)}")
-        elif value is True:
-            parts.append(argument.name)
-        elif isinstance(value, str):
-            parts.append(value)
-    return ", ".join(parts)

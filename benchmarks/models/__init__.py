@@ -1,1 +1,1 @@
-"""Whole models, beside their peers."""
+"""Whole models, compared with their originals and with other libraries."""

@@ -1,12 +1,11 @@
-"""Checkpoint folders of BGE-M3's, its reranker's and E5-mistral's true architecture, with random weights.
+"""Checkpoints with random weights and the true architecture of BGE-M3, bge-reranker-v2-m3 and E5-mistral.
 
-The files lie as in the published repositories, so FlagEmbedding, sentence-transformers and embedfuse
-load the same folder. `python -m benchmarks.models.checkpoints bge-m3 FOLDER` writes the full size (2.3 GB),
-e5-mistral 4 of its 32 layers at full width (2 GB). Every figure made with one says "random weights, true
-architecture", and of how many layers.
+The files are those of the published repositories, so FlagEmbedding, sentence-transformers and embedfuse
+load the same folder. `python -m benchmarks checkpoints bge-m3 FOLDER` writes the full size (2.3 GB),
+e5-mistral 4 of the 32 layers at full width (2 GB). Every figure made with one says "random weights, true
+architecture", and how many layers.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -69,13 +68,13 @@ def make_bge_m3(folder: Path, sizes: dict = FULL, seed: int = 0) -> Path:
 
 
 def write_bge_m3_files(folder: Path, sizes: dict = FULL) -> Path:
-    """Tokenizer, heads and settings: all but the model."""
+    """Tokenizer, heads and settings: everything except the model."""
     hidden = sizes["hidden_size"]
     _write_tokenizer(folder, sizes)
     colbert, sparse = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
     nn.init.constant_(
         sparse.bias, 0.5
-    )  # most tokens then weigh something, as in the published model
+    )  # most tokens then have a positive weight, as in the published model
     torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
     torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
     _write_json(folder / "modules.json", _MODULES)
@@ -98,7 +97,7 @@ def make_reranker(folder: Path, sizes: dict = FULL, seed: int = 0) -> Path:
 
 
 def make_e5_mistral(folder: Path, layers: int = 4, sizes: dict = E5_MISTRAL, seed: int = 0) -> Path:
-    """E5-mistral-7b-instruct with so many of its 32 layers, in bf16; returns the folder."""
+    """E5-mistral-7b-instruct with `layers` of the 32 layers, in bf16; returns the folder."""
     from transformers import AutoModel
 
     torch.manual_seed(seed)
@@ -108,7 +107,7 @@ def make_e5_mistral(folder: Path, layers: int = 4, sizes: dict = E5_MISTRAL, see
 
 
 def write_e5_mistral_files(folder: Path, sizes: dict = E5_MISTRAL) -> Path:
-    """Tokenizer and settings: all but the model."""
+    """Tokenizer and settings: everything except the model."""
     _llama_tokenizer(sizes["vocab_size"]).save_pretrained(folder)
     _write_json(folder / "modules.json", _MODULES)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": 4096})
@@ -118,8 +117,8 @@ def write_e5_mistral_files(folder: Path, sizes: dict = E5_MISTRAL) -> Path:
     return folder
 
 
-# Wide enough that attention tells tokens apart: narrower, all texts get nearly one vector, and
-# wider, 24 layers blow rounding up.
+# Wide enough that attention distinguishes tokens. If narrower, all texts get nearly the same vector; if
+# wider, 24 layers amplify rounding.
 def _initializer_range(sizes: dict) -> float:
     return sizes["hidden_size"] ** -0.5
 
@@ -181,7 +180,7 @@ def _train_tokenizer(size: int) -> Tokenizer:
 
 
 def _llama_tokenizer(size: int):
-    """Byte-pair encoding, with bytes for what it has not seen; a text begins with BOS and ends with EOS."""
+    """Byte-pair encoding, with bytes for unknown characters; a text begins with BOS and ends with EOS."""
     from transformers import LlamaTokenizer
 
     special = ["<unk>", "<s>", "</s>"]  # ids 0 to 2, as published
@@ -217,14 +216,18 @@ def _write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    makers = {
-        "bge-m3": make_bge_m3,
-        "bge-reranker-v2-m3": make_reranker,
-        "e5-mistral": make_e5_mistral,
-    }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=makers)
+MAKERS = {
+    "bge-m3": make_bge_m3,
+    "bge-reranker-v2-m3": make_reranker,
+    "e5-mistral": make_e5_mistral,
+}
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", choices=MAKERS)
     parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    makers[arguments.model](arguments.folder)
+
+
+def run(args) -> int:
+    MAKERS[args.model](args.folder)
+    return 0

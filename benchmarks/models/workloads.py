@@ -1,4 +1,4 @@
-"""What whole models are timed on: how many texts of how many tokens, by device, and such texts."""
+"""The texts that whole models are timed on: how many, of how many tokens, by device."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,7 +11,12 @@ from embedfuse.cli.corpus import stdlib_docstrings
 
 @dataclass(frozen=True)
 class Workload:
-    """texts: how many. tokens: of each, from and to; many short and few long ones, as in text."""
+    """Texts of mixed lengths: many short and few long ones, as in real text.
+
+    Attributes:
+        texts: Number of texts.
+        tokens: Fewest and most tokens of a text.
+    """
 
     texts: int
     tokens: tuple[int, int]
@@ -23,7 +28,7 @@ class Workload:
 
 
 INSTRUCTION = 27  # tokens
-# The longest text of every workload here; BGE-M3 itself takes 8,192, E5-mistral 4,096.
+# Tokens of the longest text of every workload; BGE-M3 takes 8,192, E5-mistral 4,096.
 LONGEST = 512
 # On the CPU docstrings as they come, cut to LONGEST; on the GPU all of LONGEST.
 BULK_TEXTS = {
@@ -32,7 +37,7 @@ BULK_TEXTS = {
 }
 MIXED = Workload(1024, (10, 500))
 QUERY = Workload(1, (32, 32))
-INSTRUCTED = Workload(64, (15, 15))  # behind INSTRUCTION tokens that all share
+INSTRUCTED = Workload(64, (15, 15))  # after INSTRUCTION tokens that all texts share
 
 # The two curves of the report.
 LENGTHS = {"cpu": (16, 64, 256, 512), "cuda": (16, 64, 256, 512, 2048)}  # tokens of a text
@@ -42,7 +47,7 @@ QUERY_TOKENS = 16
 
 
 def token_ids(lengths: Sequence[int], padding: int, device: str, shared: int = 0) -> dict:
-    """A batch padded on the right: random ids, the first `shared` of all rows alike."""
+    """A batch of random ids, padded on the right; the first `shared` ids are the same in all rows."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 16000, (len(lengths), max(lengths)), generator=generator)
     ids[:, :shared] = ids[0, :shared]
@@ -52,7 +57,7 @@ def token_ids(lengths: Sequence[int], padding: int, device: str, shared: int = 0
 
 
 def texts_of(tokenizer, lengths: Sequence[int]) -> list[str]:
-    """Pieces of docstrings, each of exactly so many tokens, special ones included."""
+    """Pieces of docstrings, each of exactly the given number of tokens, special tokens included."""
     special = len(tokenizer("")["input_ids"])
     corpus = " ".join(" ".join(text.split()) for text in stdlib_docstrings(4000))
     words = itertools.cycle(corpus.split())
@@ -67,13 +72,13 @@ def texts_of(tokenizer, lengths: Sequence[int]) -> list[str]:
 
 
 def cut(tokenizer, words: list[str], length: int) -> str | None:
-    """The first of these words that make so many tokens; None where none do."""
+    """The first of `words` that make exactly `length` tokens; None where no number of words does."""
     low, high = 1, len(words)
     while low <= high:
         middle = (low + high) // 2
         text = " ".join(words[:middle])
-        found = len(tokenizer(text)["input_ids"])
-        if found == length:
+        tokens = len(tokenizer(text)["input_ids"])
+        if tokens == length:
             return text
-        low, high = (middle + 1, high) if found < length else (low, middle - 1)
+        low, high = (middle + 1, high) if tokens < length else (low, middle - 1)
     return None

@@ -1,1 +1,1 @@
-"""Other libraries, behind one call each."""
+"""Functions of other libraries (peers), each behind one call."""

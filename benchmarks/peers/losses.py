@@ -1,9 +1,9 @@
-"""Contrastive losses on embeddings that are given: embedfuse's and its peers', forward and backward.
+"""Contrastive losses on given embeddings, forward and backward: those of embedfuse and of other libraries.
 
     python -m benchmarks.peers.losses PEER SIDE DTYPE ROWS POOL DIM  # memory of one call, in a fresh process
 
-PEER is a name of PEERS, SIDE theirs or ours. Prints two numbers of bytes: what the call took beyond inputs
-and gradients at its peak, and the whole process's peak. From Linux's /proc.
+PEER is a key of PEERS, SIDE is theirs or ours. Prints two peaks in bytes, read from Linux's /proc: of the
+call in addition to inputs and gradients, and of the whole process.
 """
 
 import ctypes
@@ -24,15 +24,21 @@ from embedfuse import losses
 from embedfuse.ops import Matryoshka, info_nce
 
 TEMPERATURE = 0.02
-CACHED_ROWS = (
-    256  # of sentence-transformers' cached loss; its default, 32, takes several times as long
-)
+# Of the cached loss of sentence-transformers; with the default of 32 it takes several times as long.
+CACHED_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Peer:
-    """theirs, ours: (q, pool) -> loss, row i of the pool being the positive of row i. package: what theirs
-    imports. symmetric: as many rows as the pool has."""
+class Comparison:
+    """A loss of another library, and that of embedfuse with the same values.
+
+    Attributes:
+        theirs: (q, pool) -> loss; row i of the pool is the positive of row i of q.
+        ours: The same with embedfuse.
+        package: The module that `theirs` imports.
+        gpu_only: `theirs` runs on a GPU only.
+        symmetric: q must have as many rows as the pool.
+    """
 
     theirs: Callable
     ours: Callable
@@ -55,7 +61,7 @@ def diagonal(q: Tensor) -> Tensor:
 
 def cached(module: str, q: Tensor, pool: Tensor) -> Tensor:
     """The loss half of CachedMultipleNegativesRankingLoss, with its backward pass."""
-    model = torch.nn.Sequential(torch.nn.Identity())  # is asked for its first module alone
+    model = torch.nn.Sequential(torch.nn.Identity())  # only its first module is read
     loss = importlib.import_module(module).CachedMultipleNegativesRankingLoss(
         model, scale=1 / TEMPERATURE, mini_batch_size=CACHED_ROWS
     )
@@ -98,7 +104,7 @@ def widths(q: Tensor) -> list[int]:
 
 
 def width_by_width(q: Tensor, pool: Tensor) -> Tensor:
-    """A loss per width, as sentence-transformers' MatryoshkaLoss calls what it wraps."""
+    """A loss per width, as MatryoshkaLoss of sentence-transformers calls the loss that it wraps."""
     return sum(ours(*(normalize(x[:, :width], dim=1) for x in (q, pool))) for width in widths(q))
 
 
@@ -126,21 +132,23 @@ def siglip_stored(q: Tensor, pool: Tensor) -> Tensor:
 THEIRS = "sentence_transformers.sentence_transformer.losses"
 OURS = "embedfuse.integrations.sentence_transformers.losses"
 PEERS = {
-    "torch, logits stored": Peer(stored, ours),
-    f"sentence-transformers, cached, {CACHED_ROWS} rows at a time": Peer(
+    "torch, logits stored": Comparison(stored, ours),
+    f"sentence-transformers, cached, {CACHED_ROWS} rows at a time": Comparison(
         functools.partial(cached, THEIRS), functools.partial(cached, OURS), "sentence_transformers"
     ),
-    "InfoNCE at five widths, one by one": Peer(width_by_width, matryoshka),
-    "cut-cross-entropy": Peer(cut_cross_entropy, ours, "cut_cross_entropy"),
-    "Inf-CL": Peer(inf_cl, ours, "inf_cl", gpu_only=True),
-    "Liger": Peer(liger, ours, "liger_kernel", gpu_only=True),
-    "memeff": Peer(memeff, symmetric, "memeff", gpu_only=True, symmetric=True),
-    "siglip-kernel": Peer(siglip_kernel, siglip, "siglip_kernel", gpu_only=True, symmetric=True),
+    "InfoNCE at five widths, one by one": Comparison(width_by_width, matryoshka),
+    "cut-cross-entropy": Comparison(cut_cross_entropy, ours, "cut_cross_entropy"),
+    "Inf-CL": Comparison(inf_cl, ours, "inf_cl", gpu_only=True),
+    "Liger": Comparison(liger, ours, "liger_kernel", gpu_only=True),
+    "memeff": Comparison(memeff, symmetric, "memeff", gpu_only=True, symmetric=True),
+    "siglip-kernel": Comparison(
+        siglip_kernel, siglip, "siglip_kernel", gpu_only=True, symmetric=True
+    ),
 }
 
 
 def embeddings(rows: int, pool: int, dim: int, dtype: torch.dtype, device: str = "cpu"):
-    """Unit vectors that want a gradient, made without a second copy of the pool."""
+    """Unit vectors that require gradients, made without a second copy of the pool."""
     generator = torch.Generator(device).manual_seed(0)
     sides = [torch.empty(count, dim, dtype=dtype, device=device) for count in (rows, pool)]
     for side in sides:
@@ -148,7 +156,7 @@ def embeddings(rows: int, pool: int, dim: int, dtype: torch.dtype, device: str =
             x = torch.randn(part.shape, generator=generator, device=device)
             part.copy_(normalize(x, dim=1))
     q, pool = sides
-    # Positives that stand out a little: the loss is neither 0 nor that of chance.
+    # Positives slightly more similar than chance: the loss is neither 0 nor that of random scores.
     q.add_(pool[:rows], alpha=0.2).copy_(normalize(q.float(), dim=1))
     return q.requires_grad_(), pool.requires_grad_()
 
@@ -156,13 +164,13 @@ def embeddings(rows: int, pool: int, dim: int, dtype: torch.dtype, device: str =
 def both_passes(loss: Callable, q: Tensor, pool: Tensor) -> Tensor:
     q.grad = pool.grad = None
     value = loss(q, pool)
-    if value.requires_grad:  # not where the loss did it itself
+    if value.requires_grad:  # the cached loss has run the backward pass already
         value.backward()
     return value.detach()
 
 
 def peak(name: str) -> int:
-    """VmHWM, VmRSS: bytes of this process, at its peak and now."""
+    """Bytes of this process: VmHWM at the peak, VmRSS now."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
@@ -173,11 +181,11 @@ def main() -> None:
     both_passes(loss, *embeddings(8, 16, 64, getattr(torch, dtype)))  # imports and compiles
     q, pool = embeddings(*map(int, shape), getattr(torch, dtype))
     before = peak("VmHWM")
-    # What is freed but still held would serve the call without being counted; the embeddings are all read
-    # once, so that none of their pages is fetched for the call's account.
+    # Freed memory that the process still holds would not count when the call takes it; and reading the
+    # embeddings once keeps their pages from counting as the call's.
     ctypes.CDLL(None).malloc_trim(0)
     q.sum(), pool.sum()
-    Path("/proc/self/clear_refs").write_text("5")  # from here on a new peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start = peak("VmRSS")
     both_passes(loss, q, pool)
     after = peak("VmHWM")

@@ -73,7 +73,7 @@ def version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def explained(package: str) -> Iterator[None]:
-    """Around imports of `package`: an ImportError also says what to install, or which installed releases conflict."""
+    """Around imports of `package`: an ImportError also says what to install, or which releases conflict."""
     package = package.replace("_", "-")
     try:
         yield

@@ -1,5 +1,8 @@
-"""The adapters of benchmarks/peers/gpu.py in Triton's interpreter. Run by test_gpu_peers.py, in a process of
-its own: the GPU that peers ask for is pretended. In fp16, since the interpreter multiplies bf16's bits."""
+"""The functions of benchmarks/peers/gpu.py in Triton's interpreter, in fp16.
+
+test_gpu_peers.py runs them in another process, because a GPU is simulated here. bf16 is left out: the
+interpreter multiplies its bit patterns.
+"""
 
 import contextlib
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +14,7 @@ import triton.language as tl
 from torch.nn.functional import normalize
 from triton.runtime.autotuner import Autotuner
 
-from benchmarks.gpu.test_gpu_kernels import check_loss, gradients, products
+from benchmarks.gpu.checks import assert_close, check_loss, gradients, maxsim_products
 from benchmarks.peers import gpu as gpu_peers
 from benchmarks.peers import losses
 
@@ -24,7 +27,7 @@ def first_config(tuner: Autotuner, *args, **kwargs):
 
 @pytest.fixture(autouse=True, scope="module")
 def gpu():
-    """As much of one as they ask for; no dynamo, whose compiler would see it."""
+    """What the peers ask of a GPU. TORCHDYNAMO_DISABLE is set: torch's compiler would use it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         patch.setattr(torch.cuda, "get_device_properties", lambda *_: HOPPER)
@@ -66,7 +69,7 @@ def test_maxsim(peer, queries):
     require(peer)
     q, d = texts(queries, 32, 64), texts(3, 40, 64)
     scores = peer.function(q, d)()
-    torch.testing.assert_close(scores, products(q.float(), d.float()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, maxsim_products(q.float(), d.float()), rtol=0, atol=1e-5)
 
 
 @each(gpu_peers.MAXSIM)
@@ -74,7 +77,7 @@ def test_maxsim_wide(peer):
     require(peer)
     q, d = texts(1, 32, 1024), texts(3, 20, 1024)
     scores = peer.function(q, d)()
-    torch.testing.assert_close(scores, products(q.float(), d.float()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, maxsim_products(q.float(), d.float()), rtol=0, atol=1e-5)
 
 
 @each(gpu_peers.MAXSIM)
@@ -84,7 +87,7 @@ def test_maxsim_gradients(peer):
     weights = torch.tensor([[1.0, 2.0, -1.0], [0.5, -3.0, 1.0]])
     found, wanted = (
         torch.autograd.grad((scores * weights).sum(), (q, d))
-        for scores in (peer.function(q, d)(), products(q.float(), d.float()))
+        for scores in (peer.function(q, d)(), maxsim_products(q.float(), d.float()))
     )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=4e-3)
@@ -94,7 +97,7 @@ def test_maxsim_gradients(peer):
 def test_maxsim_int8(peer):
     require(peer)
     q, d = texts(1, 32, 64), texts(3, 40, 64)
-    gpu_peers.close(peer.function(q, d)(), products(q.float(), d.float()), 0.01, "scores")
+    assert_close(peer.function(q, d)(), maxsim_products(q.float(), d.float()), 0.01, "scores")
 
 
 def check(loss, ours, rows: int, pool: int, dim: int) -> None:
@@ -103,7 +106,7 @@ def check(loss, ours, rows: int, pool: int, dim: int) -> None:
     found, wanted = gradients(loss, *sides), gradients(ours, *exact)
     check_loss(found, wanted)
     for a, b in zip(found, wanted, strict=True):
-        gpu_peers.close(a, b, 0.02, "loss or gradient")
+        assert_close(a, b, 0.02, "loss or gradient")
 
 
 # On Hopper Liger's scaled loss is not written in Triton; here it runs as on other GPUs, in torch.

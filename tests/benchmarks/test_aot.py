@@ -1,4 +1,4 @@
-"""The table of what kernels take; compiling itself is tested in tests/aot."""
+"""The table of what kernels use of a chip; compiling is tested in tests/aot."""
 
 import json
 import types
@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from embedfuse.triton_kernels import add_layer_norm, maxsim, tuned
 
+from benchmarks.__main__ import main
 from benchmarks.kernels import aot, machine_code
-from embedfuse.cli import main
 from embedfuse.registry import triton_interprets
 
 
@@ -46,7 +46,7 @@ def test_a_tuned_config_is_compiled_wherever_it_may_be_chosen(tuned_for_sm_90):
     assert len(after) == len(before) + 7
 
 
-def test_what_a_launcher_keeps_to_itself_hides_no_tuned_config():
+def test_config_keys_of_the_launcher_do_not_hide_tuned_configs():
     shape = {"depth": 128, "rows": 32, "queries": 1, "int8": False, "more": False}
     config = maxsim.default_config(torch.bfloat16, **shape) | {"programs": 2}
     entry = {"kernel": "maxsim", "dtype": "bfloat16", "shape": shape, "config": config}
@@ -81,10 +81,8 @@ def test_calls_of_one_row_show_the_most_that_any_takes(monkeypatch):
 @pytest.mark.skipif(triton_interprets(), reason="TRITON_INTERPRET=1: nothing is compiled")
 def test_the_command_writes_the_table(tmp_path, capsys):
     out = tmp_path / "aot.json"
-    assert (
-        main(["bench", "aot", "--chip", "sm_90", "--kernel", "lexical_scores", "--out", str(out)])
-        == 0
-    )
+    options = ["--chip", "sm_90", "--kernel", "lexical_scores", "--out", str(out)]
+    assert main(["aot", *options]) == 0
     stored = json.loads(out.read_text())
     assert [(row["kernel"], row["config"]["ALIGNED"]) for row in stored["rows"]] == [
         ("lexical_scores", True),
@@ -98,5 +96,5 @@ def test_the_command_writes_the_table(tmp_path, capsys):
 
 
 def test_unknown_kernels_are_named():
-    with pytest.raises(SystemExit, match=r"no kernel gnome; there are .*pool_normalize"):
+    with pytest.raises(SystemExit, match=r"--kernel gnome: accepted are .*pool_normalize"):
         aot.compiled_rows(["sm_90"], ["gnome"])

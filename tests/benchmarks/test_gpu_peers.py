@@ -1,4 +1,4 @@
-"""The kernels' rows beside several peers, by a stopwatch of the test's own; peers in Triton's interpreter."""
+"""The kernels' rows with several peers, with times that the tests set; peers in Triton's interpreter."""
 
 import functools
 import json
@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.test_gpu_kernels import check_loss, figures
-from benchmarks.harness import targets
+from benchmarks.__main__ import main
+from benchmarks.gpu import rows
+from benchmarks.gpu.checks import assert_close, check_loss
 from benchmarks.harness.peaks import Peaks
 from benchmarks.harness.targets import Target
-from benchmarks.peers import gpu as gpu_peers
 from benchmarks.peers.gpu import Peer
-from embedfuse.cli import main
 from embedfuse.registry import Cost
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +24,7 @@ WANTED = torch.tensor([1.0, 2.0, 4.0])
 
 
 class Stopwatch:
-    """A call takes the seconds that it is made with, and a tenth as many gigabytes."""
+    """A call takes the seconds of its keyword, and a tenth as many gigabytes."""
 
     def __init__(self):
         self.calls: list[tuple[float, int]] = []
@@ -42,7 +41,7 @@ class Stopwatch:
 @pytest.fixture
 def stopwatch(monkeypatch) -> Stopwatch:
     watch = Stopwatch()
-    monkeypatch.setattr(gpu_peers, "cuda_seconds", watch.seconds)
+    monkeypatch.setattr(rows, "cuda_seconds", watch.seconds)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: watch.peak)
@@ -81,7 +80,7 @@ REASONS = {
     "wrong": "AssertionError: other values: scores, error 0.1250 of the largest, above 0.01",
     "nowhere": "AssertionError: other values: scores, error nan of the largest, above 0.01",
 }
-check = functools.partial(gpu_peers.close, wanted=WANTED, share=0.01, what="scores")
+check = functools.partial(assert_close, wanted=WANTED, share=0.01, what="scores")
 
 
 def same(function):
@@ -89,7 +88,7 @@ def same(function):
 
 
 def test_a_peer_that_is_missing_raises_or_is_wrong_is_named():
-    calls, entries = gpu_peers.ready(PEERS, same, check)
+    calls, entries = rows.ready(PEERS, same, check)
     assert list(calls) == ["fast", "slow"]
     assert entries == {
         "fast": {"version": pytest.__version__},
@@ -99,28 +98,27 @@ def test_a_peer_that_is_missing_raises_or_is_wrong_is_named():
 
 
 def test_a_peer_that_loses_the_gpu_ends_the_row(monkeypatch):
-    """What is called after it fails, whoever is called."""
-    monkeypatch.setattr(gpu_peers.ledger, "lost_context", lambda: "an illegal memory access")
+    """All later calls would fail."""
+    monkeypatch.setattr(rows, "lost_context", lambda: "an illegal memory access")
     with pytest.raises(
         RuntimeError, match="large lost the GPU's context: an illegal memory access"
     ):
-        gpu_peers.ready({"large": PEERS["large"]}, same, check)
+        rows.ready({"large": PEERS["large"]}, same, check)
 
 
 def test_slow_calls_are_repeated_less(stopwatch):
     calls = {str(s): functools.partial(answer, seconds=s) for s in (0.001, 0.1, 0.3, 0.6)}
-    found = gpu_peers.in_turn(calls, None)
+    found = rows.time_interleaved(calls, None)
     assert found == {str(s): {"seconds": s, "bytes": int(1e8 * s)} for s in (0.001, 0.1, 0.3, 0.6)}
     once = [(0.001, 1), (0.1, 1), (0.3, 1), (0.6, 1)]
-    assert stopwatch.calls == once + gpu_peers.GROUPS * [(0.001, 20), (0.1, 5), (0.3, 1)]
+    assert stopwatch.calls == once + rows.GROUPS * [(0.001, 20), (0.1, 5), (0.3, 1)]
 
 
 def test_a_row_from_its_measurement_to_the_report(stopwatch, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(targets, "TARGETS", {"a row": Target("ms", None, 2.0)})
-    monkeypatch.setattr("benchmarks.gpu.test_gpu_kernels.TARGETS", targets.TARGETS)
+    monkeypatch.setattr(rows, "TARGETS", {"a row": Target("ms", None, 2.0)})
     ours = functools.partial(answer, seconds=0.001)
     cost, peaks = Cost(bytes=500_000, flops=1_000), Peaks(1e9, {torch.bfloat16: 2e9})
-    info = figures(peaks, None, "a row", ours, cost, PEERS, same, check)
+    info = rows.figures(peaks, None, "a row", ours, cost, PEERS, same, check)
     assert info["rows"] == {"a row": {"value": 1.0, "unit": "ms"}}
     assert info["percent_of_peak"] == pytest.approx(50)
     assert info["peers"]["fast"]["speedup"] == pytest.approx(2)
@@ -128,7 +126,7 @@ def test_a_row_from_its_measurement_to_the_report(stopwatch, monkeypatch, tmp_pa
     machine = {"device": "Some GPU", "threads": 2, "torch": "2.13.0", "load": 0.0}
     run = {"machine_info": machine, "benchmarks": [{"name": "a", "extra_info": info}]}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert main(["bench", "report", str(tmp_path / "run.json")]) == 0
+    assert main(["report", str(tmp_path / "run.json")]) == 0
     blank = "|  |  |  |  |  |  |"
     assert capsys.readouterr().out.splitlines()[-len(PEERS) :] == [
         f"| a row | 1 ms | 0.5 | 1e-06 | 50.0 | 0 MB | fast {pytest.__version__} | 2 ms | 0 MB | 2.00x |",
@@ -155,7 +153,7 @@ def test_a_peer_that_leaves_out_the_gradient_of_other_documents_is_wrong():
 
 
 def test_adapters_in_the_interpreter():
-    """Whatever is installed; where nothing is, the cases say what would be tested."""
+    """Of the installed libraries; without any, the skip names the missing ones."""
     pytest.importorskip("triton")
     cases = "tests/benchmarks/cases_gpu_peers.py"
     result = subprocess.run(

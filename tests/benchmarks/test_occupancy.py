@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kernels.occupancy import CHIPS, resident_blocks
 
-# NVIDIA's own arithmetic, told the same limits.
+# NVIDIA's arithmetic with the same limits.
 PEER = r"""
 #include <cstdio>
 #include "cuda_occupancy.h"
@@ -49,7 +49,7 @@ int main() {
         # 64 warps at most: 16 blocks of 4. 32 blocks at most, of one warp each.
         ("sm_90", 16, 0, 4, 16),
         ("sm_90", 16, 0, 1, 32),
-        # 72 KiB and 1 KiB of the system's: 3 x 73 of 228, 2 x 73 of 164.
+        # 72 KiB and 1 KiB reserved by the system: 3 x 73 of 228, 2 x 73 of 164.
         ("sm_90", 32, 72 * 1024, 4, 3),
         ("sm_80", 32, 72 * 1024, 4, 2),
         ("sm_90", 32, 227 * 1024, 4, 1),

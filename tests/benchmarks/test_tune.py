@@ -1,4 +1,4 @@
-"""The choice of configs, with a clock and a stopwatch of the test's own."""
+"""The search for configs, with times that the tests set."""
 
 import json
 import math
@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 
 from embedfuse.triton_kernels import tuned
 
-from benchmarks.gpu.run import tune
-from benchmarks.gpu.tune import Rejected
-from embedfuse.cli import main
+from benchmarks.__main__ import main
+from benchmarks.gpu import tune
+from benchmarks.gpu.search import Rejected, search
 
 HEADER = {"chip": "sm_90", "device": "a GPU", "triton": "3.6.0", "torch": "2.11.0"}
 
@@ -48,7 +48,7 @@ def run(kernel, tmp_path):
         document = tune.opened(path, HEADER)
         calls = [call_of(size) for size in hidden]
         names = ["fused_norm"]
-        failed = tune.tune(calls, len(calls), names, attempt, path, document, budget)
+        failed = search(calls, len(calls), names, attempt, path, document, budget)
         return json.loads(path.read_text()) if path.exists() else None, failed
 
     tune_them.path = path
@@ -88,7 +88,7 @@ def test_a_rejected_default_stores_nothing_and_counts(run, capsys):
     document, failed = run({8: "wrong", 16: 1.0, 32: 1.0, 64: 1.0})
     assert document is None
     assert failed == 1
-    assert "its default fails: wrong" in capsys.readouterr().err
+    assert "default fails: wrong" in capsys.readouterr().err
 
 
 def test_a_later_run_adds_and_replaces(run):
@@ -126,9 +126,7 @@ def test_each_shape_is_saved_as_soon_as_it_is_known(kernel, tmp_path):
         raise torch.AcceleratorError("the device is lost")
 
     with pytest.raises(torch.AcceleratorError):
-        tune.tune(
-            [call, lost], 2, ["fused_norm"], lambda *_: 1.0, path, {**HEADER, "configs": []}, 9
-        )
+        search([call, lost], 2, ["fused_norm"], lambda *_: 1.0, path, {**HEADER, "configs": []}, 9)
     assert json.loads(path.read_text())["configs"] == [entry(256, 8, 1.0, 1.0, "float32")]
 
 
@@ -153,12 +151,12 @@ def test_times_of_another_device_are_not_mixed_in(run, monkeypatch):
 def test_without_a_gpu_the_command_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    assert main(["bench", "tune"]) == 1
+    assert main(["tune"]) == 1
     assert "times kernels on a GPU, and torch sees none" in capsys.readouterr().err
 
 
 def test_the_calls_to_tune_for_are_calls_of_the_ops():
-    from benchmarks.gpu.run import calls as gpu_calls
+    from benchmarks.gpu import calls as gpu_calls
 
     called = set()
     for call in gpu_calls.calls("meta", list(tuned.TUNABLES)):

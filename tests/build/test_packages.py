@@ -35,6 +35,8 @@ def test_wheel_holds_every_module_and_only_embedfuse(wheel, make_source):
     kernels = {f"embedfuse/{p.relative_to(source)}" for p in source.glob("triton_kernels/**/*.*")}
     assert "embedfuse/triton_kernels/__init__.py" in kernels
     assert modules | kernels <= held
+    files = modules | {name for name in kernels if name.endswith(".py")}
+    assert {name for name in held if name.endswith(".py")} == files
     assert [name for name in held if name.startswith("embedfuse/_cpu.") and name.endswith(".so")]
     assert "embedfuse/_build.json" in held
     assert {name.split("/")[0].split("-")[0] for name in held} == {"embedfuse"}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import lexical_checks as checks
 from embedfuse import ops, testing
 from embedfuse.ops.lexical.sparse_scatter import OP
 from embedfuse.registry import use_backend
+from tests import lexical_checks as checks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.covers("sparse_scatter")]
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import pool_normalize_checks as checks
 from embedfuse import ops, testing
 from embedfuse.ops.pool_normalize import POOLINGS
 from embedfuse.registry import OPS, use_backend
+from tests import pool_normalize_checks as checks
 
 pytestmark = pytest.mark.gpu
 

@@ -3,7 +3,7 @@
 import pytest
 
 from embedfuse.registry import use_backend
-from range_checks import CHECKS
+from tests.range_checks import CHECKS
 
 
 @pytest.mark.parametrize("name", CHECKS)

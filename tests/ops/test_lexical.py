@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-import lexical_checks as checks
 from embedfuse import testing
 from embedfuse.ops import Csr, lexical_scores, lexical_weights, sparse_scatter
 from embedfuse.ops.lexical.scores import OP as SCORES
 from embedfuse.ops.lexical.sparse_scatter import OP as SCATTER
+from tests import lexical_checks as checks
 
 NAN = float("nan")
 # Three texts, the second without tokens. 7 stands twice in the first, and 0, 2 are special tokens.

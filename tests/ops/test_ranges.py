@@ -4,7 +4,7 @@ import pytest
 
 import embedfuse
 from embedfuse import config
-from range_checks import CHECKS
+from tests.range_checks import CHECKS
 
 
 @pytest.mark.parametrize("name", CHECKS)

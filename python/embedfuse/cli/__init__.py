@@ -9,7 +9,7 @@ COMMANDS = {
     "doctor": "what this machine has, and which backend runs which op, or why not",
     "demo": "time a real model on real text, unpatched and patched",
     "embed": "embed the texts of files",
-    "bench": "the benchmarks of a clone: results as tables and plots",
+    "bench": "time each op on this machine, per backend",
 }
 
 

@@ -1,9 +1,9 @@
-"""A pytest plugin that writes each test's outcome and figures to a JSON file as they come.
+"""A pytest plugin that writes the outcome and figures of each test to a JSON file as they come.
 
-    python -m pytest -p benchmarks.harness.ledger --results FILE [--budget SECONDS] [--correctness FILE] ...
+    python -m pytest -p benchmarks.harness.record --results FILE [--budget SECONDS] [--correctness FILE] ...
 
-Every test stands in FILE before the first one runs, so a crash loses nothing and what did not run has its
-name. A second run with the same FILE goes on where the first ended: what has an outcome is not run again.
+Every test is in FILE before the first one runs, so a crash loses no result and tests that did not run are
+listed. A second run with the same FILE continues the first: tests with an outcome are not run again.
 """
 
 import json
@@ -15,24 +15,30 @@ from pathlib import Path
 import pytest
 import torch
 
-LOAD = os.getloadavg()[0]  # of others: nothing of ours has run yet
+LOAD = os.getloadavg()[0]  # of other processes: this one has done nothing yet
 START = time.monotonic()
-# A test begun and never ended took its process down, unless a limit of time did.
+# A test that has begun and not ended crashed the process, or was stopped by a time limit.
 NOT_RUN, BEGUN, PASSED, FAILED, SKIPPED = "not run", "begun", "passed", "failed", "skipped"
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="JSON file of outcomes and figures")
     parser.addoption("--budget", type=float, help="seconds after which no test begins")
-    parser.addoption("--correctness", type=Path, help="JSON file of ops that are right or wrong")
+    parser.addoption(
+        "--correctness",
+        type=Path,
+        help="JSON file of ops and families; benchmarks of failed ones are skipped",
+    )
 
 
 def pytest_configure(config):
     if path := config.getoption("--results"):
-        config.pluginmanager.register(Ledger(config, path), "ledger-of-this-run")
+        config.pluginmanager.register(ResultsFile(config, path), "results-file")
 
 
-class Ledger:
+class ResultsFile:
+    """The file of one run, rewritten after every test."""
+
     def __init__(self, config, path: Path):
         self.path = path
         self.budget = config.getoption("--budget")
@@ -41,7 +47,7 @@ class Ledger:
         self.entries = {entry["name"]: entry for entry in stored.get("benchmarks", [])}
         correctness = config.getoption("--correctness")
         known = correctness is not None and correctness.exists()
-        self.red = red(json.loads(correctness.read_text())) if known else []
+        self.wrong = failed_names(json.loads(correctness.read_text())) if known else []
 
     def write(self) -> None:
         content = {"machine_info": self.machine, "benchmarks": list(self.entries.values())}
@@ -71,9 +77,9 @@ class Ledger:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
         if self.budget is not None and time.monotonic() - START > self.budget:
-            pytest.exit(f"the time is up: {self.budget:.0f} s", returncode=0)
-        if wrong := [name for name in covered(item) if name in self.red]:
-            pytest.skip(f"red in the tests: {', '.join(wrong)}")
+            pytest.exit(f"the time is over: {self.budget:.0f} s", returncode=0)
+        if wrong := [name for name in covered(item) if name in self.wrong]:
+            pytest.skip(f"failed in the tests: {', '.join(wrong)}")
         self.entries[item.nodeid]["outcome"] = BEGUN
         self.write()
 
@@ -104,12 +110,12 @@ def covered(item) -> list[str]:
 
 
 def verdicts(entries: list[dict]) -> dict[str, str]:
-    """Op or family, or else the file of a test that says neither -> failed, passed or not run."""
-    found: dict[str, set] = {}
+    """Failed, passed or not run, by op or family; by file for tests that name neither."""
+    outcomes: dict[str, set] = {}
     for entry in entries:
         for name in entry["covers"] or [Path(entry["name"].split("::")[0]).stem]:
-            found.setdefault(name, set()).add(entry["outcome"])
-    return {name: verdict(outcomes) for name, outcomes in sorted(found.items())}
+            outcomes.setdefault(name, set()).add(entry["outcome"])
+    return {name: verdict(of_name) for name, of_name in sorted(outcomes.items())}
 
 
 def verdict(outcomes: set[str]) -> str:
@@ -118,7 +124,7 @@ def verdict(outcomes: set[str]) -> str:
     return PASSED if PASSED in outcomes else NOT_RUN
 
 
-def red(correctness: dict[str, str]) -> list[str]:
+def failed_names(correctness: dict[str, str]) -> list[str]:
     return [name for name, outcome in correctness.items() if outcome == FAILED]
 
 
@@ -129,8 +135,13 @@ def reason(report) -> str:
     return (crash.message if crash else str(report.longrepr))[:400]
 
 
+def one_line(error: Exception) -> str:
+    """Type and first line of the message."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
 def lost_context() -> str | None:
-    """After an illegal access every later call of the process fails, whatever it calls."""
+    """The error of a GPU that an illegal access made unusable: every later call of the process fails."""
     if not torch.cuda.is_initialized():
         return None
     try:

@@ -1,13 +1,13 @@
-"""`embedfuse bench report` on a small run with values that are easy to check."""
+"""`python -m benchmarks report` on a small run with values that are easy to check."""
 
 import json
 import sys
 
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.harness import targets
 from benchmarks.harness.targets import Target
-from embedfuse.cli import main
 
 SHARED = {"op": "mix", "sample": "x 2x3, mean", "dtype": "float32"}
 PEAKS = {"peak_gb_per_s": 20.0, "peak_tflop_per_s": 0.3}
@@ -84,7 +84,7 @@ def call(tmp_path, monkeypatch):
 
     def run(content):
         source.write_text(json.dumps(content))
-        return main(["bench", "report", str(source)])
+        return main(["report", str(source)])
 
     return run
 
@@ -157,7 +157,7 @@ def test_targets(call, capsys, monkeypatch):
         "",
         "Targets without a measurement here: elsewhere.",
     ]
-    # Absolute numbers hold on the GPU that they were set for.
+    # Targets apply to the GPU that they were set for only.
     assert call({**RUN, "benchmarks": rows}) == 0
     assert "| a rate | docs/s |  |  | 2,500 |  |  |" in capsys.readouterr().out
 
@@ -168,7 +168,7 @@ def test_targets_of_the_table():
     assert Target("x", 2.7, 2.3).reached(4.6) == 2
     for name, target in targets.TARGETS.items():
         assert target.unit in (*targets.RATES, "ms", "µs"), name
-        if target.floor is not None:  # nobody asks for more than there is
+        if target.floor is not None:  # no target lies beyond the limit
             assert target.reached(target.floor) >= 1, name
 
 
@@ -191,7 +191,7 @@ def kernel(**changes) -> dict:
 
 
 def test_kernels(call, capsys):
-    """Peers of one kernel stand together, though they were measured by different tests."""
+    """Peers of one kernel are shown together, also when different tests measured them."""
     others = {
         "fast": {"version": "0.4.5", "seconds": 0.0006, "bytes": 4e6, "speedup": 1.5},
         "far": {"reason": "not installed: far"},
@@ -255,7 +255,7 @@ def test_several_runs_in_one_report(tmp_path, capsys):
     paths = [tmp_path / "models.json", tmp_path / "kernels.json"]
     for path, rows in zip(paths, ([MODEL], RUN["benchmarks"]), strict=True):
         path.write_text(json.dumps({**RUN, "benchmarks": rows}))
-    assert main(["bench", "report", *map(str, paths), "--out", str(tmp_path / "new")]) == 0
+    assert main(["report", *map(str, paths), "--out", str(tmp_path / "new")]) == 0
     text = (tmp_path / "new/report.md").read_text()
     assert text == capsys.readouterr().out
     assert "| some-model |" in text
@@ -271,7 +271,7 @@ def test_plots(call, tmp_path):
         assert 200 < colours.sum() < 0.2 * colours.size, name  # markers and lines, on white
 
 
-def test_roofline_stands_where_it_was_measured():
+def test_roofline_has_the_measured_points():
     plots = pytest.importorskip("benchmarks.harness.plots")
     axes = plots.roofline([RUN["benchmarks"][1]["extra_info"]]).axes[0]
     roof, point = axes.lines[:2]
@@ -282,9 +282,7 @@ def test_roofline_stands_where_it_was_measured():
     assert list(roof.get_ydata()) == pytest.approx([left * 0.02, 0.3, 0.3])
 
 
-def test_without_matplotlib_the_table_comes_and_the_plot_is_refused(
-    call, capsys, tmp_path, monkeypatch
-):
+def test_without_matplotlib_there_is_a_table_and_a_hint(call, capsys, tmp_path, monkeypatch):
     for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -306,23 +304,23 @@ def test_a_run_without_results_is_refused(call, capsys):
         (None, "No such file or directory: '{file}'"),
         (b"", "{file}: not JSON (Expecting value: line 1 column 1 (char 0))"),
         (b"\xff", "{file}: not JSON ("),
-        (b"[1]", "{file}: holds no result of this folder's benchmarks"),
-        (b'{"benchmarks": 3}', "{file}: holds no result of this folder's benchmarks"),
-        (b'{"benchmarks": [{}]}', "{file}: holds no result of this folder's benchmarks"),
-        (b'{"benchmarks": [{}], "machine_info": {}}', "{file}: holds no result of this folder's"),
+        (b"[1]", "{file}: holds no result of these benchmarks"),
+        (b'{"benchmarks": 3}', "{file}: holds no result of these benchmarks"),
+        (b'{"benchmarks": [{}]}', "{file}: holds no result of these benchmarks"),
+        (b'{"benchmarks": [{}], "machine_info": {}}', "{file}: holds no result of these"),
         (b'{"benchmarks": [7], "machine_info": {"device": ""}}', "{file}: holds no result of"),
     ],
 )
-def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, content, message):
+def test_files_that_hold_no_run_are_refused_in_one_line(tmp_path, capsys, content, message):
     file, run = tmp_path / "file.json", tmp_path / "run.json"
     run.write_text(json.dumps(RUN))
     if content is not None:
         file.write_bytes(content)
     for files in ([file], [run, file], [file, run]):
-        assert main(["bench", "report", *map(str, files)]) in (1, 2)
+        assert main(["report", *map(str, files)]) in (1, 2)
         found = capsys.readouterr()
         assert found.err.count("\n") == 1
-        assert found.err.startswith("embedfuse bench report: ")
+        assert found.err.startswith("python -m benchmarks report: ")
         assert message.format(file=file) in found.err
         assert found.out == ""
     assert not (tmp_path / "report.md").exists()

@@ -1,11 +1,11 @@
-"""Models as the GPU benchmarks make them, here on the CPU and small: both sides and both libraries agree."""
+"""The model pairs of the GPU benchmarks, small and on the CPU: all libraries give the same vectors."""
 
 import pytest
 import torch
 from transformers import BertConfig
 
-from benchmarks.models import checkpoints, served, workloads
-from benchmarks.models.served import Served
+from benchmarks.models import checkpoints, pairs, workloads
+from benchmarks.models.pairs import ModelPair
 
 SMALL = {
     "BGE-M3": (
@@ -29,34 +29,34 @@ SMALL = {
 
 
 @pytest.fixture(params=SMALL)
-def model(request, monkeypatch) -> Served:
-    monkeypatch.setattr(served, "MODELS", SMALL)
-    return Served(request.param, "cpu", torch.float32)
+def pair(request, monkeypatch) -> ModelPair:
+    monkeypatch.setattr(pairs, "MODELS", SMALL)
+    return ModelPair(request.param, "cpu", torch.float32)
 
 
-def test_forward(model):
+def test_forward(pair):
     lengths = [3, 70, 31]
-    batch = workloads.token_ids(lengths, model.padding, "cpu", shared=2)
-    batch["input_ids"].remainder_(model.original.config.vocab_size)
-    batch["input_ids"][batch["attention_mask"] == 0] = model.padding
+    batch = workloads.token_ids(lengths, pair.padding, "cpu", shared=2)
+    batch["input_ids"].remainder_(pair.original.config.vocab_size)
+    batch["input_ids"][batch["attention_mask"] == 0] = pair.padding
     assert batch["attention_mask"].sum(1).tolist() == lengths
     assert batch["input_ids"][:, :2].unique(dim=0).shape[0] == 1
-    wanted = model.forward_of("transformers")(batch)
-    torch.testing.assert_close(model.embed(batch), wanted, rtol=0, atol=2e-5)
+    wanted = pair.forward_of("transformers")(batch)
+    torch.testing.assert_close(pair.embed(batch), wanted, rtol=0, atol=2e-5)
     torch.testing.assert_close(wanted.norm(dim=1), torch.ones(3))
 
 
-def test_texts_through_both_libraries(model):
-    if model.write_files is None:
-        pytest.skip("it is only given token ids")
+def test_texts_through_both_libraries(pair):
+    if pair.write_files is None:
+        pytest.skip("timed on token ids only")
     pytest.importorskip("sentence_transformers")
     lengths = [workloads.LONGEST, 32, 9]
-    texts = workloads.texts_of(model.tokenizer, lengths)
-    assert [len(ids) for ids in model.tokenizer(texts)["input_ids"]] == lengths
-    found = model.embedder.encode(texts).dense
-    wanted = model.sentence_transformer.encode(texts, convert_to_tensor=True)
-    assert model.embedder.model is model.fast
-    assert model.sentence_transformer[0].auto_model is model.original
+    texts = workloads.texts_of(pair.tokenizer, lengths)
+    assert [len(ids) for ids in pair.tokenizer(texts)["input_ids"]] == lengths
+    found = pair.embedder.encode(texts).dense
+    wanted = pair.sentence_transformer.encode(texts, convert_to_tensor=True)
+    assert pair.embedder.model is pair.patched
+    assert pair.sentence_transformer[0].auto_model is pair.original
     torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=2e-5)
 
 

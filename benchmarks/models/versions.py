@@ -1,11 +1,10 @@
-"""This checkout beside another: `python -m benchmarks.harness.versions OTHER`, built in place, in one run.
+"""This checkout compared with another one that was built in place: `python -m benchmarks versions OTHER`.
 
-Each version has a process of its own, and the two take the same call in turn, so whatever slows the machine
-down meets both. A ratio is the median of OTHER's time over this one's, pair by pair: above 1 this is faster.
-Weights are random where no package holds them; sizes are in the names of the rows.
+Each version runs in a separate process, and their calls are interleaved, so that whatever slows the machine
+down slows both. A ratio is the median of OTHER's time over the time of this one, pair by pair: above 1 this
+one is faster. Weights are random where no package contains them; sizes are in the names of the rows.
 """
 
-import argparse
 import functools
 import os
 import statistics
@@ -139,30 +138,30 @@ class Version:
     def __init__(self, checkout: Path):
         paths = [checkout / "python", ROOT]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-        command = [sys.executable, "-m", "benchmarks.harness.versions", "--worker"]
+        command = [sys.executable, "-m", "benchmarks.models.versions"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
         self.process = subprocess.Popen(command, env=environment, **pipes)
-        found = self.process.stdout.readline().strip()
-        if Path(found) != checkout / "python" / "embedfuse":
-            raise RuntimeError(f"OTHER: {checkout} is not what is imported there, but {found}")
+        imported = self.process.stdout.readline().strip()
+        if Path(imported) != checkout / "python" / "embedfuse":
+            raise RuntimeError(f"{checkout}: not this checkout is imported, but {imported}")
 
     def seconds(self, row: str) -> float:
         self.process.stdin.write(row + "\n")
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{row}: the process of a version ended; its messages stand above")
+            raise RuntimeError(f"{row}: the process of a version ended; see its messages above")
         return float(answer)
 
 
 def work() -> None:
-    """Answer each row's name with the seconds of one call; a row's first call is not timed."""
+    """Answer the name of each row with the seconds of one call; the first call of a row is not timed."""
     import embedfuse
 
     print(Path(embedfuse.__file__).parent, flush=True)
     name, run = None, None
     for line in sys.stdin:
         if line.strip() != name:
-            name, run = line.strip(), None  # the model before gives back its memory
+            name, run = line.strip(), None  # frees the memory of the previous model
             run = ROWS[name]()
             run()
         start = time.perf_counter()
@@ -170,30 +169,26 @@ def work() -> None:
         print(time.perf_counter() - start, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("other", type=Path, nargs="?")
-    parser.add_argument("-k", default="", help="rows whose name holds this")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a row in each version")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        return work()
-    if arguments.other is None:
-        parser.error("OTHER: accepted is the folder of another checkout, built in place")
-    versions = Version(arguments.other.resolve()), Version(ROOT)
+def add_arguments(parser) -> None:
+    parser.add_argument("other", type=Path, help="folder of another checkout, built in place")
+    parser.add_argument("-k", default="", help="only rows whose name contains this")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for a row in each version")
+
+
+def run(args) -> int:
+    versions = Version(args.other.resolve()), Version(ROOT)
     print(f"{'':68}{'other ms':>10}{'this ms':>10}{'ratio':>8}  quartiles")
-    for row in (name for name in ROWS if arguments.k in name):
+    for row in (name for name in ROWS if args.k in name):
         first = [version.seconds(row) for version in versions]
-        rounds = max(3, min(200, int(arguments.seconds / max(first))))
+        rounds = max(3, min(200, int(args.seconds / max(first))))
         pairs = [[version.seconds(row) for version in versions] for _ in range(rounds)]
         ratios = [other / this for other, this in pairs]
         low, _, high = statistics.quantiles(ratios, n=4)
         other, this = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
         ratio = statistics.median(ratios)
         print(f"{row:68}{other:10.2f}{this:10.2f}{ratio:8.3f}  {low:.2f} to {high:.2f}", flush=True)
-    return None
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    work()

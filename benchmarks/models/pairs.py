@@ -1,6 +1,6 @@
-"""Models of true architecture with random weights, made on the device: no checkpoint is written.
+"""Models of true architecture with random weights, made on the device without a checkpoint.
 
-Each stands there twice: as transformers has it, for the peers, and patched.
+Each comes twice: as transformers has it, for the peers, and patched.
 """
 
 import contextlib
@@ -22,10 +22,20 @@ from benchmarks.models import checkpoints
 from benchmarks.models.workloads import LONGEST
 
 
-class Served:
-    """name, pooling, original (transformers' own) and fast (patched), both on `device` in `dtype`.
+class ModelPair:
+    """A model as transformers has it and a patched copy with the same weights.
 
-    reuse_prefixes is off: a batch that is timed again and again would be one known prefix.
+    Prefixes are not reused: a batch that is timed again and again would be one known prefix.
+
+    Args:
+        name: A key of `MODELS`.
+        device: Device of both models.
+        dtype: Dtype of both models.
+
+    Attributes:
+        original: The model of transformers.
+        patched: The patched copy.
+        pooling: How vectors are pooled: "cls", "last" or "mean".
     """
 
     def __init__(self, name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16):
@@ -35,8 +45,8 @@ class Served:
         with torch.device(device):
             self.original = AutoModel.from_config(make_config(), dtype=dtype).eval()
         self.original.requires_grad_(False)
-        self.fast = copy.deepcopy(self.original)
-        embedfuse.patch(self.fast, reuse_prefixes="off")
+        self.patched = copy.deepcopy(self.original)
+        embedfuse.patch(self.patched, reuse_prefixes="off")
 
     @property
     def padding(self) -> int:
@@ -44,7 +54,7 @@ class Served:
 
     @functools.cached_property
     def folder(self) -> str:
-        """Tokenizer and settings as they lie beside a checkpoint's weights."""
+        """Tokenizer and settings of a checkpoint, without weights."""
         folder = tempfile.mkdtemp(prefix="embedfuse-")
         self.write_files(Path(folder))
         self.original.config.save_pretrained(folder)
@@ -58,24 +68,29 @@ class Served:
     def embedder(self) -> embedfuse.Embedder:
         dtype = str(self.dtype).removeprefix("torch.")
         options = {"device": self.device, "max_length": LONGEST, "reuse_prefixes": "off"}
-        embedfuse.unpatch(self.fast)  # Embedder patches it itself
-        with weights(self.fast):
+        embedfuse.unpatch(self.patched)  # Embedder patches it again
+        with loading(self.patched):
             return embedfuse.Embedder(self.folder, dtype=dtype, **options)
 
     @functools.cached_property
     def sentence_transformer(self):
         library = importlib.import_module("sentence_transformers")
-        with weights(self.original):
+        with loading(self.original):
             model = library.SentenceTransformer(self.folder, device=self.device)
         model.max_seq_length = LONGEST
         return model
 
     @torch.inference_mode()
     def embed(self, batch: dict) -> Tensor:
-        return embedfuse.embed(self.fast, **batch, pooling=self.pooling)
+        """Vectors of the patched model, pooled and normalised."""
+        return embedfuse.embed(self.patched, **batch, pooling=self.pooling)
 
     def forward_of(self, peer: str) -> Callable[[dict], Tensor]:
-        """batch -> pooled, normalised vectors by one of FORWARDS; ImportError where it is not installed."""
+        """batch -> vectors of a peer in `FORWARDS`, pooled and normalised.
+
+        Raises:
+            ImportError: The peer is not installed.
+        """
         model = FORWARDS[peer](self.original)
 
         @torch.inference_mode()
@@ -87,7 +102,7 @@ class Served:
 
 
 def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """As users of transformers write it; padding on the right."""
+    """As users of transformers write it; padding is on the right."""
     if pooling == "cls":
         return states[:, 0]
     if pooling == "last":
@@ -97,8 +112,8 @@ def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def weights(model) -> Iterator[None]:
-    """Whoever loads a checkpoint inside the block gets `model`."""
+def loading(model) -> Iterator[None]:
+    """Inside the block every checkpoint loads as `model`."""
     with mock.patch.object(AutoModel, "from_pretrained", return_value=model):
         yield
 
@@ -115,7 +130,7 @@ FORWARDS = {
     "transformers, flash-attn": with_flash_attention,
     "transformers, torch.compile": lambda model: torch.compile(model, dynamic=False),
 }
-# Configuration, the files beside the weights, and how vectors are pooled.
+# Configuration, writer of tokenizer and settings, pooling.
 MODELS = {
     "BGE-M3": (checkpoints.bge_m3_config, checkpoints.write_bge_m3_files, "cls"),
     "E5-mistral-7B": (checkpoints.e5_mistral_config, checkpoints.write_e5_mistral_files, "last"),

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its parts, its ledger of results, what it does when a test fails or crashes."""
+"""`make gpu` without a GPU: the parts, the results file, and what happens when a test fails or crashes."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.run import run as gpu
-from benchmarks.harness import ledger
+from benchmarks.__main__ import main
+from benchmarks.gpu import run as gpu
+from benchmarks.harness import record
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SUITE = """
 import os
 import time
@@ -69,11 +70,14 @@ def test_a_crash_loses_no_other_result(suite, capsys):
     assert "one is not two" in entries[2]["reason"]
     assert entries[4]["reason"] == "the peer is not installed"
     assert (suite / "runs").read_text() == "x"  # once, though pytest ran twice
-    told = capsys.readouterr().out
-    assert "did not end (a crash, or the time was up): test_suite.py::test_crash[crashing]" in told
-    assert "skipped: test_suite.py::test_skipped the peer is not installed" in told
+    printed = capsys.readouterr().out
+    assert (
+        "did not end (a crash, or the time was over): test_suite.py::test_crash[crashing]"
+        in printed
+    )
+    assert "skipped: test_suite.py::test_skipped the peer is not installed" in printed
     expected = {"sound": "passed", "crashing": "failed", "wrong": "failed", "test_suite": "not run"}
-    assert ledger.verdicts(entries) == expected
+    assert record.verdicts(entries) == expected
     stored = json.loads((suite / "speed.json").read_text())
     assert stored["benchmarks"] == entries
     assert stored["machine_info"]["threads"] >= 1
@@ -86,12 +90,12 @@ def pytest_run(folder: Path, *arguments: str) -> list[dict]:
     return json.loads(results.read_text())["benchmarks"]
 
 
-def test_what_is_red_gets_no_speed(suite):
+def test_ops_that_failed_are_not_timed(suite):
     (suite / "correctness.json").write_text('{"sound": "failed", "crashing": "not run"}')
     gate = ["--correctness", "correctness.json"]
     entries = pytest_run(suite, *gate, "--deselect", "test_suite.py::test_crash")
     assert outcomes(entries)["test_figures"] == outcomes(entries)["test_last"] == "skipped"
-    assert entries[0]["reason"] == "red in the tests: sound"
+    assert entries[0]["reason"] == "failed in the tests: sound"
     assert outcomes(entries)["test_fails"] == "failed"
     assert not (suite / "runs").exists()
 
@@ -105,7 +109,7 @@ def test_no_test_begins_after_the_budget(suite):
 def test_a_process_that_hangs_is_killed_with_its_children(tmp_path, capsys):
     child = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '60'])"
     start = time.monotonic()
-    code = gpu.run([sys.executable, "-c", child], tmp_path / "log.txt", start + 2)
+    code = gpu.run_logged([sys.executable, "-c", child], tmp_path / "log.txt", start + 2)
     assert code == -9
     assert time.monotonic() - start < 20
     assert (tmp_path / "log.txt").read_text() == "begun\n"
@@ -129,28 +133,27 @@ def parts(monkeypatch) -> list[str]:
 
 
 def test_a_part_that_fails_does_not_stop_the_next(parts, tmp_path, capsys):
-    assert gpu.main(["--out", str(tmp_path / "new")]) == 1
+    assert main(["gpu", "--out", str(tmp_path / "new")]) == 1
     assert parts == ["tests", "sanitizer", "models", "kernels"]
-    told = capsys.readouterr().out
-    assert "sanitizer: RuntimeError: boom" in told
-    assert "failed: sanitizer, models" in told
+    printed = capsys.readouterr().out
+    assert "sanitizer: RuntimeError: boom" in printed
+    assert "failed: sanitizer, models" in printed
 
 
-def test_parts_by_name(parts, tmp_path, capsys):
-    assert gpu.main(["--out", str(tmp_path), "tune", "kernels"]) == 0
+def test_parts_by_name(parts, tmp_path):
+    assert main(["gpu", "--out", str(tmp_path), "tune", "kernels"]) == 0
     assert parts == ["tune", "kernels"]
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path), "kernel"])
-    assert "accepted are tests, sanitizer, models, kernels, tune" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="accepted are tests, sanitizer, models, kernels, tune"):
+        main(["gpu", "--out", str(tmp_path), "kernel"])
 
 
 def test_tune_is_the_command_of_that_name(monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr(gpu, "run", lambda command, *_: called.append(command) or 0)
+    monkeypatch.setattr(gpu, "run_logged", lambda command, *_: called.append(command) or 0)
     assert gpu.run_tune("tune", tmp_path, time.monotonic() + 100.2)
-    assert called[0][1:5] == ["-m", "embedfuse", "bench", "tune"]
-    # What it finds comes back, and its time is shared out among all calls.
-    assert called[0][5:] == ["--budget", "100", "--out", str(tmp_path / "configs")]
+    assert called[0][1:4] == ["-m", "benchmarks", "tune"]
+    # The results go to `out`, and the time that is left is passed on.
+    assert called[0][4:] == ["--budget", "100", "--out", str(tmp_path / "configs")]
 
 
 def test_a_file_that_cannot_be_collected_stops_no_other(suite):
@@ -160,7 +163,7 @@ def test_a_file_that_cannot_be_collected_stops_no_other(suite):
     found = {entry["name"]: entry["outcome"] for entry in entries}
     assert found["test_broken.py"] == "failed"
     assert found["test_suite.py::test_last"] == "passed"
-    assert ledger.verdicts(entries)["test_broken"] == "failed"
+    assert record.verdicts(entries)["test_broken"] == "failed"
 
 
 def test_nothing_is_right_where_nothing_ran(monkeypatch, tmp_path):
@@ -184,17 +187,19 @@ def test_tests_write_what_is_right(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "outcome", "fine"),
     [
-        ("a.py::test_x[beside_torch]", "begun", False),
+        ("a.py::test_x[torch]", "begun", False),
         ("a.py::test_x", "failed", False),
-        ("a.py::test_x[beside_others]", "begun", True),
-        ("a.py::test_x[beside_others]", "failed", True),
+        ("a.py::test_x[other_libraries]", "begun", True),
+        ("a.py::test_x[other_libraries]", "failed", True),
         ("a.py::test_x", "not run", True),
     ],
 )
-def test_what_others_break_off_is_no_fault_of_ours(monkeypatch, tmp_path, name, outcome, fine):
+def test_failures_of_other_libraries_do_not_fail_the_part(
+    monkeypatch, tmp_path, name, outcome, fine
+):
     entries = [{"name": "a.py::test_1", "outcome": "passed"}, {"name": name, "outcome": outcome}]
     monkeypatch.setattr(gpu, "run_pytest", lambda *_: entries)
-    monkeypatch.setattr(gpu, "run", lambda *_: 0)
+    monkeypatch.setattr(gpu, "run_logged", lambda *_: 0)
     assert gpu.run_speed("kernels", tmp_path, 0.0) == fine
 
 
@@ -227,7 +232,7 @@ def test_sanitizer(monkeypatch, tmp_path):
     assert calls[3].endswith("-m benchmarks.gpu.sanitize triton")
 
 
-def test_without_the_sanitizer_its_name_is_told(monkeypatch, tmp_path, capsys):
+def test_a_missing_sanitizer_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
     assert gpu.run_sanitizer("sanitizer", tmp_path, 0.0)
     assert "compute-sanitizer is neither on the PATH" in capsys.readouterr().out
@@ -238,6 +243,6 @@ def test_without_a_gpu_it_says_what_to_run(tmp_path, capsys):
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    assert gpu.main(["--out", str(tmp_path), "tests"]) == 2
+    assert main(["gpu", "--out", str(tmp_path), "tests"]) == 2
     assert "`make bench` makes the same report for the CPU" in capsys.readouterr().out
     assert json.loads((tmp_path / "doctor.json").read_text())["versions"]
