@@ -41,6 +41,7 @@ def test_no_file_imports_a_test_file():
         ("benchmarks", "tests"),
         ("python/embedfuse", "tests"),
         ("python/embedfuse", "benchmarks"),
+        ("triton_kernels", "embedfuse.ops"),
     ],
 )
 def test_folders_that_do_not_import_each_other(folder, forbidden):
