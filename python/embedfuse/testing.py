@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as normalize_rows
 
-from embedfuse.ops.maxsim.op import EPS
-from embedfuse.ops.maxsim.op import _pairs as every_pair
+from embedfuse.ops.maxsim.op import EPS, listed_pairs
 from embedfuse.registry import Op, use_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -70,25 +69,25 @@ def assert_close_to_reference(
 
 
 def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
-    """Outputs of the reference in the dtype of the arguments, and in fp64."""
-    exact = run(op, tuple(map(_widen, args)), op._reference)
-    return _tuple(run(op, args, op._reference)), _tuple(exact)
+    """Outputs of the reference in the dtype of args, and in fp64."""
+    ref64 = run(op, tuple(map(_widen, args)), op._reference)
+    return _tuple(run(op, args, op._reference)), _tuple(ref64)
 
 
 def assert_within_bounds(op: Op, args: tuple, backend: str, got, references, scale=None):
     """Check the outputs of op(*args) on a backend against references(op, args), by the bound above."""
     got = _tuple(got)
     assert len(got) == len(references[0])
-    for index, (x, reference, exact) in enumerate(zip(got, *references, strict=True)):
+    for index, (x, ref, ref64) in enumerate(zip(got, *references, strict=True)):
         name = f"{op.name}[{backend}] output {index}"
-        assert (x.dtype, x.shape) == (reference.dtype, reference.shape), name
+        assert (x.dtype, x.shape) == (ref.dtype, ref.shape), name
         if x.is_floating_point():
-            assert_as_good(x, reference, exact, scale=scale, name=name)
+            assert_as_good(x, ref, ref64, scale=scale, name=name)
         elif op.name == "maxsim" and x.numel():
-            chosen = [_chosen_products(args, argmax) for argmax in (x, reference, exact)]
+            chosen = [_chosen_products(args, argmax) for argmax in (x, ref, ref64)]
             assert_as_good(chosen[0].float(), chosen[1].float(), chosen[2], name=name)
         else:
-            assert torch.equal(x, exact), name
+            assert torch.equal(x, ref64), name
     return got
 
 
@@ -102,7 +101,7 @@ def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
     document = document if scale is None else document * scale[:, None].double()
     if normalize:
         query, document = (normalize_rows(x, dim=1, eps=EPS) for x in (query, document))
-    pairs = every_pair(query_spans, document_spans, pairs)
+    pairs = listed_pairs(query_spans, document_spans, pairs)
     lengths = document_spans.diff(dim=1)[pairs[:, 1]]
     assert ((argmax >= -1) & (argmax < lengths.clamp_min(0))).all(), "argmax leaves its document"
     i_q = query_spans[pairs[:, 0], :1] + torch.arange(width, device=query.device)
@@ -114,30 +113,25 @@ def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
 
 
 def assert_as_good(
-    got: Tensor,
-    reference: Tensor,
-    exact: Tensor,
-    *,
-    scale: float | None = None,
-    name: str = "value",
+    got: Tensor, ref: Tensor, ref64: Tensor, *, scale: float | None = None, name: str = "value"
 ):
     """Check a value against the bound above.
 
     Args:
         got: the value.
-        reference: the result of plain torch in the same dtype.
-        exact: the result in fp64.
-        scale: what FLOOR is relative to, instead of the size of `exact`, if that cancels.
+        ref: the result of plain torch in the same dtype.
+        ref64: the result in fp64.
+        scale: what FLOOR is relative to, instead of the size of ref64, if that cancels.
         name: of the value, in errors.
     """
-    assert (got.dtype, got.shape) == (reference.dtype, reference.shape), name
-    got, reference, exact = got.detach(), reference.detach(), exact.detach().double()
-    assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN in other places"
-    errors, torch_errors = _difference(got, exact), _difference(reference, exact)
+    assert (got.dtype, got.shape) == (ref.dtype, ref.shape), name
+    got, ref, ref64 = got.detach(), ref.detach(), ref64.detach().double()
+    assert torch.equal(got.isnan(), ref64.isnan()), f"{name}: NaN in other places"
+    errors, torch_errors = _difference(got, ref64), _difference(ref, ref64)
     assert torch_errors.isfinite().all(), (
         f"{name}: plain torch overflows {got.dtype} on this sample"
     )
-    size = exact.nan_to_num(0, 0, 0)
+    size = ref64.nan_to_num(0, 0, 0)
     for measure in (_rms, _largest):
         error, torch_error = measure(errors), measure(torch_errors)
         bound = 2 * torch_error + FLOOR[got.dtype] * (scale or measure(size))
@@ -146,9 +140,9 @@ def assert_as_good(
         )
 
 
-def _difference(got: Tensor, exact: Tensor) -> Tensor:
+def _difference(got: Tensor, ref64: Tensor) -> Tensor:
     # The difference of equal infinities would be NaN. That both are NaN in the same places was checked.
-    return torch.where((got == exact) | exact.isnan(), 0, got.double() - exact)
+    return torch.where((got == ref64) | ref64.isnan(), 0, got.double() - ref64)
 
 
 def _rms(x: Tensor) -> float:

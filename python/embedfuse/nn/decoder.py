@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import is_inference, linear, linears
 from embedfuse.nn.prefixes import Step
-from embedfuse.nn.tower import alike, checkpointed, project, split_into_steps
+from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
+from embedfuse.ops.checks import kernel_takes
 from embedfuse.ops.rope import OP as ROPE
 from embedfuse.ops.rope import rotate
 from embedfuse.ops.silu_mul import OP as SILU_MUL
@@ -114,7 +115,7 @@ def norm_and_rotate(
     may_write = type(module) is nn.Linear
     if norm is not None:
         x, may_write = add_norm(norm, x, None, inference)[0], True
-    if not (inference and alike(x, cos, sin) and ROPE.accelerates(x)):
+    if not (inference and kernel_takes(ROPE, x, cos, sin)):
         return rotate(x, cos, sin)
     x = x if may_write else x.clone()
     ROPE(x, cos, sin)
@@ -125,7 +126,7 @@ def add_norm(
     norm: nn.Module, y: Tensor, residual: Tensor | None, inference: bool
 ) -> tuple[Tensor, Tensor]:
     """norm(y + residual) and the sum. A residual of None counts as zero."""
-    if inference and alike(y, residual, norm.weight) and ADD_RMS_NORM.accelerates(y):
+    if inference and kernel_takes(ADD_RMS_NORM, y, residual, norm.weight):
         normed, summed = ADD_RMS_NORM(y, residual, norm.weight, norm.variance_epsilon)
         return normed, y if residual is None else summed
     summed = y if residual is None else residual + y
@@ -134,7 +135,7 @@ def add_norm(
 
 def activate(activation: nn.Module, gate: Tensor, up: Tensor, inference: bool) -> Tensor:
     """activation(gate) * up"""
-    if inference and is_silu(activation) and alike(gate, up) and SILU_MUL.accelerates(gate):
+    if inference and is_silu(activation) and kernel_takes(SILU_MUL, gate, up):
         return SILU_MUL(gate, up)
     return activation(gate) * up
 

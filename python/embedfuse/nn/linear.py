@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embedfuse.ops.checks import kernel_takes
 from embedfuse.ops.linear import OP as LINEAR
 from embedfuse.ops.linear import most_rows
 
@@ -17,7 +18,7 @@ def linear(module: nn.Module, x: Tensor, inference: bool) -> Tensor:
     """module(x). Subclasses and replacements of nn.Linear (LoRA, quantised) are called as modules."""
     if type(module) is not nn.Linear:
         return module(x)
-    if inference and kernel_takes(x, module):
+    if inference and linear_takes(x, module):
         return LINEAR(x, [module.weight], [module.bias])
     return F.linear(x, module.weight, module.bias)
 
@@ -25,28 +26,22 @@ def linear(module: nn.Module, x: Tensor, inference: bool) -> Tensor:
 def linears(modules: tuple[nn.Module, ...], x: Tensor, inference: bool) -> tuple[Tensor, ...]:
     """module(x) for each module, computed by one kernel call if the kernel can read all of them."""
     fusible = inference and all(type(m) is nn.Linear for m in modules)
-    if not (fusible and kernel_takes(x, *modules)):
+    if not (fusible and linear_takes(x, *modules)):
         return tuple(linear(m, x, inference) for m in modules)
     weights, biases = [m.weight for m in modules], [m.bias for m in modules]
     return LINEAR(x, weights, biases).split([len(weight) for weight in weights], dim=-1)
 
 
-def kernel_takes(x: Tensor, *modules: nn.Linear) -> bool:
-    """Whether our kernel is fast for x and can read the modules' weights.
+def linear_takes(x: Tensor, *modules: nn.Linear) -> bool:
+    """Whether our kernel is faster than torch for x and can read the modules' weights.
 
     If the shapes do not fit, torch runs, so that the error is torch's.
     """
-    return (
-        x.is_cpu
-        and x.shape[0] <= most_rows(x.dtype)
-        and all(_fits(x, m.weight, m.bias) for m in modules)
-        and LINEAR.accelerates(x)
-    )
+    if not x.is_cpu or x.shape[0] > most_rows(x.dtype):
+        return False
+    parameters = [(m.weight, m.bias) for m in modules]  # once: nn.Module looks them up slowly
+    return all(_fits(x, *p) for p in parameters) and kernel_takes(LINEAR, x, *sum(parameters, ()))
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return all(
-        type(p) in (Tensor, nn.Parameter)
-        and (p.dtype, p.device, p.layout) == (x.dtype, x.device, torch.strided)
-        for p in (weight, weight if bias is None else bias)
-    ) and (x.shape[1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1]))
+    return x.shape[1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])

@@ -51,13 +51,3 @@ def checkpointed(block: nn.Module, layer: Callable, *state):
     if getattr(block, "gradient_checkpointing", False) and block.training:
         return block._gradient_checkpointing_func(layer, *state)
     return layer(*state)
-
-
-def alike(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may read these: plain torch tensors of one dtype and device. None is skipped."""
-    tensors = [t for t in tensors if t is not None]
-    first = tensors[0]
-    return all(
-        type(t) in (Tensor, nn.Parameter) and (t.dtype, t.device) == (first.dtype, first.device)
-        for t in tensors
-    )
