@@ -122,7 +122,7 @@ def test_m3_distillation_runs_the_original_and_says_so_once(caplog):
         for _ in range(2):
             assert_same(*pair, batch(3, teacher=True))
     assert [record.getMessage() for record in caplog.records] == [
-        "BiEncoderOnlyEmbedderModel: the original's code, which stores all scores, serves "
+        "BiEncoderOnlyEmbedderModel: the original's code, which stores all scores, runs for "
         "kd_loss_type='m3_kd_loss'"
     ]
 

@@ -171,7 +171,7 @@ EDITS = {
         ),
         _POOLED + "the Transformer calls",
     ),
-    "no mask": (put("0.model_forward_params", {"input_ids"}), _POOLED + "the model is not given"),
+    "no mask": (put("0.model_forward_params", {"input_ids"}), _POOLED + "the model does not get"),
     "adapter": (low_rank, FUSED),
     "hidden states": (
         put("0.model.config.output_hidden_states", True),
