@@ -1,36 +1,40 @@
-"""Writes the generated tables of README.md and docs/, and the picture of README.md.
+"""Writes the generated parts of README.md and docs/, and the picture of README.md.
 
     python -m docs.generate
 
-A table stands between the lines "<!-- table: NAME -->" and "<!-- end -->". It comes from the registry of
-ops, from embedfuse.config, or from the stored results in benchmarks/results.
+A part is between the lines "<!-- generated: NAME -->" and "<!-- end -->". It comes from the registry of ops,
+from embedfuse.config, from the public names, or from the stored results in benchmarks/results.
 """
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import embedfuse
 from embedfuse import config, registry
 from embedfuse.native import DTYPES
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 NONE = "\N{EN DASH}"
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
 PICTURE = ROOT / "docs" / "images" / "speed.svg"
-TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CACHED = "sentence-transformers, cached, 256 rows at a time"
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8"}
+# In the API pages; of other classes the methods are not for users.
+WITH_METHODS = {"Csr", "Embedder", "NegativeQueue"}
 MINILM, BGE_M3, E5_MISTRAL = "all-MiniLM-L6-v2", "BGE-M3", "E5-mistral, 4 of 32 layers"
 
 
 def filled(text: str) -> str:
-    """The page with its tables as they are now."""
-    return TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", text)
+    """The page with its generated parts as they are now."""
+    return PART.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n{found[3]}", text)
 
 
-# The ops and the environment variables
+# The ops, the environment variables and the public names
 
 
 def kernels() -> str:
@@ -54,6 +58,22 @@ def variables() -> str:
         accepted = ", ".join(f"`{v}`" for v in variable.accepted) if variable.accepted else "any"
         rows.append((f"`{name}`", variable.meaning, accepted, variable.default))
     return table(("variable", "meaning", "accepted", "default"), rows)
+
+
+def api(package: ModuleType) -> Callable[[], str]:
+    """mkdocstrings' directives for the public functions and classes, by the modules that define them."""
+
+    def directives() -> str:
+        lines = []
+        for name in sorted(package.__all__, key=str.lower):
+            found = getattr(package, name)
+            if hasattr(found, "__qualname__"):
+                lines.append(f"::: {found.__module__}.{found.__qualname__}")
+            if name in WITH_METHODS:
+                lines += ["    options:", "      members: null"]
+        return "\n".join(lines) + "\n"
+
+    return directives
 
 
 # The stored results
@@ -200,7 +220,10 @@ def op_rates() -> str:
     return table(head, rows, right=range(3, 6))
 
 
-TABLES = {
+PARTS = {
+    "api": api(embedfuse),
+    "api-ops": api(embedfuse.ops),
+    "api-losses": api(embedfuse.losses),
     "kernels": kernels,
     "variables": variables,
     "summary": summary,

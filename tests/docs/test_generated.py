@@ -1,4 +1,4 @@
-"""The tables and the picture are what docs/generate.py writes; links of README.md lead somewhere."""
+"""The generated parts and the picture are what docs/generate.py writes; links of README.md lead somewhere."""
 
 import re
 from pathlib import Path
@@ -9,16 +9,16 @@ from docs import generate
 
 
 @pytest.mark.parametrize("page", generate.PAGES, ids=lambda page: page.name)
-def test_tables_are_up_to_date(page):
+def test_parts_are_up_to_date(page):
     text = page.read_text()
     assert generate.filled(text) == text, "python -m docs.generate writes them anew"
 
 
-def test_every_table_has_a_page():
+def test_every_part_has_a_page():
     named = [
-        name for page in generate.PAGES for _, name, _ in generate.TABLE.findall(page.read_text())
+        name for page in generate.PAGES for _, name, _ in generate.PART.findall(page.read_text())
     ]
-    assert sorted(named) == sorted(generate.TABLES)
+    assert sorted(named) == sorted(generate.PARTS)
 
 
 def test_picture_shows_the_stored_results():
