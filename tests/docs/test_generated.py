@@ -41,3 +41,10 @@ def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)", (generate.ROOT / "README.md").read_text())
     assert links
     assert [link for link in links if not Path(generate.ROOT, link).exists()] == []
+
+
+def test_number_of_the_front_page_is_stored():
+    requests, bulk, _ = next(iter(generate.bars().values())).values()
+    text = (generate.ROOT / "README.md").read_text()
+    assert f"**{generate.ratio(requests)}**" in text
+    assert f"{bulk:.1f} times as fast" in text
