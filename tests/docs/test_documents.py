@@ -1,11 +1,17 @@
-"""The generated parts and the picture are what docs/generate.py writes; links of README.md lead somewhere."""
+"""The documents agree with the code: generated parts, the picture, links, paths and options."""
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 
 from docs import generate
+from embedfuse.cli import embed
+
+PATH = re.compile(
+    r"`((?:python|csrc|triton_kernels|tests|benchmarks|examples|docs|patching|pipeline|nn)/[\w/.-]+)`"
+)
 
 
 @pytest.mark.parametrize("page", generate.PAGES, ids=lambda page: page.name)
@@ -45,6 +51,25 @@ def test_links_lead_somewhere():
 
 def test_number_of_the_front_page_is_stored():
     requests, bulk, _ = next(iter(generate.bars().values())).values()
-    text = (generate.ROOT / "README.md").read_text()
+    text = " ".join((generate.ROOT / "README.md").read_text().split())
     assert f"**{generate.ratio(requests)}**" in text
     assert f"{bulk:.1f} times as fast" in text
+
+
+def test_paths_exist():
+    pages = (*generate.PAGES, generate.ROOT / "CONTRIBUTING.md")
+    found = {path for page in pages for path in PATH.findall(page.read_text())}
+    assert len(found) > 20
+    new = {path for path in found if Path(path).stem in ("x", "test_x")}  # of an op to be added
+    folders = generate.ROOT, generate.ROOT / "python" / "embedfuse"
+    missing = [p for p in found - new if not any((folder / p).exists() for folder in folders)]
+    assert missing == []
+
+
+def test_options_of_embed_are_documented():
+    parser = argparse.ArgumentParser(add_help=False)
+    embed.add_arguments(parser)
+    text = (generate.ROOT / "docs" / "command-line.md").read_text()
+    options = [name for action in parser._actions for name in action.option_strings]
+    assert len(options) > 8
+    assert [name for name in options if f"`{name}" not in text] == []
