@@ -1,4 +1,4 @@
-# demo · test · test-all · test-newest · bench · gpu · lint: each sets up what it needs.
+# demo · test · test-all · test-newest · bench · gpu · docs · lint: each sets up what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f -not
 # A process per core, of one thread each; the files that take minutes begin first (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-newest bench gpu lint clean
+.PHONY: demo test test-all test-newest bench gpu docs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/embedfuse demo $(ARGS)
@@ -41,6 +41,10 @@ gpu:
 	EMBEDFUSE_BUILD_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
 	$(PYTHON) -m benchmarks gpu --out $(OUT) $(PART)
 
+# site/index.html, from docs/ and the docstrings; fetches nothing.
+docs: $(VENV)/packages
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=python $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,5 +62,5 @@ $(VENV)/installed: $(VENV)/packages $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest build dist out python/embedfuse.egg-info python/embedfuse/_build.json
+	rm -rf $(VENV) .venv-newest build dist out site python/embedfuse.egg-info python/embedfuse/_build.json
 	find python triton_kernels -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +
