@@ -1,19 +1,15 @@
 // Python module embedfuse._cpu: addresses in, results where they point. Checks what would corrupt memory.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "bindings/python.h"
+#include "bindings/watch.h"
 #include "cpu/cu_seqlens.h"
 #include "cpu/dispatch.h"
 #include "cpu/lexical.h"
 #include "cpu/pool_normalize_common.h"
 #include "embedfuse/parallel.h"
-#include "bindings/watch.h"
 
-namespace py = pybind11;
 using namespace embedfuse;
 
 namespace {
@@ -21,10 +17,10 @@ namespace {
 void check_cu_seqlens(const std::string& name, const int32_t* cu_seqlens, int64_t batch,
                       int64_t tokens) {
   if (!valid_cu_seqlens(cu_seqlens, batch, tokens)) {
-    throw py::value_error(name +
-                          ": must start at 0, never fall, and end at the number of tokens, " +
-                          std::to_string(tokens) + "; starts at " + std::to_string(cu_seqlens[0]) +
-                          ", ends at " + std::to_string(cu_seqlens[batch]));
+    throw std::invalid_argument(
+        name + ": must start at 0, never fall, and end at the number of tokens, " +
+        std::to_string(tokens) + "; starts at " + std::to_string(cu_seqlens[0]) + ", ends at " +
+        std::to_string(cu_seqlens[batch]));
   }
 }
 
@@ -83,7 +79,7 @@ void sparse_scatter(uintptr_t token_weights, uintptr_t input_ids, uintptr_t cu_s
                                (const int32_t*)cu_seqlens, tokens, batch};
   check_cu_seqlens("cu_seqlens", args.cu_seqlens, batch, tokens);
   if (!cpu::sparse_scatter(args, (int64_t*)index, (int64_t*)counts, (int64_t*)order)) {
-    throw py::value_error("input_ids: an id is out of range; accepted are 0 to 2^31 - 1");
+    throw std::invalid_argument("input_ids: an id is out of range; accepted are 0 to 2^31 - 1");
   }
 }
 
@@ -92,9 +88,9 @@ CsrArgs csr(const char* name, uintptr_t weights, uintptr_t token_ids, uintptr_t 
   const CsrArgs args{(const float*)weights, (const int64_t*)token_ids, (const int64_t*)indptr,
                      rows};
   if (!cpu::valid_csr(args, entries)) {
-    throw py::value_error(std::string(name) +
-                          ": indptr must rise from 0 to the number of entries, token ids "
-                          "within each row, from 0 to at most 2^31 - 1");
+    throw std::invalid_argument(std::string(name) +
+                                ": indptr must rise from 0 to the number of entries, token ids "
+                                "within each row, from 0 to at most 2^31 - 1");
   }
   return args;
 }
@@ -110,33 +106,30 @@ void lexical_scores(uintptr_t query_weights, uintptr_t query_ids, uintptr_t quer
        aligned, (float*)scores});
 }
 
-// One {keys[id]: weight} per row, whose entries go in as `places` has them. Keys are fetched ahead, first where the list points, then what it
-// points to: those of a large vocabulary do not fit into the caches.
-py::list csr_dicts(const py::list& keys, const py::array_t<int64_t>& indptr,
-                   const py::array_t<int64_t>& token_ids, const py::array_t<double>& weights,
-                   const py::array_t<int64_t>& places) {
-  const int64_t rows = indptr.size() - 1, entries = token_ids.size();
-  const int64_t *bounds = indptr.data(), *ids = token_ids.data();
-  csr("indptr, token_ids", 0, (uintptr_t)ids, (uintptr_t)bounds, rows, entries);
-  PyObject** key = PySequence_Fast_ITEMS(keys.ptr());
-  py::list dicts(rows);
+// One {keys[id]: weight} per row, whose entries go in as `places` has them. Keys are fetched ahead, first where
+// the list points, then what it points to: those of a large vocabulary do not fit into the caches.
+PyObject* csr_dicts(PyObject* keys, uintptr_t indptr, int64_t rows, uintptr_t token_ids,
+                    uintptr_t weights, uintptr_t places, int64_t entries) {
+  csr("indptr, token_ids", 0, token_ids, indptr, rows, entries);
+  const int64_t *bounds = (const int64_t*)indptr, *ids = (const int64_t*)token_ids;
+  PyObject** key = PySequence_Fast_ITEMS(keys);
+  python::Owned dicts(PyList_New(rows));
   for (int64_t row = 0; row < rows; ++row) {
-    py::dict dict;
+    python::Owned dict(PyDict_New());
     const int64_t first = bounds[row], last = bounds[row + 1];
     for (int64_t n = first; n < last; ++n) {
-      const int64_t i = places.data()[n];
+      const int64_t i = ((const int64_t*)places)[n];
       if (i < first || i >= last) {
-        throw py::value_error("order: accepted are the numbers of each row's entries");
+        throw std::invalid_argument("order: accepted are the numbers of each row's entries");
       }
       if (n + 32 < entries) __builtin_prefetch(key + ids[n + 32]);
       if (n + 16 < entries) __builtin_prefetch(key[ids[n + 16]], 1);
-      const py::float_ weight(weights.data()[i]);
-      const int error = PyDict_SetItem(dict.ptr(), key[ids[i]], weight.ptr());
-      if (error) throw py::error_already_set();
+      const python::Owned weight(PyFloat_FromDouble(((const double*)weights)[i]));
+      if (PyDict_SetItem(dict.get(), key[ids[i]], weight.get()) < 0) throw python::ErrorIsSet{};
     }
-    dicts[row] = std::move(dict);
+    PyList_SET_ITEM(dicts.get(), row, dict.release());
   }
-  return dicts;
+  return dicts.release();
 }
 
 // An address and the strides of tokens and heads.
@@ -192,13 +185,13 @@ RowsArg rows_arg(const std::string& name, const Rows& x, std::vector<const void*
   for (int64_t i = 0; i < count; ++i) {
     const int64_t begin = spans[2 * i], end = spans[2 * i + 1];
     if (begin < 0 || begin > end || end > starts.back()) {
-      throw py::value_error(name + "_spans: a span lies outside of the rows");
+      throw std::invalid_argument(name + "_spans: a span lies outside of the rows");
     }
     const void* text = nullptr;
     if (begin < end) {
       const int64_t m = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
       if (end > starts[m + 1]) {
-        throw py::value_error(name + "_spans: a text lies in more than one matrix");
+        throw std::invalid_argument(name + "_spans: a text lies in more than one matrix");
       }
       text = (const char*)((const int64_t*)matrices)[2 * m] + (begin - starts[m]) * stride * bytes;
     }
@@ -226,15 +219,15 @@ void maxsim(const Rows& query, const Rows& document, int dtype, uintptr_t scale,
   for (int64_t p = 0; pairs && p < 2 * pair_count; ++p) {
     const int64_t count = p % 2 ? args.document.count : args.query.count;
     if (args.pairs[p] < 0 || args.pairs[p] >= count) {
-      throw py::value_error("pairs: " + std::to_string(args.pairs[p]) + "; accepted are 0 to " +
-                            std::to_string(count - 1));
+      throw std::invalid_argument("pairs: " + std::to_string(args.pairs[p]) +
+                                  "; accepted are 0 to " + std::to_string(count - 1));
     }
   }
   for (int64_t i = 0; width && i < args.query.count; ++i) {
     const int64_t rows = args.query.spans[2 * i + 1] - args.query.spans[2 * i];
     if (rows > width) {
-      throw py::value_error("width: " + std::to_string(width) + "; a query has " +
-                            std::to_string(rows) + " rows");
+      throw std::invalid_argument("width: " + std::to_string(width) + "; a query has " +
+                                  std::to_string(rows) + " rows");
     }
   }
   // Kept from call to call, as in linear.
@@ -257,13 +250,13 @@ void segment_sum(uintptr_t x, int dtype, int64_t stride, int64_t rows_of_x, int6
                             (float*)out};
   for (int64_t r = 0; r < rows; ++r) {
     if (args.indptr[0] < 0 || args.indptr[r] > args.indptr[r + 1] || args.indptr[rows] > entries) {
-      throw py::value_error("indptr: must never fall and lie within the entries");
+      throw std::invalid_argument("indptr: must never fall and lie within the entries");
     }
   }
   for (int64_t k = args.indptr[0]; k < args.indptr[rows]; ++k) {
     if (args.index[k] < 0 || args.index[k] >= rows_of_x) {
-      throw py::value_error("index: " + std::to_string(args.index[k]) + "; accepted are 0 to " +
-                            std::to_string(rows_of_x - 1));
+      throw std::invalid_argument("index: " + std::to_string(args.index[k]) +
+                                  "; accepted are 0 to " + std::to_string(rows_of_x - 1));
     }
   }
   cpu_kernels().segment_sum(args);
@@ -297,8 +290,8 @@ InfoNceTile tile_arg(const Tile& x) {
   const auto& [scores, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
                x_factor, y_factor, scale, bias, sigmoid] = x;
   if (columns > kInfoNceColumns) {
-    throw py::value_error("scores: " + std::to_string(columns) + " columns; accepted are up to " +
-                          std::to_string(kInfoNceColumns));
+    throw std::invalid_argument("scores: " + std::to_string(columns) +
+                                " columns; accepted are up to " + std::to_string(kInfoNceColumns));
   }
   return {(float*)scores,
           rows,
@@ -336,26 +329,18 @@ void set_thread_pool(uintptr_t parallel_for, uintptr_t num_threads) {
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m) {
-  // No kernel touches a Python object, so the GIL is released around them; csr_dicts makes them.
-  m.def("pool_normalize", &pool_normalize, py::call_guard<py::gil_scoped_release>());
-  m.def("linear", &linear, py::call_guard<py::gil_scoped_release>());
-  m.def("token_weights", &token_weights, py::call_guard<py::gil_scoped_release>());
-  m.def("sparse_scatter", &sparse_scatter, py::call_guard<py::gil_scoped_release>());
-  m.def("lexical_scores", &lexical_scores, py::call_guard<py::gil_scoped_release>());
-  m.def("csr_dicts", &csr_dicts);
-  m.def("varlen_attention", &varlen_attention, py::call_guard<py::gil_scoped_release>());
-  m.def("add_layer_norm", &add_layer_norm, py::call_guard<py::gil_scoped_release>());
-  m.def("maxsim", &maxsim, py::call_guard<py::gil_scoped_release>());
-  m.def("segment_sum", &segment_sum, py::call_guard<py::gil_scoped_release>());
-  m.def("add_rms_norm", &add_rms_norm, py::call_guard<py::gil_scoped_release>());
-  m.def("rope", &rope, py::call_guard<py::gil_scoped_release>());
-  m.def("silu_mul", &silu_mul, py::call_guard<py::gil_scoped_release>());
-  m.def("info_nce_update", &info_nce_update, py::call_guard<py::gil_scoped_release>());
-  m.def("info_nce_gradient", &info_nce_gradient, py::call_guard<py::gil_scoped_release>());
-  m.def("unchanged", &unchanged);
-  m.def("set_thread_pool", &set_thread_pool);
-  m.def("supported_isas", &supported_isas);
-  m.def("select_isa", &select_isa);
-  m.def("selected_isa", &selected_isa);
+#define METHOD(name) python::method<&name>(#name)
+
+PyMODINIT_FUNC PyInit__cpu() {
+  static PyMethodDef methods[] = {
+      METHOD(pool_normalize),   METHOD(linear),          METHOD(token_weights),
+      METHOD(sparse_scatter),   METHOD(lexical_scores),  METHOD(csr_dicts),
+      METHOD(varlen_attention), METHOD(add_layer_norm),  METHOD(maxsim),
+      METHOD(segment_sum),      METHOD(add_rms_norm),    METHOD(rope),
+      METHOD(silu_mul),         METHOD(info_nce_update), METHOD(info_nce_gradient),
+      METHOD(unchanged),        METHOD(set_thread_pool), METHOD(supported_isas),
+      METHOD(select_isa),       METHOD(selected_isa),    {},
+  };
+  static PyModuleDef module{PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods};
+  return PyModule_Create(&module);
 }

@@ -1,12 +1,10 @@
 // Python module embedfuse._cuda: addresses and a stream in, nothing out. Loads without a driver.
-#include <pybind11/pybind11.h>
-
 #include <stdexcept>
 #include <string>
 
+#include "bindings/python.h"
 #include "cuda/kernels.h"
 
-namespace py = pybind11;
 using namespace embedfuse;
 
 namespace {
@@ -64,8 +62,15 @@ void sparse_scatter(uintptr_t token_weights, uintptr_t input_ids, uintptr_t cu_s
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m) {
-  m.def("pool_normalize", &pool_normalize, py::call_guard<py::gil_scoped_release>());
-  m.def("token_weights", &token_weights, py::call_guard<py::gil_scoped_release>());
-  m.def("sparse_scatter", &sparse_scatter, py::call_guard<py::gil_scoped_release>());
+#define METHOD(name) python::method<&name>(#name)
+
+PyMODINIT_FUNC PyInit__cuda() {
+  static PyMethodDef methods[] = {
+      METHOD(pool_normalize),
+      METHOD(token_weights),
+      METHOD(sparse_scatter),
+      {},
+  };
+  static PyModuleDef module{PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, methods};
+  return PyModule_Create(&module);
 }

@@ -1,25 +1,23 @@
-// Whether Python objects are what they were: no more than pointers are compared, and nothing is called.
+// Whether Python objects are what they were: only pointers are compared, and nothing is called.
 #pragma once
-#include <pybind11/pybind11.h>
+#include "bindings/python.h"
 
 namespace embedfuse {
 
-// True where each object still has its class, each dict its length, and each (dict, key) its value. Keys are
-// str, owners and dicts are dict, which the caller sees to.
-inline bool unchanged(const pybind11::tuple& objects, const pybind11::tuple& classes,
-                      const pybind11::tuple& dicts, const pybind11::tuple& lengths,
-                      const pybind11::tuple& owners, const pybind11::tuple& keys,
-                      const pybind11::tuple& values) {
-  const auto at = [](const pybind11::tuple& t, size_t i) { return PyTuple_GET_ITEM(t.ptr(), i); };
-  for (size_t i = 0; i < objects.size(); ++i) {
+// True where each object still has its class, each dict its length, and each (dict, key) its value. All are
+// tuples; keys are str, owners and dicts are dict, which the caller ensures.
+inline bool unchanged(PyObject* objects, PyObject* classes, PyObject* dicts, PyObject* lengths,
+                      PyObject* owners, PyObject* keys, PyObject* values) {
+  const auto at = [](PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i); };
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) {
     if ((PyObject*)Py_TYPE(at(objects, i)) != at(classes, i)) return false;
   }
-  for (size_t i = 0; i < dicts.size(); ++i) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); ++i) {
     if (PyDict_GET_SIZE(at(dicts, i)) != PyLong_AsSsize_t(at(lengths, i))) return false;
   }
-  for (size_t i = 0; i < owners.size(); ++i) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(owners); ++i) {
     PyObject* value = PyDict_GetItemWithError(at(owners, i), at(keys, i));
-    if (value == nullptr && PyErr_Occurred()) throw pybind11::error_already_set();
+    if (value == nullptr && PyErr_Occurred()) throw python::ErrorIsSet{};
     if (value != at(values, i)) return false;
   }
   return true;

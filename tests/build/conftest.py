@@ -102,7 +102,7 @@ def sdist(make_source, environment, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def build_wheel(sdist, environment, tmp_path_factory) -> tuple[Path, bool]:
     """A wheel of the sdist alone, so whatever MANIFEST.in forgets is missing here; and whether pip fetched
-    what builds it, setuptools, pybind11 and ninja, for which it needs the package index."""
+    what builds it, setuptools and ninja, for which it needs the package index."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
