@@ -127,7 +127,7 @@ def test_a_default_is_logged_once_per_kernel(fused_norm, stored, caplog):
     assert not caplog.records
 
 
-def test_other_devices_take_the_default_without_a_word(fused_norm, stored, caplog):
+def test_other_devices_have_the_default_and_no_log(fused_norm, stored, caplog):
     stored(entry(256, 32))
     caplog.set_level(logging.INFO, logger="embedfuse")
     for device in ("meta", "cpu"):

@@ -1,19 +1,19 @@
-"""Tiles of scores, which of them count, and what a sigmoid makes of them."""
+"""Tiles of scores, which of them count, and their sigmoid and softplus."""
 
 import triton
 import triton.language as tl
 
-# Blocks of rows that pass all columns together, so that these come from the L2 cache: 2048 rows of d = 1024
-# take 4 MiB. Not measured.
+# Blocks of rows that go through all columns together, so that these come from the L2 cache: 2048 rows of d =
+# 1024 take 4 MiB. Not measured.
 GROUP: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
-def counting_columns(b_c, p_g, o_g, m_c, i_r, o_c, first, p_own, p_lim, p_xk, p_yk, p_glim):
-    """Which columns of a row count: the one place that knows."""
+def counting_columns(b_c, p_g, o_g, m_c, i_r, o_c, first, p_target, p_lim, p_xk, p_yk, p_glim):
+    """Which columns of a row count."""
     b_keep = m_c
-    if p_own is not None:
-        b_keep &= o_c != (tl.load(p_own + i_r) - first).to(tl.int32)
+    if p_target is not None:
+        b_keep &= o_c != (tl.load(p_target + i_r) - first).to(tl.int32)
     # "not above" and not "at most": a NaN score stays, and shows.
     if p_lim is not None:
         b_keep &= (b_c > tl.load(p_lim + i_r)) == 0
@@ -54,7 +54,8 @@ def softmax_weight(b_z, b_stat):
 
 @triton.jit
 def place(rows, columns, B_Q: tl.constexpr, B_N: tl.constexpr):
-    """A program's block of rows and tile of columns. Neighbours in time share what they read."""
+    """The block of rows and the tile of columns of a program. Programs that run together share what they
+    read."""
     blocks, tiles = tl.cdiv(rows, B_Q), tl.cdiv(columns, B_N)
     i_p = tl.program_id(0)
     first = i_p // (GROUP * tiles) * GROUP
@@ -89,10 +90,10 @@ def score_tile(
 
 
 @triton.jit
-def tile_logits(b_c, o_r, o_n, columns, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk):
+def tile_logits(b_c, o_r, o_n, columns, first, p_scale, p_bias, p_target, p_lim, p_xk, p_yk):
     m_n = (o_n < columns)[None, :]
     b_keep = counting_columns(
-        b_c, None, None, m_n, o_r[:, None], o_n[None, :], first, p_own, p_lim, p_xk, p_yk, None
+        b_c, None, None, m_n, o_r[:, None], o_n[None, :], first, p_target, p_lim, p_xk, p_yk, None
     )
     b_z = b_c * tl.load(p_scale)
     if p_bias is not None:

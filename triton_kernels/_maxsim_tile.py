@@ -1,6 +1,6 @@
-"""A tile of query rows past one document: what the kernel in maxsim.py is made of.
+"""A tile of query rows against one document: the parts of the kernel in maxsim.py.
 
-Each product meets the one that stood in its place a block before, so that the maximum of a row is found
+The running maximum is kept per column of a block of document rows, so that the maximum of a row is reduced
 once per document; b_q is the tile itself where a row is one slice of the depth, else None.
 """
 
@@ -88,7 +88,7 @@ def best_products(
     B_T: tl.constexpr,
     B_D: tl.constexpr,
 ):
-    """Per row of the tile: its maximum over a document, and the first row of this that gives it."""
+    """Per row of the tile: the maximum over a document, and the first row of the document that gives it."""
     d_start, d_rows = tl.load(p_ds + 2 * i_d), tl.load(p_ds + 2 * i_d + 1)
     d_rows = (d_rows - d_start).to(tl.int32)
     lowest, nowhere = float("-inf"), 0
@@ -100,7 +100,7 @@ def best_products(
     b_best = tl.zeros([B_Q, B_T], tl.float32) + lowest
     b_block = tl.zeros([B_Q, B_T], tl.int32) + nowhere
     for u in range(0, d_rows, B_T):
-        # Past the end the last row again, which moves no maximum.
+        # After the end the last row again, which changes no maximum.
         o_t = d_start + tl.minimum(u + o_c, d_rows - 1)
         b_s, b_squares = products(
             b_q, p_q, m_q, p_d + o_t * s_d, depth, NORMALIZE, WIDEN, B_Q, B_T, B_D
@@ -112,7 +112,7 @@ def best_products(
             b_scale = normalizers(b_squares, b_scale)
         if NORMALIZE or p_s is not None:
             b_s *= b_scale[None, :]
-        # A NaN goes before all numbers, and the first one stays.
+        # NaN counts as above all numbers; the first one is kept.
         if PLACES:
             b_take = (b_best == b_best) & ((b_s <= b_best) == 0)
             b_best = tl.where(b_take, b_s, b_best)
@@ -125,7 +125,7 @@ def best_products(
     b_place = tl.zeros([B_Q], tl.int32)
     if PLACES:
         b_is = b_nan | (b_best == b_top[:, None])
-        # The last row again counts as that row, also where its product rounds otherwise there.
+        # A repeated last row counts as that row, even where the repeated product rounds differently.
         b_row = tl.minimum(b_block + o_c[None, :], d_rows - 1)
         b_at = tl.where(b_block < 0, -1, b_row)
         b_place = tl.min(tl.where(b_is, b_at, 2147483647), 1)
@@ -156,7 +156,7 @@ def tile_scores(
     B_T: tl.constexpr,
     B_D: tl.constexpr,
 ):
-    """What each row of the tile adds to its pair's score; stores where it was found."""
+    """What each row of the tile adds to the score of its pair; stores the argmax."""
     m_q = o_r < q_rows
     b_best, b_place = best_products(
         b_q,
@@ -187,7 +187,7 @@ def tile_scores(
 
 @triton.jit
 def text_of(p_spans, i, texts):
-    """First row and number of rows of texts by number; none of a number past the last."""
+    """First row and number of rows of texts by number; no rows for a number past the last."""
     first = tl.load(p_spans + 2 * i, mask=i < texts, other=0)
     return first, (tl.load(p_spans + 2 * i + 1, mask=i < texts, other=0) - first).to(tl.int32)
 

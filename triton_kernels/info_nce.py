@@ -1,21 +1,18 @@
 """Per row of a tile of scores c, over the columns j that count, z_j = scale c_j + bias:
 
 update:   maximum m, sum of e^(z_j - m), sum of z_j | sigmoid: -, sum of softplus(z_j), sum of sigmoid(z_j)
-gradient: c_j = w_j g_statistic + g_total, w_j = e^(z_j - statistic) | sigmoid: sigmoid(z_j); own column:
-g_own
+gradient: c_j = w_j g_statistic + g_total, w_j = e^(z_j - statistic) | sigmoid: sigmoid(z_j); target column:
+g_target
 
 One program per row; a tile's row fits into registers, is read once and written at most once. The GEMMs around
-it are torch's (python/embedfuse/ops/tiles.py).
+it are torch's (python/embedfuse/ops/info_nce/tiles.py).
 """
 
-import functools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
-from embedfuse.triton_kernels import info_nce_fused
 from embedfuse.triton_kernels._info_nce_scores import (
     counting_columns,
     sigmoid_parts,
@@ -23,10 +20,6 @@ from embedfuse.triton_kernels._info_nce_scores import (
 )
 from embedfuse.triton_kernels.info_nce_fused import op_calls
 from embedfuse.triton_kernels.tuned import Tunable
-
-from embedfuse.ops.info_nce import tiles
-from embedfuse.ops.info_nce.matryoshka import tiles as info_nce_prefix_chunks
-from embedfuse.ops.info_nce.tiles import Tile, torch_multiply
 
 
 @triton.jit
@@ -49,7 +42,7 @@ def load_logits(
     p_yf,
     p_scale,
     p_bias,
-    p_own,
+    p_target,
     p_lim,
     p_xk,
     p_yk,
@@ -60,7 +53,7 @@ def load_logits(
     b_c = tl.load(p_c + o_g, mask=o_c < columns, other=0).to(tl.float32)
     b_c *= load_factors(p_xf, p_yf, i_r, o_c, columns)
     b_keep = counting_columns(
-        b_c, p_g, o_g, o_c < columns, i_r, o_c, first, p_own, p_lim, p_xk, p_yk, p_glim
+        b_c, p_g, o_g, o_c < columns, i_r, o_c, first, p_target, p_lim, p_xk, p_yk, p_glim
     )
     b_z = b_c * tl.load(p_scale)
     if p_bias is not None:
@@ -76,7 +69,7 @@ def update_kernel(
     p_yf,  # (columns) or None
     p_scale,
     p_bias,  # or None
-    p_own,  # (rows) or None, as all that follow
+    p_target,  # (rows) or None, as the four that follow
     p_lim,
     p_xk,
     p_yk,  # (columns)
@@ -104,7 +97,7 @@ def update_kernel(
         p_yf,
         p_scale,
         p_bias,
-        p_own,
+        p_target,
         p_lim,
         p_xk,
         p_yk,
@@ -140,7 +133,7 @@ def gradient_kernel(
     p_yf,
     p_scale,
     p_bias,
-    p_own,
+    p_target,
     p_lim,
     p_xk,
     p_yk,
@@ -168,7 +161,7 @@ def gradient_kernel(
         p_yf,
         p_scale,
         p_bias,
-        p_own,
+        p_target,
         p_lim,
         p_xk,
         p_yk,
@@ -179,9 +172,9 @@ def gradient_kernel(
     else:
         b_weight = softmax_weight(b_z, tl.load(p_stat + i_r))
     b_grad = tl.where(b_keep, b_weight * tl.load(p_gs + i_r) + tl.load(p_gt + i_r), 0)
-    if p_own is not None:
-        is_own = o_c == (tl.load(p_own + i_r) - first).to(tl.int32)
-        b_grad = tl.where(is_own, tl.load(p_go + i_r), b_grad)
+    if p_target is not None:
+        is_target = o_c == (tl.load(p_target + i_r) - first).to(tl.int32)
+        b_grad = tl.where(is_target, tl.load(p_go + i_r), b_grad)
     if p_sum is not None:
         p_o = p_sum + i_r * columns + o_c
         b_sum = tl.load(p_o, mask=o_c < columns, other=0)
@@ -206,72 +199,39 @@ UPDATE = Tunable("info_nce_update", default_config, candidates)
 GRADIENT = Tunable("info_nce_gradient", default_config, candidates)
 
 
-def _launch(kernel, tunable: Tunable, tile: Tile, *state):
-    rows, columns = tile.scores.shape
+def _launch(kernel, tunable: Tunable, inputs: tuple, first: int, sigmoid: bool, *state):
+    """inputs: scores (rows, columns) to p_glim, in the order of the kernel's parameters."""
+    scores = inputs[0]
+    rows, columns = scores.shape
     block = max(16, triton.next_power_of_2(columns))
-    masks = (tile.own, tile.limit, tile.x_keys, tile.y_keys, tile.guide_limit)
     if rows:
-        with torch.cuda.device_of(tile.scores):
+        with torch.cuda.device_of(scores):
             kernel[(rows,)](
-                tile.scores,
-                tile.guide,
-                tile.x_factor,
-                tile.y_factor,
-                tile.scale,
-                tile.bias,
-                *masks,
+                *inputs,
                 *state,
                 columns,
-                tile.first,
-                SIGMOID=tile.sigmoid,
+                first,
+                SIGMOID=sigmoid,
                 B_C=block,
-                **tunable.config(tile.scores, block=block),
+                **tunable.config(scores, block=block),
             )
 
 
-def update(*args):
-    _launch(update_kernel, UPDATE, *args)
+def update(inputs, first, sigmoid, maximum, sums, total, count, factor):
+    """Launcher over a tile of scores, whose first column has the number `first`.
+
+    inputs: scores to guide_limit, in the order of the kernel's parameters. maximum, sums, total, count:
+        (rows,)
+    running statistics, which are updated. factor: (rows,) or None.
+    """
+    _launch(update_kernel, UPDATE, inputs, first, sigmoid, maximum, sums, total, count, factor)
 
 
-def gradient(*args, into=None):
-    _launch(gradient_kernel, GRADIENT, *args, into)
-
-
-_chunked_forward = functools.partial(tiles.forward, torch_multiply, update)
-_chunked_backward = functools.partial(tiles.backward, torch_multiply, gradient)
-
-
-def _fuses(x, y, guide_x) -> bool:
-    """Scores of 16-bit inputs are worth their GEMM in Triton: tensor cores take them, and a tile of scores in
-    memory costs about as much as its GEMM at d = 1024 (8 bytes against 2048 operations on an H100; not
-    measured). A guide's second product would not fit into registers, nor would addresses of rows that are not
-    aligned."""
-    aligned = all(t.stride() == (t.stride(0), 1) and t.stride(0) % 8 == 0 for t in (x, y))
-    return x.dtype != torch.float32 and aligned and x.shape[1] % 8 == 0 and guide_x is None
-
-
-def forward(x, y, *inputs):
-    """Arguments and results are those of the op (python/embedfuse/ops/op.py)."""
-    *_, guide_x, _, _, _, mean = inputs
-    if mean or not _fuses(x, y, guide_x):
-        return _chunked_forward(x, y, *inputs)
-    return info_nce_fused.forward(x, y, *inputs)
-
-
-def backward(x, y, *inputs):
-    """Arguments and results are those of the op (python/embedfuse/ops/op.py)."""
-    run = info_nce_fused.backward if _fuses(x, y, inputs[6]) else _chunked_backward
-    return run(x, y, *inputs)
-
-
-def prefix_forward(x, y, *inputs):
-    """Arguments and results are those of the op (python/embedfuse/ops/info_nce_prefix_op.py)."""
-    return info_nce_prefix_chunks.forward(torch_multiply, update, x, y, *inputs)
-
-
-def prefix_backward(x, y, *inputs):
-    """Arguments and results are those of the op (python/embedfuse/ops/info_nce_prefix_op.py)."""
-    return info_nce_prefix_chunks.backward(torch_multiply, gradient, x, y, *inputs)
+def gradient(inputs, first, sigmoid, statistic, g_statistic, g_total, g_target, into):
+    """Launcher over a tile of scores, which becomes G; inputs as in `update`; into: (rows, columns) or
+    None."""
+    grads = g_statistic, g_total, g_target
+    _launch(gradient_kernel, GRADIENT, inputs, first, sigmoid, statistic, *grads, into)
 
 
 def aot_calls() -> Iterator[tuple]:
@@ -283,23 +243,24 @@ def aot_calls() -> Iterator[tuple]:
 
     one, row, key = empty(1), empty(100), empty(100, dtype=torch.int64)
     for columns in (16, 1000, 2048, 4096):
+        scores, keys = empty(100, columns), empty(columns, dtype=torch.int64)
+        factors = row, empty(columns)
+        plain = (scores, None, None, None, one, None, key, *[None] * 4)
+        masked = (scores, scores, None, None, one, one, key, row, key, keys, row)
         for sigmoid in (False, True):
-            scores, keys = empty(100, columns), empty(columns, dtype=torch.int64)
-            plain = Tile(scores, scores, scores, None, 0, one, None, key, *[None] * 4, sigmoid)
-            masks = (key, row, key, keys, row)
-            masked = Tile(scores, scores, scores, scores, columns, one, one, *masks, sigmoid)
-            factors = {"x_factor": row, "y_factor": empty(columns)}
-            for tile in (plain, masked):
-                yield update, (tile, row, row, row, key, None)
-                yield update, (tile, row, row, row, key, row)
-                yield gradient, (tile, row, row, row, row)
-            if not sigmoid:
-                for tile in (plain, masked, *(replace(t, **factors) for t in (plain, masked))):
-                    yield update, (tile, row, row, row, key, None)
-                    yield functools.partial(gradient, into=scores), (tile, row, row, row, row)
+            for inputs, first in ((plain, 0), (masked, columns)):
+                tile = inputs, first, sigmoid
+                yield update, (*tile, row, row, row, key, None)
+                yield update, (*tile, row, row, row, key, row)
+                yield gradient, (*tile, row, row, row, row, None)
+        for inputs, first in ((plain, 0), (masked, columns)):
+            scaled = (*inputs[:2], *factors, *inputs[4:])
+            yield update, (scaled, first, False, row, row, row, key, None)
+            for tile in ((inputs, first, False), (scaled, first, False)):
+                yield gradient, (*tile, row, row, row, row, scores)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:
-    """(op, its arguments), GEMMs included: in fp32, of a kind that is not fused, full tiles."""
+    """(op, its arguments), GEMMs included: in fp32, which is not fused, full tiles."""
     if dtype == torch.float32:
         yield from op_calls(device, dtype, [(4096, 1024, 256), (4096, 4096, 256)])

@@ -3,7 +3,7 @@
 statistics: per row maximum m, sum of e^(z - m), sum of z, count | sigmoid: -, sums of softplus(z), sigmoid(z)
 gradient:   G = w g_statistic + g_total for a tile of scores, which torch's GEMMs then multiply
 
-A program takes a block of rows and a tile of columns. What `statistics` finds in each tile is put together
+A program takes a block of rows and a tile of columns. The statistics of each tile are merged
 afterwards, in the tiles' order, so the bits are always the same. Limits: 16-bit inputs in rows that
 start at multiples of 16 bytes, no guide.
 """
@@ -22,9 +22,6 @@ from embedfuse.triton_kernels._info_nce_scores import (
     tile_logits,
 )
 from embedfuse.triton_kernels.tuned import Tunable
-
-from embedfuse.ops.info_nce import tiles
-from embedfuse.ops.info_nce.tiles import Tile
 
 LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 # What one launch of `statistics` leaves: rows times tiles, of 16 bytes each.
@@ -70,7 +67,7 @@ def store_statistics(b_z, b_keep, p_m, p_s, p_t, p_n, o_o, m_q, SIGMOID: tl.cons
         b_s = tl.sum(tl.where(b_keep, b_part, 0), 1)
         b_t = tl.sum(tl.where(b_keep, b_weight, 0), 1)
     else:
-        # What does not count is marked in place: a tile of masks beside that of logits would spill.
+        # What does not count is marked in place: a tile of masks next to that of logits would spill.
         b_z = tl.where(b_keep, b_z, LOWEST)
         b_n = tl.sum(tl.where(b_z == LOWEST, 0.0, 1.0), 1).to(tl.int32)
         b_t = tl.sum(tl.where(b_z == LOWEST, 0.0, b_z), 1)
@@ -90,7 +87,7 @@ def statistics_kernel(
     p_y,  # (columns, depth)
     p_scale,
     p_bias,  # or None
-    p_own,  # (rows) or None, as all that follow
+    p_target,  # (rows) or None, as all that follow
     p_lim,
     p_xk,
     p_yk,  # (columns)
@@ -115,7 +112,7 @@ def statistics_kernel(
     o_n = i_t * B_N + tl.arange(0, B_N)
     b_c = score_tile(p_x, s_x, o_r, p_y, s_y, o_n, columns, depth, B_Q, B_N, B_D)
     b_z, b_keep = tile_logits(
-        b_c, o_r, o_n, columns, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk
+        b_c, o_r, o_n, columns, first, p_scale, p_bias, p_target, p_lim, p_xk, p_yk
     )
     o_o = i_t.to(tl.int64) * rows + o_q
     store_statistics(b_z, b_keep, p_m, p_s, p_t, p_n, o_o, o_q < rows, SIGMOID)
@@ -128,7 +125,7 @@ def fused_gradient_kernel(
     p_g,  # (rows, columns), becomes G
     p_scale,
     p_bias,
-    p_own,
+    p_target,
     p_lim,
     p_xk,
     p_yk,
@@ -153,7 +150,7 @@ def fused_gradient_kernel(
     o_n = i_t * B_N + tl.arange(0, B_N)
     b_c = score_tile(p_x, s_x, o_r, p_y, s_y, o_n, columns, depth, B_Q, B_N, B_D)
     b_z, b_keep = tile_logits(
-        b_c, o_r, o_n, columns, first, p_scale, p_bias, p_own, p_lim, p_xk, p_yk
+        b_c, o_r, o_n, columns, first, p_scale, p_bias, p_target, p_lim, p_xk, p_yk
     )
     if SIGMOID:
         b_weight, _ = sigmoid_parts(b_z)
@@ -161,12 +158,21 @@ def fused_gradient_kernel(
         b_weight = softmax_weight(b_z, tl.load(p_stat + o_r)[:, None])
     b_grad = b_weight * tl.load(p_gs + o_r)[:, None] + tl.load(p_gt + o_r)[:, None]
     b_grad = tl.where(b_keep, b_grad, 0)
-    if p_own is not None:
-        is_own = o_n[None, :] == (tl.load(p_own + o_r) - first).to(tl.int32)[:, None]
-        b_grad = tl.where(is_own, tl.load(p_go + o_r)[:, None], b_grad)
+    if p_target is not None:
+        is_target = o_n[None, :] == (tl.load(p_target + o_r) - first).to(tl.int32)[:, None]
+        b_grad = tl.where(is_target, tl.load(p_go + o_r)[:, None], b_grad)
     p_o = p_g + o_r[:, None] * columns + o_n[None, :]
     m_o = (o_q < rows)[:, None] & (o_n < columns)[None, :]
     tl.store(p_o, b_grad.to(p_g.dtype.element_ty), mask=m_o)
+
+
+def takes(x, y, guide_x) -> bool:
+    """Scores of 16-bit inputs are worth their GEMM in Triton: tensor cores take them, and a tile of scores in
+    memory costs about as much as its GEMM at d = 1024 (8 bytes against 2048 operations on an H100; not
+    measured). A guide's second product would not fit into registers, nor would addresses of rows that are not
+    aligned."""
+    aligned = all(t.stride() == (t.stride(0), 1) and t.stride(0) % 8 == 0 for t in (x, y))
+    return x.dtype != torch.float32 and aligned and x.shape[1] % 8 == 0 and guide_x is None
 
 
 def _config(tunable: Tunable, x, sigmoid: bool, *masks) -> dict:
@@ -178,9 +184,9 @@ def _config(tunable: Tunable, x, sigmoid: bool, *masks) -> dict:
 
 
 def forward(x, y, *inputs):
-    """The op info_nce_forward without `mean` (python/embedfuse/ops/op.py)."""
-    x, y = tiles.multiplied(x), tiles.multiplied(y)
-    scale, bias, own, limit, x_keys, y_keys, _, _, _, sigmoid, _ = (
+    """Launcher; arguments and results are those of the op without `mean`
+    (python/embedfuse/ops/info_nce/op.py)."""
+    scale, bias, target, limit, x_keys, y_keys, _, _, _, sigmoid, _ = (
         i.contiguous() if hasattr(i, "contiguous") else i for i in inputs
     )
     rows = len(x)
@@ -190,15 +196,15 @@ def forward(x, y, *inputs):
     for first in range(0, len(y), step):
         columns = slice(first, first + step)
         keys = None if y_keys is None else y_keys[columns]
-        masks = own, limit, x_keys, keys
+        masks = target, limit, x_keys, keys
         parts = statistics(x, y[columns], scale, bias, *masks, first, sigmoid, config)
-        found.append(put_together(*parts))
-    maximum, sums, total, count = put_together(*map(torch.stack, zip(*found, strict=True)))
+        found.append(merge(*parts))
+    maximum, sums, total, count = merge(*map(torch.stack, zip(*found, strict=True)))
     statistic = sums if sigmoid else maximum + sums.log()
     return statistic, total, count, x.new_empty(0, x.shape[1], dtype=torch.float32)
 
 
-def statistics(x, y, scale, bias, own, limit, x_keys, y_keys, first, sigmoid, config):
+def statistics(x, y, scale, bias, target, limit, x_keys, y_keys, first, sigmoid, config):
     """(tiles, rows): maximum (sigmoid: 0), sums relative to it, total, count. first: number of column 0."""
     rows, columns = len(x), len(y)
     tiles = triton.cdiv(columns, config["B_N"])
@@ -211,7 +217,7 @@ def statistics(x, y, scale, bias, own, limit, x_keys, y_keys, first, sigmoid, co
                 y,
                 scale,
                 bias,
-                *(own, limit, x_keys, y_keys),
+                *(target, limit, x_keys, y_keys),
                 *(maximum, sums, total, count),
                 x.stride(0),
                 y.stride(0),
@@ -225,40 +231,39 @@ def statistics(x, y, scale, bias, own, limit, x_keys, y_keys, first, sigmoid, co
     return maximum, sums, total, count
 
 
-def put_together(maximum, sums, total, count):
+def merge(maximum, sums, total, count):
     """(rows,) of (parts, rows)."""
     top = maximum.amax(0)
     base = top.masked_fill(top == -torch.inf, 0)  # no difference of infinities
     return top, (sums * (maximum - base).exp()).sum(0), total.sum(0), count.sum(0)
 
 
-def fused_gradient(tile: Tile, *grads):
-    x, y, (rows, columns) = tile.x, tile.y, tile.scores.shape
-    config = _config(GRADIENT, x, tile.sigmoid, tile.limit, tile.x_keys)
+def gradient(
+    x, y, scores, scale, bias, target, limit, x_keys, y_keys, first, sigmoid, *grads
+) -> None:
+    """Launcher over a tile: scores (rows, columns) become G. grads: statistic, g_statistic, g_total,
+    g_target."""
+    rows, columns = scores.shape
+    config = _config(GRADIENT, x, sigmoid, limit, x_keys)
     grid = (triton.cdiv(rows, config["B_Q"]) * triton.cdiv(columns, config["B_N"]),)
     with torch.cuda.device_of(x):
         fused_gradient_kernel[grid](
             x,
             y,
-            tile.scores,
-            tile.scale,
-            tile.bias,
-            *(tile.own, tile.limit, tile.x_keys, tile.y_keys),
+            scores,
+            scale,
+            bias,
+            *(target, limit, x_keys, y_keys),
             *grads,
             x.stride(0),
             y.stride(0),
             rows,
             columns,
             x.shape[1],
-            tile.first,
-            SIGMOID=tile.sigmoid,
+            first,
+            SIGMOID=sigmoid,
             **config,
         )
-
-
-def backward(x, y, *inputs):
-    """The op info_nce_backward (python/embedfuse/ops/op.py)."""
-    return tiles.backward(tiles.nothing, fused_gradient, x, y, *inputs)
 
 
 def aot_calls() -> Iterator[tuple]:
@@ -276,8 +281,8 @@ def aot_calls() -> Iterator[tuple]:
             for bias, masks in ((None, usual), (None, all_masks), (one, usual), (one, all_masks)):
                 inputs = (one, bias, *masks, None, None, None, bias is not None)
                 yield forward, (x, y, *inputs, False)
-                tile = Tile(x, y, scores, None, 0, one, bias, *masks, None, bias is not None)
-                yield fused_gradient, (tile, row, row, row, row)
+                tile = x, y, scores, one, bias, *masks, 0, bias is not None
+                yield gradient, (*tile, row, row, row, row)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:
@@ -294,9 +299,9 @@ def op_calls(device, dtype, sizes) -> Iterator[tuple]:
         x, y = (
             torch.randn(n, depth, device=device).to(dtype) / depth**0.5 for n in (rows, columns)
         )
-        own, grad = torch.arange(rows, device=device), torch.ones(rows, device=device) / rows
+        target, grad = torch.arange(rows, device=device), torch.ones(rows, device=device) / rows
         statistic = (x.float() @ y.float().T).logsumexp(1)
         for bias in (None, one):
-            inputs = (x, y, one, bias, own, *[None] * 6, bias is not None)
+            inputs = (x, y, one, bias, target, *[None] * 6, bias is not None)
             yield "info_nce_forward", (*inputs, False)
             yield "info_nce_backward", (*inputs, statistic, grad, grad, grad, True, True)

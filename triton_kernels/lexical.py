@@ -3,7 +3,7 @@ sparse_scatter: of each sequence's tokens of one id with w > 0, the first of the
 lexical_scores: s_qd = sum over the ids that both hold of w_q w_d
 
 token_weights takes a block of rows per program. sparse_scatter compares every token with every other of
-its sequence, in tiles, since Triton shows no shared-memory atomics to hash with: time grows with the
+its sequence, in tiles, since Triton has no shared-memory atomics to hash with: time grows with the
 square of the length. lexical_scores looks up a query's ids in one document by binary search.
 Limits: lexical_scores launches a program per pair, which short rows do not fill.
 """
@@ -47,7 +47,7 @@ def token_weights_kernel(
 
 @triton.jit
 def load_keys(p_w, p_id, o_t, end):
-    """Ids, and weights as integers of the same order: 0 for what gives nothing, NaN above all."""
+    """Ids, and weights as integers of the same order: 0 for tokens that give nothing, NaN above all."""
     m_t = o_t < end
     b_w = tl.load(p_w + o_t, mask=m_t, other=0)
     b_key = tl.where(b_w > 0, b_w.to(tl.int32, bitcast=True), 0)
@@ -168,7 +168,7 @@ SCORES = Tunable("lexical_scores", scores_config, scores_candidates)
 
 
 def token_weights(hidden_states, weight, bias):
-    """Launcher; arguments and results are those of the op (python/embedfuse/ops/lexical_weights.py)."""
+    """Launcher; arguments and results are those of the op (python/embedfuse/ops/lexical/weights.py)."""
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
     tokens, hidden = hidden_states.shape
@@ -190,7 +190,7 @@ def token_weights(hidden_states, weight, bias):
 
 
 def sparse_scatter(token_weights, input_ids, cu_seqlens):
-    """Launcher; arguments are those of the op (python/embedfuse/ops/sparse_scatter.py).
+    """Launcher; arguments are those of the op (python/embedfuse/ops/lexical/sparse_scatter.py).
 
     Returns (tokens,) bool: whether each token is kept.
     """
@@ -220,7 +220,7 @@ def lexical_scores(
     document_indptr,
     aligned,
 ):
-    """Launcher; arguments and results are those of the op (python/embedfuse/ops/lexical_scores.py)."""
+    """Launcher; arguments and results are those of the op (python/embedfuse/ops/lexical/scores.py)."""
     queries, documents = len(query_indptr) - 1, len(document_indptr) - 1
     out = query_weights.new_empty(
         (queries,) if aligned else (queries, documents), dtype=torch.float32

@@ -1,12 +1,12 @@
 """s_p = sum over rows i of q of max over rows j of d of q_i d_j ;  a_pi = that j
 
-A tile holds the rows of one query, or of several short ones, each at the start of its slot, and meets a
-document a block of rows at a time on the tensor cores. Each product meets the one that stood in its place
-a block before, so the maximum of a row is found once per document. A program takes one tile past every
-n-th document; where its queries fit their slots and a row is one slice of the depth, the tile is read once.
-int8 documents become the query's dtype, which holds them exactly, and their scales multiply the products.
-A query's maxima are added in fp64, without atomics: the bits are always the same.
-Limits: a query longer than its slot reads its documents once per slot; listed pairs read each query anew.
+A tile holds the rows of one query, or of several short ones, each at the start of a slot, and is multiplied
+with a document a block of rows at a time on the tensor cores. The running maximum is kept per column of a
+block, so the maximum of a row is reduced once per document. A program takes one tile through every n-th
+document; where the queries fit their slots and a row is one slice of the depth, the tile is read once.
+int8 documents are converted to the query's dtype, which holds them exactly, and their scales multiply the
+products. A query's maxima are added in fp64, without atomics: the bits are always the same.
+Limits: a query longer than a slot reads its documents once per slot; listed pairs read a query once per pair.
 """
 
 import itertools
@@ -29,7 +29,8 @@ from embedfuse.registry import triton_interprets
 
 
 def default_config(dtype, depth: int, rows: int, queries: int, int8: bool, more: bool) -> dict:
-    """Block sizes and launch options. rows: of a query, on average. queries: that meet the same documents.
+    """Block sizes and launch options. rows: of a query, on average. queries: that are scored with the same
+    documents.
     more: places or squares are kept, which takes registers.
 
     Not measured: the largest without spills on sm_80, sm_90 and sm_100.
@@ -43,7 +44,7 @@ def default_config(dtype, depth: int, rows: int, queries: int, int8: bool, more:
     slot, block = min(most, slot), min(most, slot * triton.next_power_of_2(queries))
     tile = {"SLOT": slot, "B_Q": block, "B_T": 64, "B_D": wide if wide <= 256 else 64}
     if block <= 32:
-        # The documents' bytes decide: many on their way.
+        # Reading the documents limits the speed: many bytes in flight.
         tile |= {"num_warps": 8, "num_stages": 3, "programs": 1}
         if wide != 256:
             tile |= {"num_warps": 4, "num_stages": 4, "programs": 3 if wide < 256 else 2}
@@ -108,7 +109,7 @@ def maxsim_kernel(
     i_q = tl.program_id(0).to(tl.int64) // step * (B_Q // SLOT) + tl.arange(0, B_Q) // SLOT
     if ONE_SLICE and p_p is None:
         q_start, q_rows = text_of(p_qs, i_q, queries)
-        # What fits stays for all documents, and leaves none to the loop below.
+        # A tile that fits is loaded once for all documents, and the loop below loads none.
         fits = rows_to_visit(q_rows, p_a, width) <= SLOT
         p_r, m_r = p_q + (q_start + o_r) * s_q, o_r < q_rows
         b_q = load_slice(p_r, m_r, 0, depth, B_D)
@@ -187,8 +188,8 @@ def maxsim_kernel(
 
 
 def programs_of(device: torch.device, per_processor: int, tiles: int, count: int) -> int:
-    """How many share the documents of a tile, or the pairs: all at once where there is one tile, else in some
-    waves, so that the last one's idle processors weigh little."""
+    """How many programs share the documents of a tile, or the pairs: all at once where there is one tile,
+    else in some waves, so that the idle processors of the last wave matter little."""
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -198,7 +199,7 @@ def programs_of(device: torch.device, per_processor: int, tiles: int, count: int
 
 
 def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, normalize, width):
-    """Launcher; arguments and results are those of the op (python/embedfuse/ops/maxsim_op.py)."""
+    """Launcher; arguments and results are those of the op (python/embedfuse/ops/maxsim/op.py)."""
     document = documents[0] if len(documents) == 1 else torch.cat(documents)
     query, document = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, document))
     queries, depth = len(query_spans), query.shape[1]
@@ -245,7 +246,7 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
             # Triton's interpreter (3.9) multiplies the bit patterns of bf16.
             WIDEN=triton_interprets() and query.dtype == torch.bfloat16,
             ONE_SLICE=depth <= config["B_D"],
-            # Told nothing, ptxas spills a few to fit one more program.
+            # By default ptxas spills a few registers to fit one more program.
             maxnreg=min(255, registers // 8 * 8),
             **config,
         )
@@ -273,7 +274,7 @@ def aot_calls() -> Iterator[tuple]:
         if depth == 37:
             yield *int8, zero, pairs, True, 32
 
-    # Tiles of one short query, of two kinds of several, and of a long one.
+    # Tiles of one short query, of several in slots of two sizes, and of a long one.
     tiles = [(32, 1), (16, 4), (32, 4)]
     for dtype, depths in (
         (torch.float32, (37, 128)),

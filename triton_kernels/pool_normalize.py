@@ -2,7 +2,7 @@
 
 One launch, one program per sequence: it finds the first and the last token in the mask row, sums the rows
 between them with the hidden row spread over its warps, and normalises what it holds in registers.
-Limits: with fewer sequences than the GPU has SMs, the rest stand idle, however long the sequences are.
+Limits: with fewer sequences than the GPU has SMs, the other SMs are idle, however long the sequences are.
 The hidden row is padded to a power of two; above 8192 columns registers may spill.
 """
 
@@ -89,7 +89,7 @@ def pool_normalize_kernel(
         b_p = tl.sum(b_acc, 0) / tl.where(rows > 0, tl.sum(b_total, 0), 1)
 
     norm, unit = tl.sqrt(tl.sum(b_p * b_p, 0)), 1.0
-    if norm == float("inf"):  # squares from 2^128 on are none of fp32
+    if norm == float("inf"):  # fp32 has no squares from 2^128 on
         unit = UNIT
         norm = tl.sqrt(tl.sum(b_p * UNIT * (b_p * UNIT), 0))
     tl.store(p_n + i_b, norm / unit)
@@ -109,7 +109,7 @@ def default_config(dtype, hidden, pooling, aligned) -> dict:
         # Rows that are not aligned are copied element by element, so not ahead.
         "STAGES": 4 if aligned and not one else 1,
         "num_warps": max(4, min(16, block_rows * block_hidden // 512)),
-        # What 16 warps may have at most. Told nothing, ptxas spills a few to fit one more program.
+        # What 16 warps may have at most. By default ptxas spills a few registers to fit one more program.
         "maxnreg": 128,
     }
 

@@ -1,6 +1,6 @@
 """(x_d, x_{d + half}) = (x_d cos_d - x_{d + half} sin_d, x_{d + half} cos_d + x_d sin_d), in place
 
-One program per token and run of heads, which share the token's cos and sin.
+One program per token and group of adjacent heads, which share cos and sin of the token.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """out = gate sigmoid(gate) up
 
-One program per row and run of up to 2048 columns; reads gate and up once, writes once.
+One program per row and up to 2048 adjacent columns; reads gate and up once, writes once.
 """
 
 from collections.abc import Iterator

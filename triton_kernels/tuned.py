@@ -21,10 +21,10 @@ import torch
 logger = logging.getLogger("embedfuse")
 
 FOLDER = Path(__file__).parent / "configs"
-# Sum of squared log2 ratios of sizes, beyond which an entry tells nothing: one size four times as large, or
+# Sum of squared log2 ratios of sizes, beyond which an entry does not apply: one size four times as large, or
 # four sizes twice as large. Not measured.
 FARTHEST = 4.0
-# fp16 takes what was tuned for bf16: same width, same instructions.
+# fp16 has the configs that were tuned for bf16: same width, same instructions.
 DTYPES = {torch.float32: "float32", torch.float16: "bfloat16", torch.bfloat16: "bfloat16"}
 HEADER = ("chip", "device", "triton", "torch", "configs")
 ENTRY = ("kernel", "dtype", "shape", "config", "us", "default_us")
@@ -35,11 +35,12 @@ _choose: Callable | None = None
 
 @dataclass(frozen=True, eq=False)
 class Tunable:
-    """A kernel and the choices that its launcher leaves open.
+    """A kernel and the configs (tiles, warps, stages) it may be launched with.
 
     default_config(dtype, **shape): the config where none was tuned.
-    candidates(dtype, **shape): what tuning may choose instead; each is right for every call of that shape.
-    A shape names what the choice may depend on: of integers the nearest counts, all else must be equal.
+    candidates(dtype, **shape): the configs that tuning tries; each gives right results for every call of that
+    shape. A shape holds what the config may depend on: integers match the nearest entry, all else must be
+    equal.
     """
 
     name: str
@@ -50,8 +51,8 @@ class Tunable:
         TUNABLES[self.name] = self
 
     def config(self, x: torch.Tensor, **shape) -> dict:
-        """Of a call whose main tensor is x. Sizes that change from call to call are to come as powers of two:
-        the answer to each shape is kept."""
+        """The config of a call whose main tensor is x. Round sizes that change from call to call to powers of
+        two: the config of each shape is cached."""
         return _config(self, x.device, x.dtype, tuple(shape.items()))
 
     def space(self, dtype: torch.dtype, shape: dict) -> list[dict]:
@@ -63,7 +64,7 @@ class Tunable:
 
 @contextlib.contextmanager
 def choosing(choose: Callable[[Tunable, torch.dtype, dict], dict]) -> Iterator[None]:
-    """Inside, choose(tunable, dtype, shape) gives every config: for tuning and for tables."""
+    """Inside the block choose(tunable, dtype, shape) gives every config: for tuning and for tables."""
     global _choose
     before, _choose = _choose, choose
     _config.cache_clear()
@@ -109,17 +110,17 @@ def nearest(tunable: Tunable, entries: list[dict], dtype: torch.dtype, shape: di
 
 
 def allows(tunable: Tunable, entry: dict, dtype: torch.dtype, shape: dict) -> bool:
-    """Whether the entry is for such calls, sizes apart, and its config right for this shape."""
+    """Whether the entry is for such calls, whatever their sizes, and this shape may have its config."""
     if (entry["kernel"], entry["dtype"]) != (tunable.name, DTYPES[dtype]):
         return False
-    kinds = (key for key, value in shape.items() if type(value) is not int)
-    if any(entry["shape"][key] != shape[key] for key in kinds):
+    others = (key for key, value in shape.items() if type(value) is not int)
+    if any(entry["shape"][key] != shape[key] for key in others):
         return False
     return entry["config"] in tunable.space(dtype, shape)
 
 
 def distance(a: dict, b: dict) -> float:
-    """Sum of squared log2 ratios of sizes, one added to each."""
+    """Sum of squared log2 ratios of sizes; one is added to each size."""
     sizes = ((a[key], b[key]) for key in a if type(a[key]) is int)
     return sum(math.log2((one + 1) / (other + 1)) ** 2 for one, other in sizes)
 

@@ -1,12 +1,12 @@
-"""out_i = sum_j softmax_j(q_i . k_j scale) v_j over the keys j of i's own sequence that i sees
+"""out_i = sum_j softmax_j(q_i . k_j scale) v_j over the keys j of i's sequence that i attends to
 
 A program takes a tile of one sequence's query rows under one key head: B_M pairs of row and head, a group's
-heads next to each other, so that keys and values are read once for all of them. Keys come B_N at a time,
-those that no row of the tile sees not at all; the online softmax keeps its maximum and sum in fp32. A
-sequence's tiles are numbered from (first row) // B_M + (its own number), which leaves room for the partial
-tile of each: so the grid needs no lengths on the host, and programs past a sequence's end leave at once.
+heads next to each other, so that keys and values are read once for all of them. Keys are read B_N at a time,
+without those that no row of the tile attends to; the online softmax keeps maximum and sum in fp32. The tiles
+of sequence b are numbered from (first row) // B_M + b, which leaves a number for the partial tile of each
+sequence: so the grid needs no lengths on the host, and programs past the end of a sequence return at once.
 Limits: fp32, and all dtypes before sm_80, are multiplied without tensor cores; a single query row, however
-long its text, is one program per key head.
+long the text, is one program per key head.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
     """
     depth = max(16, triton.next_power_of_2(head_dim))
     wide = depth > 128
-    odd = head_dim % 16 != 0  # loaded one element at a time, which takes registers
+    odd = head_dim % 16 != 0  # loaded one element at a time, which needs registers
     few = rows <= 32 or (wide and odd)
     if dtype == torch.float32:
         # Without tensor cores a thread holds all that it multiplies: a slice of the depth at a time.
@@ -40,7 +40,7 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int) -> dict:
         warps = 4 if few else 8
     blocks = {"B_M": 16 if few else many, "B_N": keys, "B_D": depth, "B_K": slice_}
     stages = 2 if wide or odd else 3
-    # Told nothing of registers, ptxas spills a few to fit one more program.
+    # By default ptxas spills a few registers to fit one more program.
     return {**blocks, "num_warps": warps, "num_stages": stages, "maxnreg": 255}
 
 
@@ -126,7 +126,7 @@ def varlen_attention_kernel(
     p_k += k_start * s_k + i_h * s_kh
     p_v += k_start * s_v + i_h * s_vh
 
-    # Where a row stands among the keys: the last row at the last key.
+    # The position of a row among the keys: the last row has that of the last key.
     o_own = o_i + (keys - rows)
     start, end = 0, keys
     if CAUSAL:
@@ -162,7 +162,7 @@ def varlen_attention_kernel(
             m_s &= o_n[None, :] > o_own[:, None] - window
         b_s = tl.where(m_s, b_s * scale, float("-inf"))
         b_now = tl.maximum(b_top, tl.max(b_s, 1))
-        # A row that has seen no score yet: no difference of infinities.
+        # A row without a score so far: no difference of infinities.
         b_base = tl.where(b_now == float("-inf"), 0.0, b_now)
         b_p = tl.exp(b_s - b_base[:, None])
         b_old = tl.exp(b_top - b_base)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
 from embedfuse import losses
-from embedfuse.ops import Prefixes, info_nce
+from embedfuse.ops import Matryoshka, info_nce
 
 TEMPERATURE = 0.02
 CACHED_ROWS = (
@@ -103,8 +103,8 @@ def width_by_width(q: Tensor, pool: Tensor) -> Tensor:
 
 
 def matryoshka(q: Tensor, pool: Tensor) -> Tensor:
-    prefixes = Prefixes(tuple(reversed(widths(q))))
-    return info_nce(q, pool, temperature=TEMPERATURE, prefixes=prefixes).loss.mean(1).sum()
+    matryoshka = Matryoshka(tuple(reversed(widths(q))))
+    return info_nce(q, pool, temperature=TEMPERATURE, matryoshka=matryoshka).loss.mean(1).sum()
 
 
 def siglip_kernel(q: Tensor, pool: Tensor) -> Tensor:

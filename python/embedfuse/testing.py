@@ -1,10 +1,10 @@
-"""The bound every fast version is held to: at most twice plain torch's own error, plus a floor.
+"""The bound every fast version is held to: at most twice the error of plain torch, plus a floor.
 
     |got - ref64| <= 2 |ref - ref64| + FLOOR[dtype] * |ref64|
 
 in the root mean square, which hardly depends on chance, and in the largest, which one wrong number moves.
-ref64 is the reference on the same inputs widened to fp64, ref the reference in its own dtype. The floor is
-for references that happen to round to the right value.
+ref64 is the reference on the same inputs widened to fp64, ref the reference in the dtype of the inputs. The
+floor is for references that happen to round to the right value.
 """
 
 import contextlib
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as normalize_rows
 
-from embedfuse.ops.maxsim.op import EPS
-from embedfuse.ops.maxsim.op import _pairs as every_pair
+from embedfuse.ops.maxsim.op import EPS, listed_pairs
 from embedfuse.registry import Op, use_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +29,7 @@ def backends(op: Op, device: str) -> list[str]:
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and its kin give NaN (integers: the largest), so what a kernel leaves out shows."""
+    """torch.empty gives NaN (integers: the largest), so that what a kernel does not write is noticed."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -41,7 +40,7 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def run(op: Op, args: tuple, function=None):
-    """function(*args), by default the op's own; of one that writes its first argument, that, copied."""
+    """function(*args), by default op(*args); of an op that writes its first argument, a written copy."""
     function = function or op
     if not op.schema.startswith(f"{op.name}(Tensor(a!)"):
         return function(*args)
@@ -62,30 +61,30 @@ def assert_close_to_reference(op: Op, args: tuple, backend: str, scale: float | 
 
 
 def references(op: Op, args: tuple) -> tuple[tuple, tuple]:
-    """Outputs of the reference in the op's own dtype, and in fp64."""
-    exact = run(op, tuple(map(_widen, args)), op._reference)
-    return _tuple(run(op, args, op._reference)), _tuple(exact)
+    """Outputs of the reference in the dtype of args, and in fp64."""
+    ref64 = run(op, tuple(map(_widen, args)), op._reference)
+    return _tuple(run(op, args, op._reference)), _tuple(ref64)
 
 
 def assert_within_bounds(op: Op, args: tuple, backend: str, got, references, scale=None):
     """Hold what op(*args) gave on `backend` to its references(op, args); as assert_close_to_reference."""
     got = _tuple(got)
     assert len(got) == len(references[0])
-    for index, (x, own, exact) in enumerate(zip(got, *references, strict=True)):
+    for index, (x, ref, ref64) in enumerate(zip(got, *references, strict=True)):
         name = f"{op.name}[{backend}] output {index}"
-        assert (x.dtype, x.shape) == (own.dtype, own.shape), name
+        assert (x.dtype, x.shape) == (ref.dtype, ref.shape), name
         if x.is_floating_point():
-            assert_as_good(x, own, exact, scale=scale, name=name)
+            assert_as_good(x, ref, ref64, scale=scale, name=name)
         elif op.name == "maxsim" and x.numel():
-            chosen = [_chosen_products(args, argmax) for argmax in (x, own, exact)]
+            chosen = [_chosen_products(args, argmax) for argmax in (x, ref, ref64)]
             assert_as_good(chosen[0].float(), chosen[1].float(), chosen[2], name=name)
         else:
-            assert torch.equal(x, exact), name
+            assert torch.equal(x, ref64), name
     return got
 
 
 def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
-    """In fp64 the products that maxsim's argmax stands for, 0 for none.
+    """In fp64 the products at maxsim's argmax, 0 for none.
 
     An argmax is held to the bound by these: of products that fp32 cannot tell apart either may be chosen.
     """
@@ -94,7 +93,7 @@ def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
     document = document if scale is None else document * scale[:, None].double()
     if normalize:
         query, document = (normalize_rows(x, dim=1, eps=EPS) for x in (query, document))
-    pairs = every_pair(query_spans, document_spans, pairs)
+    pairs = listed_pairs(query_spans, document_spans, pairs)
     lengths = document_spans.diff(dim=1)[pairs[:, 1]]
     assert ((argmax >= -1) & (argmax < lengths.clamp_min(0))).all(), "argmax leaves its document"
     i_q = query_spans[pairs[:, 0], :1] + torch.arange(width, device=query.device)
@@ -106,29 +105,31 @@ def _chosen_products(args: tuple, argmax: Tensor) -> Tensor:
 
 
 def assert_as_good(
-    got: Tensor, own: Tensor, exact: Tensor, *, scale: float | None = None, name: str = "value"
+    got: Tensor, ref: Tensor, ref64: Tensor, *, scale: float | None = None, name: str = "value"
 ):
-    """Hold `got` to the bound above, where plain torch gives `own`, and in fp64 `exact`.
+    """Hold `got` to the bound above, where plain torch gives `ref`, and in fp64 `ref64`.
 
-    scale: what FLOOR is relative to instead of the size of `exact`, where that cancels.
+    scale: what FLOOR is relative to instead of the size of `ref64`, where that cancels.
     """
-    assert (got.dtype, got.shape) == (own.dtype, own.shape), name
-    got, own, exact = got.detach(), own.detach(), exact.detach().double()
-    assert torch.equal(got.isnan(), exact.isnan()), f"{name}: NaN stands elsewhere"
-    errors, own_errors = _difference(got, exact), _difference(own, exact)
-    assert own_errors.isfinite().all(), f"{name}: plain torch overflows {got.dtype} on this sample"
-    size = exact.nan_to_num(0, 0, 0)
+    assert (got.dtype, got.shape) == (ref.dtype, ref.shape), name
+    got, ref, ref64 = got.detach(), ref.detach(), ref64.detach().double()
+    assert torch.equal(got.isnan(), ref64.isnan()), f"{name}: NaN stands elsewhere"
+    errors, torch_errors = _difference(got, ref64), _difference(ref, ref64)
+    assert torch_errors.isfinite().all(), (
+        f"{name}: plain torch overflows {got.dtype} on this sample"
+    )
+    size = ref64.nan_to_num(0, 0, 0)
     for measure in (_rms, _largest):
-        error, own_error = measure(errors), measure(own_errors)
-        bound = 2 * own_error + FLOOR[got.dtype] * (scale or measure(size))
+        error, torch_error = measure(errors), measure(torch_errors)
+        bound = 2 * torch_error + FLOOR[got.dtype] * (scale or measure(size))
         assert error <= bound, (
-            f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {own_error:.3g}"
+            f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {torch_error:.3g}"
         )
 
 
-def _difference(got: Tensor, exact: Tensor) -> Tensor:
+def _difference(got: Tensor, ref64: Tensor) -> Tensor:
     # Equal infinities differ by NaN; NaN against NaN was checked before.
-    return torch.where((got == exact) | exact.isnan(), 0, got.double() - exact)
+    return torch.where((got == ref64) | ref64.isnan(), 0, got.double() - ref64)
 
 
 def _rms(x: Tensor) -> float:

@@ -79,7 +79,7 @@ def value_and_gradients(loss, embeddings):
 
 
 def assert_same(name, embeddings, rtol=1e-6, **options):
-    """Value within rtol; gradients as in tests/testing.py, against the original's in fp64."""
+    """Value within rtol; gradients as in embedfuse/testing.py, against the original's in fp64."""
     wide = [x.detach().double() for x in embeddings]
     original, drop_in = (getattr(module, name)(MODEL, **options) for module in (losses, ours))
     wanted, expected = value_and_gradients(original, embeddings)

@@ -123,7 +123,7 @@ def frozen_documents(ranks, size, across=None):
 
 
 def unequal(rank, across):
-    """What a rank is told where rank 1 has a row less."""
+    """The error of a rank where rank 1 has a row less."""
     x = torch.ones(ROWS - (rank == 1), WIDTH)
     try:
         losses.InfoNCE(across=across)(x, x)
@@ -132,7 +132,7 @@ def unequal(rank, across):
 
 
 def uneven_gradients(rank, across):
-    """What a rank is told where the documents of rank 1 want no gradient."""
+    """The error of a rank where the documents of rank 1 want no gradient."""
     q, d = (torch.randn(ROWS, WIDTH).requires_grad_() for _ in range(2))
     try:
         losses.InfoNCE(across=across)(q, d.detach() if rank == 1 else d)
@@ -141,7 +141,7 @@ def uneven_gradients(rank, across):
 
 
 def uneven_queries(rank, across):
-    """What a rank is told where documents are frozen and the queries of rank 1 too."""
+    """The error of a rank where documents are frozen and the queries of rank 1 too."""
     q, d = (torch.randn(ROWS, WIDTH) for _ in range(2))
     try:
         loss = losses.InfoNCE(label_smoothing=0.1, across=across)
@@ -151,10 +151,10 @@ def uneven_queries(rank, across):
 
 
 def alone(rank, across):
-    """What a rank is told of arguments that are wrong on rank 1 alone, and then a loss."""
+    """The errors of a rank for arguments that are wrong on rank 1 alone, and then a loss."""
     x = torch.ones(ROWS, WIDTH)
     labels = torch.full((ROWS,), ROWS if rank == 1 else 0)
-    guided, told = ops.Rows(x, guide=x), []
+    guided, errors = ops.Rows(x, guide=x), []
     for call in (
         lambda: losses.InfoNCE(across=across)(x, x[: ROWS - (rank == 1)]),
         lambda: losses.SigLIPLoss(across=across)(x, x.double() if rank == 1 else x),
@@ -163,10 +163,10 @@ def alone(rank, across):
         lambda: losses.GISTLoss(across=across)(guided, x if rank == 1 else guided),
     ):
         try:
-            told.append(call())
+            errors.append(call())
         except ValueError as error:
-            told.append(str(error))
-    return [*told, losses.InfoNCE(1.0, across=across)(x, x)]
+            errors.append(str(error))
+    return [*errors, losses.InfoNCE(1.0, across=across)(x, x)]
 
 
 def work(rank, size):

@@ -63,12 +63,14 @@ def test_fp32(by_rank):
 
 
 def test_bf16(by_rank):
-    """The bound of tests/testing.py, with one process as the reference."""
+    """The bound of embedfuse/testing.py, with one process as the reference."""
     got = joined([rank["bf16"] for rank in by_rank])
     one = whole.evaluate("InfoNCE", *everyone(by_rank), dtype=torch.bfloat16)
     exact = whole.evaluate("InfoNCE", *everyone(by_rank))
-    for error, own in zip(relative_errors(got, exact), relative_errors(one, exact), strict=True):
-        assert error <= 2 * own + FLOOR[torch.bfloat16]
+    for error, one_error in zip(
+        relative_errors(got, exact), relative_errors(one, exact), strict=True
+    ):
+        assert error <= 2 * one_error + FLOOR[torch.bfloat16]
 
 
 def test_same_bits_again(by_rank):
@@ -95,18 +97,18 @@ def test_documents_without_gradient(by_rank):
 
 def test_unequal_batches_raise_on_every_rank(by_rank):
     for number, rank in enumerate(by_rank):
-        other, rows, own = (0, 5, 4) if number == 1 else (1, 4, 5)
+        other, there, here = (0, 5, 4) if number == 1 else (1, 4, 5)
         assert rank["unequal"].startswith(
-            f"pool: rows {rows} on rank {other}, {own} on rank {number}; accepted is one number"
+            f"pool: rows {there} on rank {other}, {here} on rank {number}; accepted is one number"
         )
 
 
 def test_a_gradient_on_some_ranks_alone_raises_on_every_rank(by_rank):
     # Backward they would wait for each other.
     for number, rank in enumerate(by_rank):
-        other, its, own = (0, 1, 0) if number == 1 else (1, 0, 1)
+        other, there, here = (0, 1, 0) if number == 1 else (1, 0, 1)
         assert rank["uneven gradients"].startswith(
-            f"pool: gradient {its} on rank {other}, {own} on rank {number}; accepted is one number"
+            f"pool: gradient {there} on rank {other}, {here} on rank {number}; accepted is one number"
         )
 
 
@@ -114,9 +116,9 @@ def test_frozen_documents_and_queries_with_a_gradient_on_some_ranks(found):
     """The Ring goes round again backward, where total asks for it; gathered documents stay where they are."""
     for number, one in enumerate(found):
         assert one["gather"]["uneven queries"] is None
-        other, its, own = (0, 1, 0) if number == 1 else (1, 0, 1)
+        other, there, here = (0, 1, 0) if number == 1 else (1, 0, 1)
         assert one["ring"]["uneven queries"].startswith(
-            f"pool: backward {its} on rank {other}, {own} on rank {number}; accepted is one number"
+            f"pool: backward {there} on rank {other}, {here} on rank {number}; accepted is one number"
         )
 
 
@@ -129,8 +131,8 @@ def test_what_one_rank_raises_alone_ends_the_others(by_rank):
         "documents: no guide; accepted are ops.Rows with the guide's embeddings",
     ]
     for number, rank in enumerate(by_rank):
-        *told, loss = rank["alone"]
-        assert told == (raised if number == 1 else ["across: rank 1 raised, and says why"] * 5)
+        *errors, loss = rank["alone"]
+        assert errors == (raised if number == 1 else ["across: rank 1 raised, and says why"] * 5)
         # Every document is the same: log of how many there are.
         assert loss.item() == pytest.approx(math.log(5 * len(by_rank)))
 

@@ -304,7 +304,7 @@ def test_of_16_bits_only_gradients_are_rounded(loss, dtype):
         assert (got - best).norm() <= torch.finfo(dtype).eps / 2 * best.norm()
 
 
-def test_debiased_next_to_the_pole_of_its_logarithm():
+def test_debiased_near_the_pole_of_the_logarithm():
     """A mean that tau_plus e^p leaves 7.5e-9 of: e^share rounds to 1."""
     loss = losses.DebiasedInfoNCE(1.0, tau_plus=0.9)
     positive = torch.zeros(1, requires_grad=True)
@@ -316,7 +316,7 @@ def test_debiased_next_to_the_pole_of_its_logarithm():
     assert all(x.isfinite().all() for x in torch.autograd.grad(estimate, (positive, mean)))
 
 
-def test_16_bit_embeddings_beside_a_queue_in_fp32():
+def test_16_bit_embeddings_with_a_queue_in_fp32():
     loss = losses.InfoNCE(0.05, queue=losses.NegativeQueue(4, 8))
     q, d = (torch.randn(3, 8).bfloat16() for _ in range(2))
     loss(q, d)

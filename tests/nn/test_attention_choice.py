@@ -89,7 +89,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(varlen, "varlen_attn", torch_varlen)
 
     monkeypatch.delenv("EMBEDFUSE_BACKEND", raising=False)
-    monkeypatch.setattr(nn_attention, "kernel_takes", inference)
+    monkeypatch.setattr(nn_attention, "varlen_takes", inference)
     monkeypatch.setattr(VARLEN, "refusal", lambda *args: None)
     yield machine
     monkeypatch.undo()
@@ -98,7 +98,7 @@ def gpu(monkeypatch):
 
 
 def inference(query, key, value):
-    """kernel_takes of CUDA tensors where Triton loads."""
+    """varlen_takes of CUDA tensors where Triton loads."""
     forced = nn_attention.forced_backend()
     return not torch.is_grad_enabled() and query.shape[-1] <= 256 and forced in (None, "triton")
 

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize, softplus
 
 from embedfuse import testing
 from embedfuse.ops import FalseNegatives, Rows, info_nce
-from embedfuse.ops.info_nce.statistics import Columns, statistics, statistics_of_each
+from embedfuse.ops.info_nce.statistics import Excluded, hard_negative_statistics, statistics
 from embedfuse.registry import use_backend
 
 
@@ -160,9 +160,9 @@ def test_sigmoid_statistics(backend, frozen):
     scale, bias = (torch.tensor(v, requires_grad=True) for v in (10.0, -4.0))
     own = torch.arange(30) * 40
     own[4] = -1
-    parts = statistics(q, pool, scale, Columns(own), bias=bias, sigmoid=True)
+    parts = statistics(q, pool, scale, Excluded(own), bias=bias, sigmoid=True)
     inputs = [x for x in (q, pool, scale, bias) if x.requires_grad]
-    got = (parts.logsumexp + 2 * parts.own)[own >= 0].sum()
+    got = (parts.logsumexp + 2 * parts.target)[own >= 0].sum()
     grads = torch.autograd.grad(got, inputs)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     x, y = (wide[0], pool.detach().double()) if frozen else wide[:2]
@@ -174,15 +174,15 @@ def test_sigmoid_statistics(backend, frozen):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
 
 
-def test_statistics_of_each_is_statistics_of_one(backend):
+def test_hard_negatives_are_columns_of_one_row(backend):
     q, own_pool = leaf(4, 8), leaf(4, 6, 8, seed=1)
     scale = torch.tensor(5.0)
     for sigmoid in (False, True):
         settings = {"bias": torch.tensor(-1.0) if sigmoid else None, "sigmoid": sigmoid}
         limit = torch.full((4,), 0.2)
-        each = statistics_of_each(q, own_pool, scale, Columns(limit=limit), **settings)
+        each = hard_negative_statistics(q, own_pool, scale, Excluded(limit=limit), **settings)
         for i in range(4):
-            one = Columns(limit=limit[i : i + 1])
+            one = Excluded(limit=limit[i : i + 1])
             alone = statistics(q[i : i + 1], own_pool[i], scale, one, **settings)
             for a, b in zip(each[1:], alone[1:], strict=True):
                 torch.testing.assert_close(a[i : i + 1], b)

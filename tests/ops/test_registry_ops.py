@@ -19,8 +19,8 @@ BACKENDS = [("reference", None), ("cpp", None)]
 TORCH_GEMM = (
     "info_nce_forward",
     "info_nce_backward",
-    "info_nce_prefixes_forward",
-    "info_nce_prefixes_backward",
+    "info_nce_matryoshka_forward",
+    "info_nce_matryoshka_backward",
 )
 
 

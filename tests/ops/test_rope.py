@@ -61,7 +61,7 @@ def test_widths_around_a_register(backend, half, dtype):
     testing.assert_close_to_reference(OP, args, backend)
 
 
-def test_a_slice_of_a_product_and_nothing_beside_it(backend):
+def test_a_slice_of_a_product_and_nothing_else(backend):
     product, (cos, sin) = randn(7, 5 * 12), angles(7, 6)
     before = product.clone()
     heads = product[:, 12:36].unflatten(1, (2, 12))

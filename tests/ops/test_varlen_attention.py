@@ -184,7 +184,7 @@ def test_causal_by_hand(backend):
     assert torch.equal(found, value)
 
 
-def test_the_last_query_row_stands_at_the_last_key(backend):
+def test_the_last_query_row_has_the_position_of_the_last_key(backend):
     value = heads([[1], [3], [8], [10], [30]])
     zeros = torch.zeros_like(value)
     found = attend(zeros[:3], zeros, value, [2, 1], [3, 2], causal=True)
@@ -214,7 +214,7 @@ def test_groups_of_heads_share_keys(backend):
 @pytest.mark.parametrize(
     ("rows", "keys"), [(150, 150), (1, 150), (20, 150), (65, 64), (70, 3), (64, 128), (17, 17)]
 )
-def test_what_rows_see(use_isa, isa, rows, keys, window):
+def test_which_keys_rows_attend_to(use_isa, isa, rows, keys, window):
     use_isa(isa)
     q, k, v, *rest = random_args([rows, 3], [keys, 5], (6, 20))
     args = (q, k[:, ::3], v[:, ::3], *rest[:3], True, window)

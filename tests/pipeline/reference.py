@@ -58,7 +58,7 @@ def tensors(embeddings, vocabulary: int) -> dict[str, Tensor]:
 
 
 def assert_close(got: dict[str, Tensor], own: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Every output is as good as that of transformers' own forward (tests/testing.py)."""
+    """Every output is as good as that of transformers' own forward (embedfuse/testing.py)."""
     for name, value in got.items():
         # Arrays of a 16-bit model are fp32.
         assert_as_good(value.to(own[name].dtype), own[name], exact[name], name=name)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedfuse.losses.negative_queue import NegativeQueue
-from embedfuse.ops.info_nce.candidates import Rows, as_rows, check_sides
-from embedfuse.ops.info_nce.distributed import AllGather, Ring, agreed
-from embedfuse.ops.info_nce.statistics import Statistics, statistics
+from embedfuse.ops.info_nce.candidates import Rows, as_rows, check_side, check_sides
+from embedfuse.ops.info_nce.distributed import AllGather, Ring, errors_on_all_ranks
+from embedfuse.ops.info_nce.strategy import Strategy, strategy_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -17,22 +17,23 @@ REDUCTIONS = ("mean", "sum", "none")
 class ContrastiveLoss(nn.Module):
     """loss(queries, documents, hard_negatives=None): row i of documents is the positive of row i of queries.
 
-    queries, documents: (B, d). hard_negatives: (B, K, d). Tensors, or ops.Rows with ids or a guide's
-    embeddings. temperature: a number, or an nn.Parameter of one element, which is then learned.
-    normalize: cosine similarity, for the guide too; else the dot product. Unit vectors are fp32 (fp64 of fp64
-        embeddings), so that of 16-bit embeddings only their gradients are rounded, once.
-    queue: documents of past steps as further negatives without gradient. In training mode each call adds its
-        documents to it.
-    reduction: "mean" or "sum" over the rows, or "none": (B,) fp32.
-    across: ops.AllGather() or ops.Ring() where several processes each hold a part of the batch: all that are
-        negatives in one process with the whole batch are here; queues get the documents of all ranks.
-
     Across ranks, the mean over the ranks of "mean" (the sum of "sum") is the loss of one process with the
-    whole batch. DistributedDataParallel averages gradients over the ranks: those of "mean" are then that
-    process's. A learned temperature is to be averaged too (wrap the loss, or a module that holds it).
+    whole batch. DistributedDataParallel averages gradients over the ranks: those of "mean" are then the
+    gradients of that process. A learned temperature is to be averaged too (wrap the loss, or a module that
+    holds it).
 
-    Raises ValueError for shapes, dtypes, devices or numbers that do not fit; on all ranks where one raises,
-    and where batches differ in their number of rows.
+    Args:
+        temperature: a number, or an nn.Parameter of one element, which is then learned.
+        normalize: cosine similarity, for the guide too; else the dot product. Unit vectors are fp32 (fp64 of
+            fp64 embeddings), so that of 16-bit embeddings only the gradients are rounded, once.
+        queue: documents of past steps as further negatives without gradient. In training mode each call adds
+            its documents to the queue.
+        reduction: "mean" or "sum" over the rows, or "none": (B,) fp32.
+        across: ops.AllGather() or ops.Ring() where several processes each hold a part of the batch: what is a
+            negative in one process with the whole batch is one here; queues get the documents of all ranks.
+
+    Raises:
+        ValueError: for another reduction.
     """
 
     def __init__(
@@ -59,37 +60,54 @@ class ContrastiveLoss(nn.Module):
         documents: Tensor | Rows,
         hard_negatives: Tensor | Rows | None = None,
     ) -> Tensor:
-        sides = as_rows(queries=queries, documents=documents)
-        sides += as_rows(optional=True, hard_negatives=hard_negatives)
-        with agreed(self.across, sides[0].vectors.device):
-            check_sides(sides[0], documents=sides[1], hard_negatives=sides[2])
-            if len(sides[0].vectors) != len(sides[1].vectors):
+        """The loss of a batch.
+
+        Args:
+            queries: (B, d), float16, bfloat16, float32 or float64; ops.Rows where there is a guide.
+            documents: (B, d), of queries' dtype; ops.Rows where there are ids or a guide.
+            hard_negatives: (B, K, d), or None; ops.Rows as documents.
+
+        Returns:
+            One element, with reduction="none" (B,); fp32 (fp64 for fp64 embeddings).
+
+        Raises:
+            TypeError: where a side is neither a tensor nor ops.Rows.
+            ValueError: for shapes, dtypes, devices or numbers that do not fit; on all ranks where one raises,
+                and where batches differ in their number of rows.
+        """
+        q, d = as_rows(queries=queries, documents=documents)
+        (hard,) = as_rows(optional=True, hard_negatives=hard_negatives)
+        with errors_on_all_ranks(self.across, q.vectors.device):
+            check_sides(q, documents=d, hard_negatives=hard)
+            if len(q.vectors) != len(d.vectors):
                 raise ValueError(
-                    f"documents: {len(sides[1].vectors)} rows; accepted are as many as queries, "
-                    f"{len(sides[0].vectors)}"
+                    f"documents: {len(d.vectors)} rows; accepted are as many as queries, {len(q.vectors)}"
                 )
         if self.normalize:
-            sides = [normalized(side) for side in sides]
-        bank = None if self.queue is None else self.queue.rows(sides[1].vectors.dtype)
-        loss = self.per_row(*sides, bank)
+            q, d, hard = map(normalized, (q, d, hard))
+        bank = None if self.queue is None else self.queue.rows(d.vectors.dtype)
+        with errors_on_all_ranks(self.across, q.vectors.device):
+            check_side("bank", bank, q)
+        loss = self.per_row(q, d, hard, bank)
         if self.queue is not None and self.training:
-            self.queue.enqueue(sides[1] if self.across is None else self._of_all_ranks(sides[1]))
+            self.queue.enqueue(d if self.across is None else self._of_all_ranks(d))
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
     @abstractmethod
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
-        """Losses (B,) of sides that are normalised."""
+        """Losses (B,) of sides that are checked and normalised."""
 
-    def statistics(self, *args, **settings) -> Statistics:
-        """Of this rank's rows against the columns of all ranks that take part."""
-        over = statistics if self.across is None else self.across.statistics
-        return over(*args, **settings)
+    @property
+    def strategy(self) -> Strategy:
+        """Statistics against the columns of all ranks that take part."""
+        return strategy_of(self.across)
 
     def _of_all_ranks(self, side: Rows) -> Rows:
         return Rows(*(self.across.gather(part) for part in side))
 
 
 def normalized(side: Rows | None) -> Rows | None:
+    """The side with unit vectors, for the guide too."""
     if side is None:
         return None
     guide = None if side.guide is None else _unit_vectors(side.guide)
@@ -97,10 +115,10 @@ def normalized(side: Rows | None) -> Rows | None:
 
 
 def _unit_vectors(x: Tensor) -> Tensor:
-    """In fp32 or wider: a temperature of 0.01 makes much of what 16 bits round off."""
+    """In fp32 or wider: a temperature of 0.01 magnifies what 16 bits round off."""
     return functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def diagonal(q: Rows) -> Tensor:
-    """Own columns of the sides of one batch."""
+    """(B,) the positive of each row, or the row itself: column i for row i."""
     return torch.arange(len(q.vectors), device=q.vectors.device)

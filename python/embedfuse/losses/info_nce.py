@@ -6,19 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.losses.base import ContrastiveLoss, diagonal
-from embedfuse.ops.info_nce.candidates import Choice, FalseNegatives, Rows, inverse_temperature
-from embedfuse.ops.info_nce.loss import candidate_statistics, info_nce
-from embedfuse.ops.info_nce.matryoshka.widths import Prefixes
+from embedfuse.ops.info_nce.candidates import (
+    FalseNegatives,
+    NegativeFilter,
+    Rows,
+    inverse_temperature,
+)
+from embedfuse.ops.info_nce.loss import candidate_statistics, info_nce_of_rows
+from embedfuse.ops.info_nce.matryoshka.widths import Matryoshka
 from embedfuse.ops.info_nce.statistics import lowest
 
 
 class InfoNCE(ContrastiveLoss):
-    """-log(e^s_ii / (e^s_ii + sum over the negatives of e^s_ij)), s = cos / temperature (E5, arXiv
-    2212.03533).
+    """-log(e^s_ii / (e^s_ii + sum over the negatives of e^s_ij)), s = cos / temperature.
 
-    Negatives are the other documents of the batch, the row's own hard negatives and the queue.
-    false_negatives, hardness, hard_hardness, label_smoothing: as in ops.info_nce. Other arguments as in
-    ContrastiveLoss.
+    Negatives are the other documents of the batch, the hard negatives of the row and the queue.
+    Source: E5, arXiv 2212.03533.
+
+    Args:
+        temperature: a number, or an nn.Parameter of one element, which is then learned.
+        false_negatives, hardness, hard_hardness, label_smoothing: as in ops.info_nce.
+        **settings: normalize, queue, reduction and across, as in ContrastiveLoss.
     """
 
     def __init__(
@@ -45,20 +53,30 @@ class InfoNCE(ContrastiveLoss):
         d: Rows,
         hard: Rows | None,
         bank: Rows | None,
-        prefixes: Prefixes | None = None,
+        matryoshka: Matryoshka | None = None,
     ) -> Tensor:
-        if bank is not None and (self.options["label_smoothing"] or prefixes):
+        """Losses (B,), with `matryoshka` (widths, B)."""
+        if bank is not None and (self.options["label_smoothing"] or matryoshka):
             # The backward pass reads it again, after the queue was written to.
             bank = bank._replace(vectors=bank.vectors.clone())
         settings = {"temperature": self.temperature, "across": self.across, **self.options}
-        return info_nce(q, d, hard_negatives=hard, bank=bank, prefixes=prefixes, **settings).loss
+        return info_nce_of_rows(q, d, None, hard, bank, matryoshka=matryoshka, **settings).loss
 
 
 class SymmetricInfoNCE(ContrastiveLoss):
-    """Mean of InfoNCE from queries to documents and back (CLIP, arXiv 2103.00020).
+    """Mean of InfoNCE from queries to documents and back.
 
-    The inverse temperature is learned as e^logit_scale, from 1 / temperature on, and held at or below
-    max_scale. Hard negatives and the queue are negatives of the queries.
+    The inverse temperature is learned as e^logit_scale. Hard negatives and the queue are negatives of the
+    queries.
+    Source: CLIP, arXiv 2103.00020.
+
+    Args:
+        temperature: the initial temperature, a number.
+        max_scale: the largest inverse temperature.
+        **settings: normalize, queue, reduction and across, as in ContrastiveLoss.
+
+    Raises:
+        ValueError: for a temperature that is not positive.
     """
 
     def __init__(self, temperature: float = 0.07, *, max_scale: float = 100.0, **settings):
@@ -69,19 +87,30 @@ class SymmetricInfoNCE(ContrastiveLoss):
         self.max_scale = max_scale
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
+        """Losses (B,)."""
         temperature = 1 / self.logit_scale.exp().clamp_max(self.max_scale)
         settings = {"temperature": temperature, "across": self.across}
-        forth = info_nce(q, d, hard_negatives=hard, bank=bank, **settings)
+        forth = info_nce_of_rows(q, d, None, hard, bank, **settings)
         # Documents with one id are one another's false positives in both directions.
-        back = info_nce(d._replace(ids=None), q._replace(ids=d.ids), **settings)
+        back = info_nce_of_rows(
+            d._replace(ids=None), q._replace(ids=d.ids), None, None, None, **settings
+        )
         return (forth.loss + back.loss) / 2
 
 
 class DebiasedInfoNCE(ContrastiveLoss):
     """-log(e^p / (e^p + N g)), g = max((mean of e^n - tau_plus e^p) / (1 - tau_plus), e^(-1 / temperature)),
-    with the positive's logit p and those n of the N negatives (arXiv 2007.00224).
+    with the logit p of the positive and those n of the N negatives.
 
-    tau_plus: probability that a negative is of the positive's class. Other arguments as in ContrastiveLoss.
+    Source: arXiv 2007.00224.
+
+    Args:
+        temperature: a number, or an nn.Parameter of one element, which is then learned.
+        tau_plus: probability that a negative is of the positive's class, 0 to below 1.
+        **settings: normalize, queue, reduction and across, as in ContrastiveLoss.
+
+    Raises:
+        ValueError: for another tau_plus.
     """
 
     def __init__(
@@ -93,10 +122,11 @@ class DebiasedInfoNCE(ContrastiveLoss):
         self.tau_plus = tau_plus
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
+        """Losses (B,)."""
         scale = inverse_temperature(self.temperature, q.vectors)
-        choose = Choice(q, d, diagonal(q), FalseNegatives())
-        parts = candidate_statistics(q, d, hard, bank, scale, choose, self.statistics)
-        positive, count = parts[0].own, torch.stack([part.count for part in parts]).sum(0)
+        negatives = NegativeFilter(q, d, diagonal(q), FalseNegatives())
+        parts = candidate_statistics(self.strategy, (q, d, hard, bank), scale, negatives)
+        positive, count = parts[0].target, torch.stack([part.count for part in parts]).sum(0)
         log_count = count.clamp_min(1).log()
         mean = torch.stack([part.logsumexp for part in parts]).logsumexp(0) - log_count
         estimate = self._log_estimate(positive, mean, -scale)
@@ -104,7 +134,7 @@ class DebiasedInfoNCE(ContrastiveLoss):
         return torch.where(count == 0, 0, loss)
 
     def _log_estimate(self, positive: Tensor, mean: Tensor, floor: Tensor) -> Tensor:
-        """log g from the logarithm of the negatives' mean."""
+        """log g from the logarithm of the mean of e^n."""
         if self.tau_plus == 0:
             return torch.maximum(mean, floor)
         share = positive + math.log(self.tau_plus) - mean

@@ -8,19 +8,24 @@ from embedfuse.losses.base import ContrastiveLoss, normalized
 from embedfuse.losses.info_nce import InfoNCE
 from embedfuse.losses.negative_queue import NegativeQueue
 from embedfuse.ops.info_nce.candidates import Rows
-from embedfuse.ops.info_nce.distributed import Ring, agreed
-from embedfuse.ops.info_nce.matryoshka.widths import Prefixes
+from embedfuse.ops.info_nce.distributed import Ring, errors_on_all_ranks
+from embedfuse.ops.info_nce.matryoshka.widths import Matryoshka
 
 
 class MatryoshkaLoss(ContrastiveLoss):
-    """sum_k weights_k loss(first dims_k components, normalised anew where the loss normalises) (arXiv
-    2205.13147).
+    """sum_k weights_k loss(first dims_k components), normalised at each width where the loss normalises.
 
-    loss: any loss of this package without a queue; its reduction and `across` are used. dims: widths, each
-    once; weights: default all 1. queue: documents of past steps at full width.
+    InfoNCE, unless across a Ring, computes all widths in one pass, with the arithmetic of the widest; other
+    losses take one pass per width. Source: arXiv 2205.13147.
 
-    InfoNCE, unless across a Ring, takes all widths in one pass, with the arithmetic of the widest; what else
-    takes one pass per width.
+    Args:
+        loss: any loss of this package without a queue; its reduction and `across` are used.
+        dims: widths, each once.
+        weights: of each width; None for 1.
+        queue: documents of past steps, at full width.
+
+    Raises:
+        ValueError: for a loss with a queue, for other widths and another number of weights.
     """
 
     def __init__(
@@ -46,7 +51,8 @@ class MatryoshkaLoss(ContrastiveLoss):
         self.loss, self.dims, self.weights = loss, list(dims), weights
 
     def per_row(self, q: Rows, d: Rows, hard: Rows | None, bank: Rows | None) -> Tensor:
-        with agreed(self.across, q.vectors.device):
+        """Losses (B,); ValueError for embeddings that are narrower than a width."""
+        with errors_on_all_ranks(self.across, q.vectors.device):
             if max(self.dims) > q.vectors.shape[1]:
                 raise ValueError(
                     f"queries: width {q.vectors.shape[1]}; accepted is {max(self.dims)} and more"
@@ -54,15 +60,15 @@ class MatryoshkaLoss(ContrastiveLoss):
         weight_of = dict(zip(self.dims, self.weights, strict=True))
         if type(self.loss) is InfoNCE and not isinstance(self.across, Ring):
             widths = tuple(sorted(self.dims))
-            losses = self.loss.per_row(q, d, hard, bank, Prefixes(widths, self.normalize))
+            losses = self.loss.per_row(q, d, hard, bank, Matryoshka(widths, self.normalize))
             # Not a product of matrices: autocast would round it to 16 bits.
-            return sum(weight_of[width] * its for width, its in zip(widths, losses, strict=True))
+            return sum(weight_of[width] * loss for width, loss in zip(widths, losses, strict=True))
         return sum(
-            weight * self.loss.per_row(*(self._prefix(side, dim) for side in (q, d, hard, bank)))
+            weight * self.loss.per_row(*(self._at_width(side, dim) for side in (q, d, hard, bank)))
             for dim, weight in weight_of.items()
         )
 
-    def _prefix(self, side: Rows | None, dim: int) -> Rows | None:
+    def _at_width(self, side: Rows | None, dim: int) -> Rows | None:
         if side is None:
             return None
         side = side._replace(vectors=side.vectors[..., :dim])

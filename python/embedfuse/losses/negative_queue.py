@@ -7,10 +7,17 @@ from embedfuse.ops.info_nce.candidates import Rows
 
 
 class NegativeQueue(nn.Module):
-    """The last `size` documents that went in, first in, first out. Part of the checkpoint.
+    """The last `size` documents, first in, first out. Part of the checkpoint.
 
-    dim: of the documents. dtype: what they are kept in, and rounded to. ids: whether they carry ids.
-    guide_dim: width of their guide's embeddings, if any.
+    Args:
+        size: how many documents, 1 and more.
+        dim: the width of the documents.
+        dtype: what the documents are kept in, and rounded to.
+        ids: whether the documents carry ids.
+        guide_dim: the width of the guide's embeddings; None without a guide.
+
+    Raises:
+        ValueError: for a size below 1.
     """
 
     def __init__(
@@ -32,7 +39,14 @@ class NegativeQueue(nn.Module):
         self.register_buffer("guide", guide)
 
     def rows(self, dtype: torch.dtype | None = None) -> Rows:
-        """What is in it: views, which the next enqueue changes, unless another dtype is asked for."""
+        """The documents: views, which the next enqueue changes, unless another dtype is asked for.
+
+        Args:
+            dtype: of vectors and guide; None for that of the queue.
+
+        Returns:
+            Rows of at most `size` documents.
+        """
         parts = (self.vectors, self.ids, self.guide)
         vectors, ids, guide = (None if part is None else part[: self.filled] for part in parts)
         dtype = dtype or vectors.dtype
@@ -40,7 +54,15 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, documents: Rows) -> None:
-        """Adds documents, of which the last `size`, in place of the oldest."""
+        """Adds documents, the last `size` of them, in place of the oldest.
+
+        Args:
+            documents: (rows, dim), with ids and a guide where the queue has them.
+
+        Raises:
+            TypeError: for integers where the queue holds floats, and the other way round.
+            ValueError: for another width, and for missing ids or guide.
+        """
         count = min(len(documents.vectors), self.size)
         places = (torch.arange(count) + self.next) % self.size
         for name in ("vectors", "ids", "guide"):

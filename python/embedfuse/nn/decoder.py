@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import is_plain, linear, linears
 from embedfuse.nn.prefixes import Step
-from embedfuse.nn.tower import alike, checkpointed, project, steps
+from embedfuse.nn.tower import checkpointed, project, steps
 from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
+from embedfuse.ops.checks import kernel_takes
 from embedfuse.ops.rope import OP as ROPE
 from embedfuse.ops.rope import rotate
 from embedfuse.ops.silu_mul import OP as SILU_MUL
@@ -109,7 +110,7 @@ def turn(
     ours = type(module) is nn.Linear
     if norm is not None:
         x, ours = add_norm(norm, x, None, plain)[0], True
-    if not (plain and alike(x, cos, sin) and ROPE.accelerates(x)):
+    if not (plain and kernel_takes(ROPE, x, cos, sin)):
         return rotate(x, cos, sin)
     x = x if ours else x.clone()
     ROPE(x, cos, sin)
@@ -120,7 +121,7 @@ def add_norm(
     norm: nn.Module, y: Tensor, residual: Tensor | None, plain: bool
 ) -> tuple[Tensor, Tensor]:
     """norm(y + residual) and the sum; residual: None adds nothing."""
-    if plain and alike(y, residual, norm.weight) and ADD_RMS_NORM.accelerates(y):
+    if plain and kernel_takes(ADD_RMS_NORM, y, residual, norm.weight):
         normed, summed = ADD_RMS_NORM(y, residual, norm.weight, norm.variance_epsilon)
         return normed, y if residual is None else summed
     summed = y if residual is None else residual + y
@@ -129,7 +130,7 @@ def add_norm(
 
 def activate(activation: nn.Module, gate: Tensor, up: Tensor, plain: bool) -> Tensor:
     """activation(gate) up"""
-    if plain and is_silu(activation) and alike(gate, up) and SILU_MUL.accelerates(gate):
+    if plain and is_silu(activation) and kernel_takes(SILU_MUL, gate, up):
         return SILU_MUL(gate, up)
     return activation(gate) * up
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import is_plain, linear
-from embedfuse.nn.tower import alike, checkpointed, project, steps
+from embedfuse.nn.tower import checkpointed, project, steps
 from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
+from embedfuse.ops.checks import kernel_takes
 from embedfuse.packing import Packed, one_each
 
 
@@ -75,18 +76,16 @@ def add_norm(
     """norm(dropout(y) + residual)"""
     if not (type(dropout) is nn.Dropout and not dropout.training):
         y = dropout(y)
-    if plain and kernel_takes(norm, y, residual):
+    if plain and norm_takes(norm, y, residual):
         return ADD_LAYER_NORM(y, residual, norm.weight, norm.bias, norm.eps)
     return layer_norm(norm, y + residual)
 
 
-def kernel_takes(norm: nn.Module, y: Tensor, residual: Tensor) -> bool:
+def norm_takes(norm: nn.Module, y: Tensor, residual: Tensor) -> bool:
     if type(norm) is not nn.LayerNorm or norm.weight is None or y.shape != residual.shape:
         return False
-    return (
-        alike(y, residual, norm.weight, norm.bias)
-        and norm.weight.shape == y.shape[1:]
-        and ADD_LAYER_NORM.accelerates(y)
+    return norm.weight.shape == y.shape[1:] and kernel_takes(
+        ADD_LAYER_NORM, y, residual, norm.weight, norm.bias
     )
 
 

@@ -49,13 +49,3 @@ def checkpointed(block: nn.Module, step: Callable, *state):
     if getattr(block, "gradient_checkpointing", False) and block.training:
         return block._gradient_checkpointing_func(step, *state)
     return step(*state)
-
-
-def alike(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may read these: torch's own tensors of one dtype and device; None is no matter."""
-    tensors = [t for t in tensors if t is not None]
-    first = tensors[0]
-    return all(
-        type(t) in (Tensor, nn.Parameter) and (t.dtype, t.device) == (first.dtype, first.device)
-        for t in tensors
-    )

@@ -1,12 +1,14 @@
 """The kernels' contracts: what each computes, on which shapes, with which gradient."""
 
+import warnings
+
 from embedfuse.ops.add_layer_norm import add_layer_norm
 from embedfuse.ops.add_rms_norm import add_rms_norm
-from embedfuse.ops.bias_gelu import bias_gelu
+from embedfuse.ops.deprecated import DEPRECATED
 from embedfuse.ops.info_nce.candidates import FalseNegatives, Rows
 from embedfuse.ops.info_nce.distributed import AllGather, Ring
 from embedfuse.ops.info_nce.loss import InfoNCEOutput, info_nce
-from embedfuse.ops.info_nce.matryoshka.widths import Prefixes
+from embedfuse.ops.info_nce.matryoshka.widths import Matryoshka
 from embedfuse.ops.lexical.csr import Csr
 from embedfuse.ops.lexical.scores import lexical_scores
 from embedfuse.ops.lexical.sparse_scatter import sparse_scatter
@@ -26,12 +28,11 @@ __all__ = [
     "FalseNegatives",
     "InfoNCEOutput",
     "Int8",
-    "Prefixes",
+    "Matryoshka",
     "Ring",
     "Rows",
     "add_layer_norm",
     "add_rms_norm",
-    "bias_gelu",
     "info_nce",
     "lexical_scores",
     "lexical_weights",
@@ -48,3 +49,15 @@ __all__ = [
     "sparse_scatter",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str):
+    if name not in DEPRECATED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value, instead = DEPRECATED[name]
+    warnings.warn(
+        f"embedfuse.ops.{name} is deprecated and will be removed in version 0.3; use {instead}",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return value

@@ -1,10 +1,16 @@
-"""Residual addition and layer normalisation in one pass."""
+"""Residual addition and layer normalisation in one pass.
+
+Formula: out = (s - mean(s)) / sqrt(var(s) + eps) weight + bias, s = x + residual, per row.
+Limits: the C++ kernel copies x and residual where the columns of a row are not adjacent.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.checks import check_like, check_shape, needs_gradient
+from embedfuse.ops.precision import widened
 from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op(
@@ -18,17 +24,26 @@ def add_layer_norm(
     """out = (s - mean(s)) / sqrt(var(s) + eps) weight + bias, s = x + residual, per row.
 
     mean and var (the biased one) are those of a row; s and both are fp32 whatever x is (fp64 for
-    fp64), so in 16 bits the sum is not rounded before it is normalised.
+    fp64), so in 16 bits the sum is not rounded before it is normalised. Differentiable in x, residual, weight
+    and bias.
 
-    x, residual: (rows, hidden). weight, bias: (hidden,), bias may be None. All of one dtype.
-    Returns (rows, hidden). Differentiable in x, residual, weight and bias.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
     Source: layer normalization, arXiv 1607.06450; post-norm residual of arXiv 1706.03762.
+
+    Args:
+        x: (rows, hidden), float16, bfloat16, float32 or float64.
+        residual: (rows, hidden), of x's dtype and device, as all that follow.
+        weight: (hidden,).
+        bias: (hidden,), or None.
+        eps: added to the variance.
+
+    Returns:
+        (rows, hidden), of x's dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
     """
     _check(x, residual, weight, bias)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight, bias)
-    ):
+    if needs_gradient(x, residual, weight, bias):
         return _AddLayerNorm.apply(x, residual, weight, bias, eps)
     return OP(x, residual, weight, bias, eps)
 
@@ -36,32 +51,19 @@ def add_layer_norm(
 def _check(x, residual, weight, bias) -> None:
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x: shape {tuple(x.shape)}; accepted is (rows, hidden), hidden >= 1")
-    shapes = {"residual": x.shape, "weight": x.shape[1:], "bias": x.shape[1:]}
-    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)}; accepted is {tuple(shapes[name])}"
-            )
-        if (tensor.dtype, tensor.device) != (x.dtype, x.device):
-            raise ValueError(
-                f"{name}: {tensor.dtype} on {tensor.device}; accepted is that of x, {x.dtype} on {x.device}"
-            )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    for name, tensor in {"residual": residual, "weight": weight, "bias": bias}.items():
+        check_shape(name, tensor, x.shape if name == "residual" else x.shape[1:])
+        check_like(name, tensor, "x", x)
 
 
 @OP.reference
 def _(x, residual, weight, bias, eps):
-    total = _wide(x) + _wide(residual)
+    total = widened(x) + widened(residual)
     centered = total - total.mean(1, keepdim=True)
     rstd = (centered.square().mean(1, keepdim=True) + eps).rsqrt()
-    out = centered * rstd * _wide(weight)
+    out = centered * rstd * widened(weight)
     if bias is not None:
-        out = out + _wide(bias)
+        out = out + widened(bias)
     return out.to(x.dtype)
 
 
@@ -85,17 +87,17 @@ class _AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, residual, weight, bias = ctx.saved_tensors
-        total = _wide(x) + _wide(residual)
+        total = widened(x) + widened(residual)
         var, mean = torch.var_mean(total, 1, correction=0, keepdim=True)
         wanted = [any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[2:4]]
         grads = torch.ops.aten.native_layer_norm_backward(
-            _wide(grad),
+            widened(grad),
             total,
             weight.shape,
             mean,
             (var + ctx.eps).rsqrt(),
-            _wide(weight),
-            None if bias is None else _wide(bias),
+            widened(weight),
+            None if bias is None else widened(bias),
             wanted,
         )
         of_total, of_weight, of_bias = (g if g is None else g.to(x.dtype) for g in grads)

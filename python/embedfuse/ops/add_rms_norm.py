@@ -1,10 +1,16 @@
-"""Residual addition and root-mean-square normalisation in one pass."""
+"""Residual addition and root-mean-square normalisation in one pass.
+
+Formula: summed = x + residual, normed = weight round(summed / sqrt(mean(summed^2) + eps)), per row.
+Limits: the C++ kernel copies x and residual where the columns of a row are not adjacent.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.checks import check_like, check_shape, needs_gradient
+from embedfuse.ops.precision import widened
 from embedfuse.registry import Cost, Op, triton_function
 
 # summed is empty where there is no residual: an op may not return its input, the caller has x.
@@ -19,19 +25,27 @@ def add_rms_norm(
     """summed = x + residual,  normed = weight round(summed / sqrt(mean(summed^2) + eps)), per row.
 
     Rounded as transformers' LlamaRMSNorm does it: summed is of x's dtype, mean and quotient are fp32
-    (fp64 for fp64), the quotient is cast back and then multiplied by the weight.
+    (fp64 for fp64), the quotient is cast back and then multiplied by the weight. Differentiable in x,
+    residual and weight.
 
-    x: (rows, hidden), or (tokens, heads, hidden) of any strides, normalised over hidden. residual: of
-        x's shape, or None: then summed is x itself. weight: (hidden,). All of one dtype.
-    Returns (normed, summed), each of x's shape. Differentiable in x, residual and weight.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
     Source: root mean square layer normalization, arXiv 1910.07467; pre-norm residual as in LLaMA,
         arXiv 2302.13971.
+
+    Args:
+        x: (rows, hidden), or (tokens, heads, hidden) of any strides, normalised over hidden; float16,
+            bfloat16, float32 or float64.
+        residual: of x's shape, dtype and device; None for none: then summed is x itself.
+        weight: (hidden,), of x's dtype and device.
+        eps: added to the mean square.
+
+    Returns:
+        (normed, summed), each of x's shape and dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
     """
     _check(x, residual, weight)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight)
-    ):
+    if needs_gradient(x, residual, weight):
         return _AddRmsNorm.apply(x, residual, weight, eps)
     normed, summed = OP(x, residual, weight, eps)
     return normed, x if residual is None else summed
@@ -43,29 +57,16 @@ def _check(x, residual, weight) -> None:
             f"x: shape {tuple(x.shape)}; accepted are (rows, hidden) and (tokens, heads, hidden), "
             "hidden >= 1"
         )
-    shapes = {"residual": x.shape, "weight": x.shape[-1:]}
-    for name, tensor in (("residual", residual), ("weight", weight)):
-        if tensor is None:
-            continue
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)}; accepted is {tuple(shapes[name])}"
-            )
-        if (tensor.dtype, tensor.device) != (x.dtype, x.device):
-            raise ValueError(
-                f"{name}: {tensor.dtype} on {tensor.device}; accepted is that of x, {x.dtype} on {x.device}"
-            )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    for name, tensor, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[-1:])):
+        check_shape(name, tensor, shape)
+        check_like(name, tensor, "x", x)
 
 
 def _quotient(summed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """summed over its root mean square, and one over that; both wide."""
-    wide = _wide(summed)
-    rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return wide * rstd, rstd
+    """summed over its root mean square, and one over that; fp32 (fp64 for fp64)."""
+    summed = widened(summed)
+    rstd = (summed.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return summed * rstd, rstd
 
 
 @OP.reference
@@ -99,9 +100,9 @@ class _AddRmsNorm(torch.autograd.Function):
     def backward(ctx, of_normed, of_summed):
         summed, weight = ctx.saved_tensors
         n, rstd = _quotient(summed, ctx.eps)
-        of_normed = _wide(of_normed)
-        h = of_normed * _wide(weight)
-        of_x = rstd * (h - n * (h * n).mean(-1, keepdim=True)) + _wide(of_summed)
+        of_normed = widened(of_normed)
+        h = of_normed * widened(weight)
+        of_x = rstd * (h - n * (h * n).mean(-1, keepdim=True)) + widened(of_summed)
         of_x = of_x.to(summed.dtype)
         of_weight = None
         if ctx.needs_input_grad[2]:

@@ -1,4 +1,8 @@
-"""Linear layers on the CPU that read the model's own weights: nothing is prepacked, nothing can be stale."""
+"""Linear layers on the CPU that read the model's weights where they are: no packed copy, nothing goes stale.
+
+Formula: y = x weight^T + bias.
+Limits: the kernel runs on the CPU alone; no gradient; faster than torch up to most_rows(dtype) rows.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -7,9 +11,10 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
+from embedfuse.ops.checks import check_like, check_shape, needs_gradient
 from embedfuse.registry import Cost, Op
 
-# Several weights are read where they lie: x is rearranged once for all, and one set of threads serves them.
+# Several weights in one call: x is rearranged once, and the threads start once.
 OP = Op("linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
 
 # Up to this many rows the result is computed as dot products along the weight's rows, above in tiles
@@ -20,7 +25,7 @@ FEW_ROWS = 24
 
 @functools.cache
 def most_rows(dtype: torch.dtype) -> float:
-    """Rows up to which the C++ kernel is faster than torch's linear on this processor.
+    """Rows up to which the C++ kernel is faster than torch's linear on this processor; 0 for never.
 
     Against torch 2.13 on an EPYC 9004: fp32 1.1 to 2x, fp16 2 to 4x, with AVX2 and with AVX-512; bf16 1.02 to
     2x where the processor multiplies bf16 (avx512_bf16). Without that, on a Xeon of 2019 with AVX-512, bf16
@@ -41,13 +46,22 @@ def linear(
     weight: Tensor | Sequence[Tensor],
     bias: Tensor | Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """y = x weight^T + bias, like torch.nn.functional.linear; of several weights, their results side by side.
+    """y = x weight^T + bias, like torch.nn.functional.linear; of several weights, the results side by side.
 
-    x: (rows, depth). weight: (columns, depth), or several of them. bias: (columns,) or None; one for each
-    weight where there are several, or None. All of one dtype; sums are fp32.
-    Returns (rows, columns of all). No gradient: for inference.
-    Raises ValueError for shapes, dtypes, devices or numbers that do not fit, RuntimeError where a gradient is
-    due.
+    Sums are fp32. No gradient: for inference.
+
+    Args:
+        x: (rows, depth), float16, bfloat16, float32 or float64.
+        weight: (columns, depth), of x's dtype and device; or several of them.
+        bias: (columns,), of x's dtype and device, or None. With several weights one for each, or None for
+            none.
+
+    Returns:
+        (rows, columns of all weights), of x's dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or numbers that do not fit.
+        RuntimeError: where an argument requires a gradient.
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [bias] * len(weights) if bias is None else [bias]
@@ -59,9 +73,7 @@ def linear(
         )
     for w, b in zip(weights, biases, strict=True):
         _check(x, w, b)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *weights, *biases)
-    ):
+    if needs_gradient(x, *weights, *biases):
         raise RuntimeError(
             "x, weight, bias: one requires a gradient, which linear has not; "
             "call it under torch.no_grad()"
@@ -75,13 +87,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"x: shape {tuple(x.shape)}, weight: shape {tuple(weight.shape)}; "
             "accepted are (rows, depth) and (columns, depth)"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: shape {tuple(bias.shape)}; accepted is {tuple(weight.shape[:1])}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
-            raise ValueError(
-                f"{name}: {tensor.dtype} on {tensor.device}; accepted is that of x, {x.dtype} on {x.device}"
-            )
+    check_shape("bias", bias, weight.shape[:1])
+    check_like("weight", weight, "x", x)
+    check_like("bias", bias, "x", x)
 
 
 @OP.reference
@@ -102,10 +110,10 @@ def _load_cpp():
         if x.stride(-1) != 1:
             x = x.contiguous()
         rows, depth = x.shape
-        held, parts, columns = [], [], 0  # held: copies, until the kernel has run
+        alive, parts, columns = [], [], 0  # alive: copies, until the kernel has run
         for weight, bias in zip(weights, biases, strict=True):
             weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-            held += (weight, bias)
+            alive += (weight, bias)
             n = weight.shape[0]
             parts += (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), n)
             columns += n

@@ -1,12 +1,25 @@
-"""Pooling of token states to one vector per sequence, and its L2 normalisation, in one pass."""
+"""Pooling of token states to one vector per sequence, and its L2 normalisation, in one pass.
+
+Formula: p_b = sum_t w_bt h_bt, out_b = p_b / max(|p_b|_2, 1e-12).
+Limits: the kernels copy states where the columns of a token are not adjacent, and masks and cu_seqlens that
+are not contiguous.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
-from embedfuse.ops.checks import check_tensors
-from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
+from embedfuse.ops.checks import (
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_device,
+    check_floating,
+    check_shape,
+    check_tensors,
+    needs_gradient,
+)
+from embedfuse.ops.cu_seqlens import sequence_of
 from embedfuse.registry import Cost, Op, triton_function
 
 # Order = codes of enum Pooling in csrc/include/embedfuse/args.h.
@@ -35,21 +48,31 @@ def pool_normalize(
       "last"           1 for the last token, else 0 (EOS pooling of E5-mistral, arXiv 2401.00368)
       "mean"           1 / n
       "weighted_mean"  t / (1 + 2 + ... + n) (SGPT, arXiv 2202.08904)
-    A sequence without tokens gives the zero vector. Sums are fp32 (fp64 for fp64 input).
+    A sequence without tokens gives the zero vector. Sums are fp32 (fp64 for fp64 input). Differentiable in
+    hidden_states.
 
-    hidden_states: (tokens, hidden) with `cu_seqlens`, sequences end to end; or (batch, length, hidden).
-    cu_seqlens: (batch + 1,) int32, 0 = first < ... <= tokens: where each sequence starts, and the end.
-    attention_mask: (batch, length), nonzero marks tokens; padding may stand on either side. What it
-        leaves out is never read, be it NaN. For "weighted_mean", t counts from the first token on,
-        tokens left out in the middle included (as in sentence-transformers).
-    out_dtype: dtype of the result; default that of hidden_states. float64 only from float64.
+    Args:
+        hidden_states: (tokens, hidden) with `cu_seqlens`, sequences end to end; or (batch, length, hidden).
+            float16, bfloat16, float32 or float64.
+        cu_seqlens: (batch + 1,) int32, 0 = first <= ... <= last = tokens: where each sequence starts, and the
+            end.
+        attention_mask: (batch, length), nonzero marks tokens; padding may be on either side. What it leaves
+            out is never read, even if it is NaN. For "weighted_mean", t counts from the first token on,
+            tokens left out in the middle included (as in sentence-transformers).
+        pooling: "cls", "last", "mean" or "weighted_mean".
+        normalize: whether the vectors are divided by their norm.
+        out_dtype: dtype of the result; None for that of hidden_states. float64 only from float64.
 
-    Returns (batch, hidden). Differentiable in hidden_states.
-    Raises ValueError for shapes or devices that do not fit, TypeError for dtypes that are not accepted.
+    Returns:
+        (batch, hidden), of out_dtype.
+
+    Raises:
+        TypeError: for dtypes that are not accepted, and where cu_seqlens or attention_mask is no tensor.
+        ValueError: for shapes, devices or names that do not fit.
     """
     out_dtype = out_dtype or hidden_states.dtype
     attention_mask = _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype)
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
+    if needs_gradient(hidden_states):
         return _PoolNormalize.apply(
             hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype
         )
@@ -61,18 +84,14 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
     shape = tuple(hidden_states.shape)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}: accepted are {', '.join(POOLINGS)}")
-    for name, dtype in (("hidden_states", hidden_states.dtype), ("out_dtype", out_dtype)):
-        if dtype not in (*native.DTYPES, torch.float64):
-            raise TypeError(f"{name}: {dtype}; accepted are float16, bfloat16, float32 and float64")
+    check_floating("hidden_states", hidden_states.dtype, TypeError)
+    check_floating("out_dtype", out_dtype, TypeError)
     if out_dtype == torch.float64 != hidden_states.dtype:
         raise TypeError(
             f"out_dtype: float64; accepted only for float64 hidden_states, not {hidden_states.dtype}"
         )
-    for name, tensor in (("cu_seqlens", cu_seqlens), ("attention_mask", attention_mask)):
-        if tensor is not None and tensor.device != hidden_states.device:
-            raise ValueError(
-                f"{name}: on {tensor.device}; accepted is the device of hidden_states, {hidden_states.device}"
-            )
+    check_device("cu_seqlens", cu_seqlens, "hidden_states", hidden_states)
+    check_device("attention_mask", attention_mask, "hidden_states", hidden_states)
     if cu_seqlens is None:
         if len(shape) != 3:
             raise ValueError(
@@ -81,10 +100,7 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
             )
         if attention_mask is None:
             return None
-        if attention_mask.shape != shape[:2]:
-            raise ValueError(
-                f"attention_mask: shape {tuple(attention_mask.shape)}; accepted is {shape[:2]}"
-            )
+        check_shape("attention_mask", attention_mask, shape[:2])
         if attention_mask.dtype in (torch.int64, torch.int32, torch.bool):
             return attention_mask
         return attention_mask != 0
@@ -96,7 +112,7 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
         raise ValueError(
             f"hidden_states: shape {shape}; accepted with cu_seqlens is (tokens, hidden)"
         )
-    check_layout("cu_seqlens", cu_seqlens)
+    check_cu_seqlens("cu_seqlens", cu_seqlens)
     return None
 
 
@@ -139,7 +155,7 @@ def _token_weights(
 @OP.reference
 def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
     if cu_seqlens is not None:
-        check_values("cu_seqlens", cu_seqlens, len(hidden_states))
+        check_cu_seqlens_values("cu_seqlens", cu_seqlens, len(hidden_states))
     weights, sequence = _token_weights(hidden_states, cu_seqlens, attention_mask, pooling)
     weights = weights[..., None]
     # A row of weight 0 is left out, not multiplied: 0 * NaN would be NaN.
@@ -149,7 +165,7 @@ def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
     else:
         pooled = weighted.new_zeros(len(cu_seqlens) - 1, hidden_states.shape[1])
         pooled.index_add_(0, sequence, weighted)
-    # In fp64, because squares from 2^128 on are none of fp32.
+    # In fp64, because fp32 has no squares from 2^128 on.
     norm = torch.linalg.vector_norm(pooled, dim=-1, dtype=torch.float64)
     unit = pooled / norm[:, None].clamp_min(EPS) if normalize else pooled
     return unit.to(out_dtype), norm.to(pooled.dtype)

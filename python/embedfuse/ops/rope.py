@@ -1,14 +1,19 @@
-"""Rotary position embedding, in place or as a function."""
+"""Rotary position embedding, in place or as a function.
+
+Formula: out_d = x_d cos_d - x_{d+half} sin_d, out_{d+half} = x_{d+half} cos_d + x_d sin_d, d < half.
+Limits: in place has no gradient; the C++ kernel copies x where the columns of a head are not adjacent.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.checks import check_like, check_shape, needs_gradient
 from embedfuse.registry import Cost, Op, triton_function
 
-# In place: query and key are column slices of one GEMM's result, which nobody else reads, and lie
-# there for the attention that follows. `rope` works on a copy.
+# In place: query and key are column slices of one GEMM's result, which nothing else reads before the
+# attention that follows. `rope` works on a copy.
 OP = Op("rope_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()")
 
 
@@ -16,26 +21,43 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """out_d = x_d cos_d - x_{d+half} sin_d,  out_{d+half} = x_{d+half} cos_d + x_d sin_d,  d < half.
 
     The two halves of a head are the two coordinates (transformers' rotate_half), not its even and odd
-    entries. The kernels compute in fp32.
-
-    x: (tokens, heads, head_dim), head_dim even, of any strides. cos, sin: (tokens, head_dim / 2),
-        one row per token, of the angle position * inv_freq_d; transformers' rotary modules give them
-        twice over, of which this is the first half. All of one dtype.
-    Returns (tokens, heads, head_dim). Differentiable in x. `rope_` does the same in place, without
+    entries. The kernels compute in fp32. Differentiable in x. `rope_` does the same in place, without
     gradient.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+
     Source: RoFormer, arXiv 2104.09864, in the half-split form of GPT-NeoX.
+
+    Args:
+        x: (tokens, heads, head_dim), head_dim even, of any strides; float16, bfloat16, float32 or float64.
+        cos, sin: (tokens, head_dim / 2), of x's dtype and device: one row per token, of the angle
+            position * inv_freq_d. transformers' rotary modules repeat it; this is the first half of theirs.
+
+    Returns:
+        (tokens, heads, head_dim), of x's dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
     """
     _check(x, cos, sin)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_gradient(x):
         return _Rope.apply(x, cos, sin)
     return _rotated(x, cos, sin)
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope` in place; returns x. Raises RuntimeError too where a gradient is due."""
+    """`rope` in place.
+
+    Args:
+        x, cos, sin: as in `rope`; x is written to.
+
+    Returns:
+        x.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
+        RuntimeError: where x requires a gradient.
+    """
     _check(x, cos, sin)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_gradient(x):
         raise RuntimeError("x: requires a gradient, which rope_ has not; use rope")
     OP(x, cos, sin)
     return x
@@ -48,12 +70,8 @@ def _check(x, cos, sin) -> None:
         )
     angles = (x.shape[0], x.shape[2] // 2)
     for name, tensor in (("cos", cos), ("sin", sin)):
-        if tensor.shape != angles:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; accepted is {angles}")
-        if (tensor.dtype, tensor.device) != (x.dtype, x.device):
-            raise ValueError(
-                f"{name}: {tensor.dtype} on {tensor.device}; accepted is that of x, {x.dtype} on {x.device}"
-            )
+        check_shape(name, tensor, angles)
+        check_like(name, tensor, "x", x)
         if tensor.requires_grad:
             raise ValueError(f"{name}: requires a gradient; accepted are constants")
 
@@ -65,7 +83,7 @@ def _rotated(x, cos, sin) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The meaning, in plain torch, differentiable throughout."""
+    """`rope` in plain torch, differentiable in all three."""
     first, second = x.chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
@@ -82,7 +100,7 @@ def _(x, cos, sin):
 
 
 class _Rope(torch.autograd.Function):
-    """The gradient turns back: by the angle's negative."""
+    """dL/dx = dL/dout rotated by the negative angle."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -126,7 +144,7 @@ def _(device, dtype, size):
     generator = torch.Generator().manual_seed(0)
 
     def sample(tokens, heads, head_dim):
-        """Column slices: of a fused product, and of angles that stand there twice."""
+        """Column slices: of a fused product, and of angles that are repeated."""
         x = torch.randn(tokens, heads + 2, head_dim, generator=generator)[:, 1:-1]
         angle = torch.rand(tokens, head_dim // 2, generator=generator) * 7
         angles = torch.cat((angle, angle), -1)

@@ -1,4 +1,8 @@
-"""Weighted sums of rows: a sparse matrix, its rows' entries one after the other, times a dense one."""
+"""Weighted sums of rows: a sparse matrix in compressed rows times a dense matrix.
+
+Formula: out_r = sum over k in [indptr[r], indptr[r + 1]) of weights[k] x[index[k]].
+Limits: no gradient; the C++ kernel copies x where the columns of a row are not adjacent.
+"""
 
 import torch
 from torch import Tensor
@@ -13,11 +17,20 @@ OP = Op("segment_sum(Tensor x, Tensor weights, Tensor index, Tensor indptr) -> T
 def segment_sum(x: Tensor, weights: Tensor, index: Tensor, indptr: Tensor) -> Tensor:
     """out_r = sum over k in [indptr[r], indptr[r + 1]) of weights[k] x[index[k]].
 
-    x: (rows, depth). weights: (entries,) fp32 (fp64 with fp64 x). index: (entries,) int64, rows of x.
-    indptr: (segments + 1,) int64, 0 <= first <= ... <= entries.
+    Always with the same bits. No gradient.
 
-    Returns (segments, depth) in the dtype of weights, always with the same bits. No gradient.
-    Raises ValueError for shapes or dtypes that do not fit, and on the CPU for an index that is none.
+    Args:
+        x: (rows, depth), float16, bfloat16, float32 or float64.
+        weights: (entries,) fp32 (fp64 with fp64 x), on x's device, as all that follow.
+        index: (entries,) int64, rows of x.
+        indptr: (segments + 1,) int64, 0 <= first <= ... <= entries.
+
+    Returns:
+        (segments, depth), in the dtype of weights.
+
+    Raises:
+        TypeError: where an argument is no tensor.
+        ValueError: for shapes or dtypes that do not fit, and on the CPU for an index that is no row of x.
     """
     check_tensors(x=x, weights=weights, index=index, indptr=indptr)
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,8 @@
-"""SiLU of the gate times the up projection, in one pass."""
+"""SiLU of the gate times the up projection, in one pass.
+
+Formula: out = silu(gate) up, silu(g) = g / (1 + exp(-g)).
+Limits: the C++ kernel copies gate and up where the columns of a row are not adjacent.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.checks import check_like, check_shape, needs_gradient
+from embedfuse.ops.precision import widened
 from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op("silu_mul(Tensor gate, Tensor up) -> Tensor")
@@ -14,34 +20,31 @@ OP = Op("silu_mul(Tensor gate, Tensor up) -> Tensor")
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """out = silu(gate) up,  silu(g) = g / (1 + exp(-g)), in fp32 (fp64 for fp64), rounded once.
 
-    gate, up: (rows, columns) of one dtype, of any strides: the halves of one product, as its `chunk`
-        gives them, are read where they lie.
-    Returns (rows, columns). Differentiable in both.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
-    Source: SwiGLU, arXiv 2002.05202.
+    Differentiable in both. Source: SwiGLU, arXiv 2002.05202.
+
+    Args:
+        gate: (rows, columns), float16, bfloat16, float32 or float64, of any strides: the halves of one
+            product, as its `chunk` gives them, are read where they lie.
+        up: of gate's shape, dtype and device, of any strides.
+
+    Returns:
+        (rows, columns), of gate's dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
     """
     if gate.dim() != 2:
         raise ValueError(f"gate: shape {tuple(gate.shape)}; accepted is (rows, columns)")
-    if up.shape != gate.shape:
-        raise ValueError(
-            f"up: shape {tuple(up.shape)}; accepted is that of gate, {tuple(gate.shape)}"
-        )
-    if (up.dtype, up.device) != (gate.dtype, gate.device):
-        raise ValueError(
-            f"up: {up.dtype} on {up.device}; accepted is that of gate, {gate.dtype} on {gate.device}"
-        )
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    check_shape("up", up, gate.shape, of="gate")
+    check_like("up", up, "gate", gate)
+    if needs_gradient(gate, up):
         return _SiluMul.apply(gate, up)
     return OP(gate, up)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @OP.reference
 def _(gate, up):
-    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype).contiguous()
+    return (F.silu(widened(gate)) * widened(up)).to(gate.dtype).contiguous()
 
 
 @OP.fake
@@ -60,8 +63,8 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, up = map(_wide, ctx.saved_tensors)
-        grad = _wide(grad)
+        gate, up = map(widened, ctx.saved_tensors)
+        grad = widened(grad)
         of_gate = torch.ops.aten.silu_backward(grad * up, gate)
         of_up = grad * F.silu(gate)
         dtype = ctx.saved_tensors[0].dtype

@@ -1,11 +1,22 @@
-"""Softmax attention within each of many sequences that lie end to end."""
+"""Softmax attention within each of many sequences that lie end to end.
+
+Formula: out_i = sum_j softmax_j(q_i . k_j scale) v_j over the keys j of the query's sequence that it attends
+to.
+Limits: head_dim <= 256; no gradient, no dropout, no bias of scores.
+"""
 
 import torch
 from torch import Tensor
 
 from embedfuse import native
-from embedfuse.ops.checks import check_tensors
-from embedfuse.ops.cu_seqlens import check_layout, check_values
+from embedfuse.ops.checks import (
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_device,
+    check_like,
+    check_tensors,
+    needs_gradient,
+)
 from embedfuse.registry import Cost, Op, triton_function
 
 OP = Op(
@@ -26,25 +37,35 @@ def varlen_attention(
     causal: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """out_i = sum_j softmax_j(q_i . k_j scale) v_j over the keys j of i's own sequence that i sees.
+    """out_i = sum_j softmax_j(q_i . k_j scale) v_j over the keys j of the query's sequence that it attends
+    to.
 
-    All of them; with `causal` those up to i, where the last query row of a sequence stands at its
-    last key; with `window` too those of i - window < j <= i. A sequence may have fewer query rows
-    than keys (the last layer of a tower needs one row of each); query rows that see no key give
-    zeros. Scores and probabilities are fp32 whatever the inputs are (fp64 for fp64).
+    These are all keys; with `causal` those up to i, where the last query row of a sequence has the position
+    of its last key; with `window` too those of i - window < j <= i. A sequence may have fewer query rows than
+    keys (the last layer of a tower needs one row of each); query rows without any key give zeros. Scores and
+    probabilities are fp32 whatever the inputs are (fp64 for fp64). No gradient: for inference.
 
-    query: (tokens_q, heads, head_dim). key, value: (tokens_k, kv_heads, head_dim), kv_heads a divisor
-        of heads: head h reads key head h // (heads / kv_heads), as in grouped-query attention. All of
-        one dtype, of any strides: column slices of one QKV product are read where they lie.
-        head_dim <= 256.
-    cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, 0 = first <= ... <= last = tokens: where each
-        sequence's query rows and keys start, and the end.
-    window: at least 1, needs `causal`; None sees everything up to i.
-
-    Returns (tokens_q, heads, head_dim). No gradient: for inference.
-    Raises ValueError for shapes, dtypes or devices that do not fit, RuntimeError where a gradient is due.
     Source: online softmax, arXiv 1805.02867; grouped-query attention, arXiv 2305.13245; sliding
         window, arXiv 2310.06825; the argument layout is FlashAttention's varlen one.
+
+    Args:
+        query: (tokens_q, heads, head_dim), head_dim <= 256; float16, bfloat16, float32 or float64, of any
+            strides: column slices of one QKV product are read where they lie.
+        key, value: (tokens_k, kv_heads, head_dim), of query's dtype and device, of any strides; kv_heads a
+            divisor of heads: head h reads key head h // (heads / kv_heads), as in grouped-query attention.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, 0 = first <= ... <= last = tokens: where the query
+            rows and the keys of each sequence start, and the end.
+        scale: factor of the scores, usually head_dim ** -0.5.
+        causal: whether a query row attends to keys up to its position alone.
+        window: number of keys, at least 1, needs `causal`; None for all up to i.
+
+    Returns:
+        (tokens_q, heads, head_dim), of query's dtype.
+
+    Raises:
+        TypeError: where an argument is no tensor.
+        ValueError: for shapes, dtypes or devices that do not fit.
+        RuntimeError: where query, key or value requires a gradient.
     """
     _check(query, key, value, cu_seqlens_q, cu_seqlens_k)
     if window is not None and not (causal and window >= 1):
@@ -70,23 +91,16 @@ def _check(query, key, value, cu_seqlens_q, cu_seqlens_k) -> None:
                 f"{name}: shape {tuple(tensor.shape)}; accepted is (tokens_k, kv_heads, {head_dim}) "
                 f"for key and value alike, kv_heads a divisor of {heads}"
             )
-        if (tensor.dtype, tensor.device) != (query.dtype, query.device):
-            raise ValueError(
-                f"{name}: {tensor.dtype} on {tensor.device}; accepted is that of query, "
-                f"{query.dtype} on {query.device}"
-            )
+        check_like(name, tensor, "query", query)
     for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check_layout(name, tensor)
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{name}: on {tensor.device}; accepted is the device of query, {query.device}"
-            )
+        check_cu_seqlens(name, tensor)
+        check_device(name, tensor, "query", query)
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         raise ValueError(
             f"cu_seqlens_k: {len(cu_seqlens_k) - 1} sequences; "
             f"accepted is the number in cu_seqlens_q, {len(cu_seqlens_q) - 1}"
         )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    if needs_gradient(query, key, value):
         raise RuntimeError(
             "query, key, value: one requires a gradient, which varlen_attention has not; "
             "call it under torch.no_grad()"
@@ -94,17 +108,17 @@ def _check(query, key, value, cu_seqlens_q, cu_seqlens_k) -> None:
 
 
 def visible(rows: int, keys: int, causal: bool, window: int | None, device) -> Tensor:
-    """(rows, keys): which keys of a sequence each of its query rows sees."""
+    """(rows, keys): which keys of a sequence each of its query rows attends to."""
     last = torch.arange(keys - rows, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)
-    seen = key <= last if causal else (key >= 0).expand(rows, keys)
-    return seen if window is None else seen & (key > last - window)
+    attended = key <= last if causal else (key >= 0).expand(rows, keys)
+    return attended if window is None else attended & (key > last - window)
 
 
 @OP.reference
 def _(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, window):
-    check_values("cu_seqlens_q", cu_seqlens_q, len(query))
-    check_values("cu_seqlens_k", cu_seqlens_k, len(key))
+    check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, len(query))
+    check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, len(key))
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(query.shape)
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -113,9 +127,9 @@ def _(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, window):
         rows, keys = slice(*bounds_q[b : b + 2]), slice(*bounds_k[b : b + 2])
         q, k, v = (x.to(dtype).transpose(0, 1) for x in (query[rows], key[keys], value[keys]))
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        seen = visible(q.shape[1], k.shape[1], causal, window, query.device)
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
-        probabilities = scores.softmax(-1).masked_fill(~seen.any(1)[:, None], 0)
+        attended = visible(q.shape[1], k.shape[1], causal, window, query.device)
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~attended, float("-inf"))
+        probabilities = scores.softmax(-1).masked_fill(~attended.any(1)[:, None], 0)
         out[rows] = (probabilities @ v).transpose(0, 1).to(query.dtype)
     return out
 

@@ -23,10 +23,10 @@ from torch.nn.functional import normalize
 
 from embedfuse.ops.info_nce.loss import combine
 from embedfuse.ops.info_nce.statistics import (
-    Columns,
+    Excluded,
     Statistics,
+    hard_negative_statistics,
     statistics,
-    statistics_of_each,
 )
 
 logger = logging.getLogger("embedfuse")
@@ -94,7 +94,7 @@ def _in_batch_loss(loss, embeddings: list[Tensor]) -> Tensor:
     queries, *documents = embeddings
     batch = _Batch(loss, queries, documents, slice(first, first + rows))
     parts = batch.parts()
-    positive = parts["query_to_doc"][0].own
+    positive = parts["query_to_doc"][0].target
     if loss.partition_mode == "joint":
         return combine(positive, list(itertools.chain(*parts.values()))).loss.mean()
     return torch.stack([combine(positive, part).loss for part in parts.values()]).mean()
@@ -111,22 +111,22 @@ class _Batch:
         self.scale = torch.as_tensor(loss.scale, dtype=queries.dtype, device=queries.device)
         numbers = torch.arange(len(queries), device=queries.device)
         self.own = numbers[local]
-        self.same_query = Columns(self.own)
+        self.same_query = Excluded(self.own)
         if self.hard:
             keys = numbers.repeat(len(documents))
             # Not self.own once more: torch.compile takes no tensor twice.
-            self.same_query = Columns(self.own, x_keys=numbers[local], y_keys=keys)
+            self.same_query = Excluded(self.own, x_keys=numbers[local], y_keys=keys)
 
     def parts(self) -> dict[str, list[Statistics]]:
         """Negatives by direction; joint, the positive is among doc_to_query's too, as it stands in both."""
         directions, joint = self.loss.directions, self.loss.partition_mode == "joint"
         parts = {"query_to_doc": self.query_to_doc()}
         if "query_to_query" in directions:
-            columns = Columns(self.own)
-            parts["query_to_query"] = [statistics(self.q, self.queries, self.scale, columns)]
+            excluded = Excluded(self.own)
+            parts["query_to_query"] = [statistics(self.q, self.queries, self.scale, excluded)]
         if "doc_to_query" in directions:
-            columns = Columns(None if joint else self.own)
-            parts["doc_to_query"] = [statistics(self.d, self.queries, self.scale, columns)]
+            excluded = Excluded(None if joint else self.own)
+            parts["doc_to_query"] = [statistics(self.d, self.queries, self.scale, excluded)]
         if "doc_to_doc" in directions:
             parts["doc_to_doc"] = [statistics(self.d, self.pool, self.scale, self.same_query)]
         return parts
@@ -136,10 +136,10 @@ class _Batch:
         in_batch = strength if mode in ("in_batch_negatives", "all_negatives") else 0.0
         of_row = strength if mode in ("hard_negatives", "all_negatives") else 0.0
         if not self.hard or in_batch == of_row:
-            own = Columns(self.own)
-            return [statistics(self.q, self.pool, self.scale, own, hardness=in_batch)]
+            excluded = Excluded(self.own)
+            return [statistics(self.q, self.pool, self.scale, excluded, hardness=in_batch)]
         hard = torch.stack(self.hard, 1)
         return [
             statistics(self.q, self.pool, self.scale, self.same_query, hardness=in_batch),
-            statistics_of_each(self.q, hard, self.scale, hardness=of_row),
+            hard_negative_statistics(self.q, hard, self.scale, hardness=of_row),
         ]

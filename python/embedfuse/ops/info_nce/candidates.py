@@ -1,6 +1,6 @@
-"""What the contrastive losses take: embeddings with their ids, the rule for false negatives, checks."""
+"""Arguments of the contrastive losses: embeddings with ids and guides, the rule for false negatives,
+checks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
-from embedfuse.ops.checks import check_tensors, is_readable
-from embedfuse.ops.info_nce.statistics import Columns, own_scores
+from embedfuse.ops.checks import check_device, check_floating, check_tensors, is_readable
+from embedfuse.ops.info_nce.statistics import Excluded, target_scores
+from embedfuse.ops.info_nce.strategy import FullWidth, Strategy
 
 
 class Rows(NamedTuple):
-    """Embeddings with what tells false negatives among them; leading dimensions as those of `vectors`.
+    """Embeddings with what marks false negatives among them.
 
-    ids: int64, the document's id or a hash of its text. guide: its embedding by a guide model, of one dtype
-    for all sides and with a width of its own.
+    Attributes:
+        vectors: (..., d) embeddings.
+        ids: (...) int64, the id of each document or a hash of its text.
+        guide: (..., width) embeddings of the same texts by a guide model; one dtype and width for all sides.
     """
 
     vectors: Tensor
@@ -26,13 +29,18 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """Which candidates leave the denominator, by their score s against the positive's p, s the dot product:
+    """Which candidates leave the denominator, by their score s against the positive's p; s is the dot
+    product.
 
-    margin: s > p + margin. relative: s > p + relative |p| (-0.05: NV-Retriever's 95 %, arXiv 2407.15831).
-    guide_margin, guide_relative: the same of the scores by the guide's embeddings (GISTEmbed, arXiv
-        2402.16829); 0 is taken for guide_margin where Rows carry a guide and both are None.
+    A candidate leaves where s is above any limit that is given. Candidates whose Rows.ids equals the
+    positive's leave in any case. No gradient goes through the selection.
 
-    Candidates whose Rows.ids equals the positive's leave in any case. No gradient goes through the choice.
+    Attributes:
+        margin: the limit p + margin.
+        relative: the limit p + relative |p| (-0.05: the 95 % of NV-Retriever, arXiv 2407.15831).
+        guide_margin: as margin, of scores by the guide's embeddings (GISTEmbed, arXiv 2402.16829); 0 where
+            Rows carry a guide and neither guide_margin nor guide_relative is given.
+        guide_relative: as relative, of scores by the guide's embeddings.
     """
 
     margin: float | None = None
@@ -41,9 +49,11 @@ class FalseNegatives:
     guide_relative: float | None = None
 
     def limit(self, positive: Tensor) -> Tensor | None:
+        """The largest score that a candidate may have, from the positives' scores; None for no limit."""
         return _limit(positive, self.margin, self.relative)
 
     def guide_limit(self, positive: Tensor) -> Tensor:
+        """The largest guide score that a candidate may have, from the positives' guide scores."""
         limit = _limit(positive, self.guide_margin, self.guide_relative)
         return positive if limit is None else limit
 
@@ -55,8 +65,8 @@ def _limit(positive: Tensor, margin: float | None, relative: float | None) -> Te
     return torch.stack(limits).amin(0) if limits else None
 
 
-class Choice:
-    """Which candidates count, by the positive of each row."""
+class NegativeFilter:
+    """Applies FalseNegatives: which candidates count as negatives of each row of q, by the row's positive."""
 
     def __init__(
         self,
@@ -64,23 +74,26 @@ class Choice:
         pool: Rows,
         labels: Tensor,
         false_negatives: FalseNegatives,
-        positive_scores: Callable = own_scores,
+        strategy: Strategy | None = None,
     ):
         self.labels = labels
         self.ids = None if pool.ids is None else pool.ids[labels]
         self.limit = self.guide = self.guide_limit = None
         if (false_negatives.margin, false_negatives.relative) != (None, None):
-            self.limit = false_negatives.limit(positive_scores(q.vectors, pool.vectors, labels))
+            strategy = strategy or FullWidth()
+            positive = strategy.target_scores(q.vectors, pool.vectors, labels)
+            self.limit = false_negatives.limit(positive)
         if q.guide is not None and pool.guide is not None:
             self.guide = q.guide
-            positive = own_scores(q.guide, pool.guide, labels)
+            positive = target_scores(q.guide, pool.guide, labels)
             self.guide_limit = false_negatives.guide_limit(positive)
 
-    def columns(self, candidates: Rows, own: Tensor | None = None) -> Columns:
+    def excluded(self, candidates: Rows, target: Tensor | None = None) -> Excluded:
+        """The candidates that do not count; target: the positive, where it is among them."""
         keyed = self.ids is not None and candidates.ids is not None
         guided = self.guide is not None and candidates.guide is not None
-        return Columns(
-            own,
+        return Excluded(
+            target,
             self.limit,
             self.ids if keyed else None,
             candidates.ids if keyed else None,
@@ -91,6 +104,7 @@ class Choice:
 
 
 def as_rows(optional: bool = False, **sides: Tensor | Rows | None) -> list[Rows | None]:
+    """The sides as Rows; TypeError for others than tensors and Rows, and than None where that is optional."""
     for name, side in sides.items():
         if not isinstance(side, Tensor | Rows) and not (optional and side is None):
             raise TypeError(f"{name}: {type(side).__name__}; accepted are tensors and ops.Rows")
@@ -98,57 +112,67 @@ def as_rows(optional: bool = False, **sides: Tensor | Rows | None) -> list[Rows 
 
 
 def check_sides(q: Rows, **sides: Rows | None) -> None:
-    """`hard_negatives` has one dimension more; `pool` may not be empty."""
+    """Errors of q, and of sides that do not go with it; `hard_negatives` has one dimension more."""
     x = q.vectors
-    for name, side in {"q": q, **sides}.items():
-        for part, tensor in ({} if side is None else side._asdict()).items():
-            check_tensors(**{name if part == "vectors" else f"{name}.{part}": tensor})
-    if x.dtype not in (*native.DTYPES, torch.float64):
-        raise ValueError(f"q: {x.dtype}; accepted are float16, bfloat16, float32 and float64")
+    _check_types("q", q)
+    check_floating("q", x.dtype)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"q: shape {tuple(x.shape)}; accepted is (B, d), d from 1")
     if q.guide is not None and q.guide.dtype not in native.DTYPES and x.dtype != torch.float64:
         raise ValueError(f"q.guide: {q.guide.dtype}; accepted are float16, bfloat16 and float32")
     for name, side in {"q": q, **sides}.items():
-        if side is None:
-            continue
-        lead = (len(x), None) if name == "hard_negatives" else (None,)
-        _check_like(name, side.vectors, (*lead, x.shape[1]), x.dtype, x)
-        shape = side.vectors.shape[:-1]
-        if side.ids is not None:
-            _check_like(f"{name}.ids", side.ids, shape, torch.int64, x)
-        if side.guide is not None:
-            if q.guide is None:
-                raise ValueError(f"{name}.guide: q has none; accepted is a guide on both")
-            _check_like(f"{name}.guide", side.guide, (*shape, q.guide.shape[-1]), q.guide.dtype, x)
+        check_side(name, side, q)
     if q.ids is not None:
         raise ValueError("q.ids: accepted are ids of candidates; a query has its positive's")
-    if "pool" in sides and len(sides["pool"].vectors) == 0:
-        raise ValueError("pool: empty; accepted is one row and more")
 
 
-def _check_like(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, q: Tensor) -> None:
+def check_side(name: str, side: Rows | None, q: Rows) -> None:
+    """Errors of one side that does not go with q."""
+    if side is None:
+        return
+    _check_types(name, side)
+    x = q.vectors
+    lead = (len(x), None) if name == "hard_negatives" else (None,)
+    _check_part(name, side.vectors, (*lead, x.shape[1]), x.dtype, x)
+    shape = side.vectors.shape[:-1]
+    if side.ids is not None:
+        _check_part(f"{name}.ids", side.ids, shape, torch.int64, x)
+    if side.guide is not None:
+        if q.guide is None:
+            raise ValueError(f"{name}.guide: q has none; accepted is a guide on both")
+        guide_shape = (*shape, q.guide.shape[-1])
+        _check_part(f"{name}.guide", side.guide, guide_shape, q.guide.dtype, x)
+
+
+def _check_types(name: str, side: Rows) -> None:
+    for part, tensor in side._asdict().items():
+        check_tensors(**{name if part == "vectors" else f"{name}.{part}": tensor})
+
+
+def _check_part(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, q: Tensor) -> None:
+    """Errors of dtype, of shape, where None accepts any number, and of device."""
     fits = x.dim() == len(shape) and all(
-        w in (None, n) for n, w in zip(x.shape, shape, strict=True)
+        wanted in (None, n) for n, wanted in zip(x.shape, shape, strict=True)
     )
     if x.dtype != dtype or not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(
             f"{name}: {x.dtype} of shape {tuple(x.shape)}; accepted is {dtype} of ({wanted})"
         )
-    if x.device != q.device:
-        raise ValueError(f"{name}: on {x.device}; accepted is the device of q, {q.device}")
+    check_device(name, x, "q", q)
 
 
 def check_labels(labels: Tensor | None, q: Rows, pool: Rows) -> Tensor:
     """labels, by default arange(B)."""
     rows, columns = len(q.vectors), len(pool.vectors)
+    if columns == 0:
+        raise ValueError("pool: empty; accepted is one row and more")
     if labels is None:
         if rows > columns:
             raise ValueError(f"pool: {columns} rows; accepted without labels are {rows} and more")
         return torch.arange(rows, device=q.vectors.device)
     check_tensors(labels=labels)
-    _check_like("labels", labels, (rows,), torch.int64, q.vectors)
+    _check_part("labels", labels, (rows,), torch.int64, q.vectors)
     if is_readable(labels) and rows and (labels.amin() < 0 or labels.amax() >= columns):
         raise ValueError(f"labels: accepted are 0 to {columns - 1}")
     return labels

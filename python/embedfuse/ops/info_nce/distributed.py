@@ -1,6 +1,6 @@
 """Statistics against the columns of all ranks: what makes every contrastive loss here distributed.
 
-Each rank has its rows and an equally large part of the columns, of which a row's own is in its rank's part.
+Each rank has its rows and an equally large part of the columns; a row's target lies in the part of its rank.
 """
 
 import contextlib
@@ -11,106 +11,120 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from embedfuse.ops.info_nce.op import BACKWARD, FORWARD
-from embedfuse.ops.info_nce.statistics import NOTHING, Columns, Statistics, reads_again, statistics
+from embedfuse.ops.info_nce.statistics import (
+    NONE_EXCLUDED,
+    Excluded,
+    Statistics,
+    needs_second_pass,
+)
+from embedfuse.ops.info_nce.strategy import Strategy
 
-# What has to be the same on all ranks; _RAISED stands for each on one that raised.
+# What has to be the same on all ranks; a rank that raised sends _RAISED in place of each.
 _FACTS = ("rows", "width", "dtype", "ids", "guide width", "guide dtype", "gradient", "backward")
 _RAISED = -1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Ranks:
-    """group: a torch.distributed process group, default all processes."""
+    """What AllGather and Ring share."""
 
     def __init__(self, group: "distributed.ProcessGroup | None" = None):
         self.group = group
 
     @property
     def size(self) -> int:
+        """How many processes the group has."""
         return distributed.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
+        """The number of this process in the group."""
         return distributed.get_rank(self.group)
 
     def gather(self, part: Tensor | None) -> Tensor | None:
-        """The parts of all ranks, end to end in their order; without gradient."""
+        """The parts of all ranks, end to end in the order of ranks; without gradient."""
         if part is None:
             return None
         whole = part.new_empty(self.size, *part.shape)
         distributed.all_gather(list(whole), part.detach().contiguous(), group=self.group)
         return whole.flatten(0, 1)
 
-    def tell_of_error(self, device: torch.device) -> None:
-        """Has the other ranks raise in their next `check`, where they would wait for this one."""
-        self._facts_of_all([_RAISED] * len(_FACTS), device)
+    def report_error(self, device: torch.device) -> None:
+        """Makes the other ranks raise in their next `check`, where they would wait for this one."""
+        self._gather_facts([_RAISED] * len(_FACTS), device)
 
-    def check(self, y: Tensor, columns: Columns, goes_round_again: bool = False) -> None:
-        """Raises on all ranks where one raised, or has another shape: they would wait for each other or mix
+    def check(self, y: Tensor, excluded: Excluded, second_pass: bool = False) -> None:
+        """Raises on all ranks where one raised or has another shape: they would wait for each other or mix
         up rows."""
-        guide = columns.guide_y
-        mine = (
+        guide = excluded.guide_y
+        here = (
             len(y),
             y.shape[1],
             DTYPES.index(y.dtype),
-            int(columns.y_keys is not None),
+            int(excluded.y_keys is not None),
             0 if guide is None else guide.shape[1],
             0 if guide is None else DTYPES.index(guide.dtype),
             int(y.requires_grad and torch.is_grad_enabled()),
-            int(goes_round_again),
+            int(second_pass),
         )
-        every = self._facts_of_all(mine, y.device)
-        for rank, other in enumerate(every):
-            if other[0] == _RAISED:
+        facts = self._gather_facts(here, y.device)
+        for rank, there in enumerate(facts):
+            if there[0] == _RAISED:
                 raise ValueError(f"across: rank {rank} raised, and says why")
-        for rank, other in enumerate(every):
-            for name, value, its in zip(_FACTS, mine, other, strict=True):
-                if its != value:
-                    its, value = (DTYPES[v] if name.endswith("dtype") else v for v in (its, value))
+        for rank, there in enumerate(facts):
+            for name, a, b in zip(_FACTS, there, here, strict=True):
+                if a != b:
+                    a, b = (DTYPES[v] if name.endswith("dtype") else v for v in (a, b))
                     raise ValueError(
-                        f"pool: {name} {its} on rank {rank}, {value} on rank {self.rank}; accepted is one "
+                        f"pool: {name} {a} on rank {rank}, {b} on rank {self.rank}; accepted is one "
                         "number of rows, width, dtype, kind of ops.Rows and need of a gradient on all ranks"
                     )
 
-    def _facts_of_all(self, mine: Sequence[int], device: torch.device) -> list[list[int]]:
-        return self.gather(torch.tensor([mine], device=device)).tolist()
+    def _gather_facts(self, here: Sequence[int], device: torch.device) -> list[list[int]]:
+        return self.gather(torch.tensor([here], device=device)).tolist()
 
 
 @contextlib.contextmanager
-def agreed(across: _Ranks | None, device: torch.device) -> Iterator[None]:
-    """Around checks before `statistics` that one rank may fail alone: the others then raise there."""
+def errors_on_all_ranks(across: _Ranks | None, device: torch.device) -> Iterator[None]:
+    """Around checks that one rank may fail alone: the other ranks then raise when they compute statistics."""
     try:
         yield
     except Exception:
         if across is not None and distributed.is_initialized():
-            across.tell_of_error(device)
+            across.report_error(device)
         raise
 
 
 class AllGather(_Ranks):
-    """Negatives from all ranks of `group`, by gathering documents: memory O(documents of all ranks).
+    """Negatives from all ranks, by gathering documents: memory O(documents of all ranks).
 
-    The backward pass sums each document's gradient over the ranks and gives it to the rank it is from.
+    The backward pass sums the gradient of each document over the ranks and gives it to the rank that the
+    document is from.
+
+    Args:
+        group: a torch.distributed process group; None for all processes.
     """
 
     def statistics(
         self,
+        strategy: Strategy,
         x: Tensor,
         y: Tensor,
         scale: Tensor,
-        columns: Columns = NOTHING,
-        of_columns: Callable = statistics,
+        excluded: Excluded = NONE_EXCLUDED,
         **settings,
     ) -> Statistics:
-        """of_columns: what takes the statistics of the gathered columns."""
-        self.check(y, columns)
-        own = columns.own
-        if own is not None:
-            own = torch.where(own < 0, own, own + self.rank * len(y))
-        columns = columns._replace(
-            own=own, y_keys=self.gather(columns.y_keys), guide_y=self.gather(columns.guide_y)
+        """Statistics of this rank's rows x against the columns y of all ranks, scored by `strategy`."""
+        self.check(y, excluded)
+        target = excluded.target
+        if target is not None:
+            target = torch.where(target < 0, target, target + self.rank * len(y))
+        excluded = excluded._replace(
+            target=target,
+            y_keys=self.gather(excluded.y_keys),
+            guide_y=self.gather(excluded.guide_y),
         )
-        return of_columns(x, _Gathered.apply(y, self), scale, columns, **settings)
+        return strategy.pool_statistics(x, _Gathered.apply(y, self), scale, excluded, **settings)
 
 
 class _Gathered(torch.autograd.Function):
@@ -130,59 +144,71 @@ class _Gathered(torch.autograd.Function):
 
 
 class Ring(_Ranks):
-    """Negatives from all ranks of `group`, whose documents go round from rank to rank: memory O(documents of
-    one rank), three parts at a time; in the backward pass also their fp32 gradients, which travel with the
-    documents and end where these are from.
+    """Negatives from all ranks, whose documents pass from rank to rank: memory O(documents of one rank).
 
-    The next part is on its way while this one is computed with.
+    Three parts exist at a time; in the backward pass also their fp32 gradients, which travel with the
+    documents and end on the rank that the documents are from. The next part is received while this one is
+    computed with.
+
+    Args:
+        group: a torch.distributed process group; None for all processes.
     """
 
     def statistics(
-        self, x: Tensor, y: Tensor, scale: Tensor, columns: Columns = NOTHING, **settings
+        self,
+        strategy: Strategy,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        excluded: Excluded = NONE_EXCLUDED,
+        **settings,
     ) -> Statistics:
-        self.check(y, columns, reads_again(x, y, scale, **settings))
-        return statistics(x, y, scale, columns, passes=(self._forward, self._backward), **settings)
+        """As AllGather.statistics, of the strategy FullWidth."""
+        self.check(y, excluded, needs_second_pass(x, y, scale, **settings))
+        passes = (self._forward, self._backward)
+        return strategy.pool_statistics(x, y, scale, excluded, passes=passes, **settings)
 
     def _forward(self, x, y, *inputs):
-        """FORWARD over all ranks' y."""
-        sigmoid, found = inputs[-2], None
+        """FORWARD over the y of all ranks."""
+        sigmoid, merged = inputs[-2], None
         for block, inputs_of_block in self._blocks(y, inputs):
             part = FORWARD(x, block, *inputs_of_block)
-            found = part if found is None else _merged(found, part, sigmoid)
-        return found
+            merged = part if merged is None else _merged(merged, part, sigmoid)
+        return merged
 
     def _backward(self, x, y, *inputs):
-        """BACKWARD over all ranks' y: the gradient of this rank's x, and that of its y from all ranks."""
+        """BACKWARD over the y of all ranks: the gradient of this rank's x, and that of its y from all
+        ranks."""
         for_y = inputs[-1]
-        grad_x = arrive = None
+        grad_x = receive = None
         for block, inputs_of_block in self._blocks(y, inputs):
             of_x, of_block = BACKWARD(x, block, *inputs_of_block)
             grad_x = of_x if grad_x is None else grad_x.add_(of_x)
             if for_y:
                 of_block = of_block.to(torch.promote_types(y.dtype, torch.float32))
-                if arrive is not None:
-                    of_block += arrive()[0]
-                arrive = self._pass_on([of_block])
-        return grad_x, arrive()[0].to(y.dtype) if for_y else y[:0]
+                if receive is not None:
+                    of_block += receive()[0]
+                receive = self._pass_on([of_block])
+        return grad_x, receive()[0].to(y.dtype) if for_y else y[:0]
 
     def _blocks(self, y: Tensor, inputs: tuple) -> Iterator[tuple[Tensor, tuple]]:
-        """Each rank's y with the inputs that the ops take beside it, this rank's first."""
-        scale, bias, own, limit, x_keys, y_keys, guide_x, guide_y, *rest = inputs
+        """The y of each rank with the inputs of the ops that follow it, this rank's first."""
+        scale, bias, target, limit, x_keys, y_keys, guide_x, guide_y, *rest = inputs
         parts = [part.contiguous() for part in (y, y_keys, guide_y) if part is not None]
         for step in range(self.size):
-            arrive = self._pass_on(parts) if step + 1 < self.size else None
+            receive = self._pass_on(parts) if step + 1 < self.size else None
             block, *others = parts
             keys = None if y_keys is None else others.pop(0)
             guide = None if guide_y is None else others.pop(0)
-            yield block, (scale, bias, own, limit, x_keys, keys, guide_x, guide, *rest)
-            own = None
-            parts = arrive() if arrive else parts
+            yield block, (scale, bias, target, limit, x_keys, keys, guide_x, guide, *rest)
+            target = None
+            parts = receive() if receive else parts
 
     def _pass_on(self, parts: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Sends to the next rank; what it returns waits for what the one before sends."""
+        """Sends parts to the next rank; the function it returns waits for those of the rank before."""
         if self.size == 1:
             return lambda: parts
-        coming = [torch.empty_like(part) for part in parts]
+        incoming = [torch.empty_like(part) for part in parts]
         to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
 
         def operation(call, part, peer):
@@ -190,19 +216,19 @@ class Ring(_Ranks):
 
         requests = distributed.batch_isend_irecv(
             [operation(distributed.isend, part, to) for part in parts]
-            + [operation(distributed.irecv, part, source) for part in coming]
+            + [operation(distributed.irecv, part, source) for part in incoming]
         )
 
-        def arrive():
+        def receive():
             for request in requests:
                 request.wait()
-            return coming
+            return incoming
 
-        return arrive
+        return receive
 
 
 def _merged(a: tuple, b: tuple, sigmoid: bool) -> tuple:
-    """FORWARD's outputs for columns of two parts."""
+    """Outputs of FORWARD over two parts of the columns, from those of each part."""
     count, total = a[2] + b[2], a[1] + b[1]
     if sigmoid:
         return a[0] + b[0], total, count, a[3] + b[3]

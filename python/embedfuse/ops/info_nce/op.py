@@ -1,23 +1,22 @@
-"""The operators behind info_nce: statistics of a row's scores against a pool, and their gradient.
+"""The operators behind info_nce: statistics of each row's scores against a pool, and their gradient.
 
-Row i of x meets every row j of y: score c_ij = x_i . y_j, logit z_ij = scale c_ij + bias. A column counts
-for a row unless it is the row's own (its positive, or the row itself), its score is above the row's `limit`,
-its key equals the row's, or its guide score guide_x_i . guide_y_j is above the row's `guide_limit`.
+Formula: score c_ij = x_i . y_j, logit z_ij = scale c_ij + bias, of every row i of x with every row j of y. A
+column counts for a row unless it is the row's target (its positive, or the row itself), its score is above
+the row's `limit`, its key equals the row's, or its guide score guide_x_i . guide_y_j is above the row's
+`guide_limit`.
+Limits: the kernels take 16-bit and fp32 inputs; fp64 runs on the reference, which stores all logits.
 """
 
-import functools
-
 import torch
-from torch import Tensor
 
-from embedfuse import native
 from embedfuse.ops.info_nce import tiles
-from embedfuse.registry import Cost, Op, triton_function
+from embedfuse.ops.info_nce.backends import cpp_kernels, on_tiles, triton_backward, triton_forward
+from embedfuse.registry import Cost, Op
 
-# own (rows,) int64: a column, or -1 for none. limit, guide_limit (rows,) fp32. x_keys (rows,), y_keys
-# (columns,) int64. scale, bias: one fp32 element (fp64 for fp64 x).
+# target (rows,) int64: a column that does not count, or -1 for none. limit, guide_limit (rows,) fp32. x_keys
+# (rows,), y_keys (columns,) int64. scale, bias: one fp32 element (fp64 for fp64 x).
 _INPUTS = (
-    "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, Tensor? limit, Tensor? x_keys, "
+    "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? target, Tensor? limit, Tensor? x_keys, "
     "Tensor? y_keys, Tensor? guide_x, Tensor? guide_y, Tensor? guide_limit, bool sigmoid"
 )
 
@@ -29,19 +28,24 @@ _INPUTS = (
 # `mean`
 FORWARD = Op(f"info_nce_forward({_INPUTS}, bool mean) -> (Tensor, Tensor, Tensor, Tensor)")
 
-# G_ij = g_statistic_i w_ij + g_total_i where j counts for i, g_own_i where j is own, else 0.
-# Returns G y (rows, d) fp32, (0, d) unless for_x, and G^T x (columns, d) in y's dtype, (0, d) unless for_y.
+# G_ij = g_statistic_i w_ij + g_total_i where j counts for i, g_target_i where j is the target, else 0.
+# w as in FORWARD. Returns G y (rows, d) fp32, (0, d) unless for_x, and G^T x (columns, d) in y's dtype, (0,
+# d) unless for_y.
 BACKWARD = Op(
-    f"info_nce_backward({_INPUTS}, Tensor statistic, Tensor g_statistic, Tensor g_total, Tensor g_own, "
+    f"info_nce_backward({_INPUTS}, Tensor statistic, Tensor g_statistic, Tensor g_total, Tensor g_target, "
     "bool for_x, bool for_y) -> (Tensor, Tensor)"
 )
 
 
-def _logits(x, y, scale, bias, own, limit, x_keys, y_keys, guide_x, guide_y, guide_limit, _=None):
+def _logits(
+    x, y, scale, bias, target, limit, x_keys, y_keys, guide_x, guide_y, guide_limit, _=None
+):
     """Logits (rows, columns), and which of them count."""
     scores = x.to(scale.dtype) @ y.T.to(scale.dtype)
     numbers = torch.arange(len(y), device=y.device)
-    drop = torch.zeros_like(scores, dtype=torch.bool) if own is None else own[:, None] == numbers
+    drop = (
+        torch.zeros_like(scores, dtype=torch.bool) if target is None else target[:, None] == numbers
+    )
     if limit is not None:
         drop = drop | (scores > limit[:, None])
     if x_keys is not None:
@@ -77,15 +81,15 @@ def _(x, y, *inputs):
 
 @BACKWARD.reference
 def _(x, y, *inputs):
-    statistic, g_statistic, g_total, g_own, for_x, for_y = inputs[-6:]
-    own, sigmoid = inputs[2], inputs[9]
+    statistic, g_statistic, g_total, g_target, for_x, for_y = inputs[-6:]
+    target, sigmoid = inputs[2], inputs[9]
     with torch.autocast(x.device.type, enabled=False):
         z, kept = _logits(x, y, *inputs[:10])
         weights = _weights(z, kept, statistic, sigmoid)
         grad = torch.where(kept, weights * g_statistic[:, None] + g_total[:, None], 0)
-        if own is not None:
+        if target is not None:
             numbers = torch.arange(len(y), device=y.device)
-            grad = torch.where(own[:, None] == numbers, g_own[:, None], grad)
+            grad = torch.where(target[:, None] == numbers, g_target[:, None], grad)
         low = grad.to(x.dtype)
         grad_x = (low @ y).to(grad.dtype) if for_x else grad.new_empty(0, x.shape[1])
         return grad_x, low.T @ x if for_y else y.new_empty(0, x.shape[1])
@@ -111,56 +115,14 @@ def _(x, y, scale, *inputs):
     )
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _cpp_tile(tile: tiles.Tile) -> tuple:
-    return (
-        tile.scores.data_ptr(),
-        *tile.scores.shape,
-        tile.first,
-        *map(_pointer, (tile.own, tile.limit, tile.x_keys, tile.y_keys)),
-        *map(_pointer, (tile.guide, tile.guide_limit, tile.x_factor, tile.y_factor)),
-        float(tile.scale),
-        0.0 if tile.bias is None else float(tile.bias),
-        tile.sigmoid,
-    )
-
-
-def cpp_update(tile: tiles.Tile, *state: Tensor | None) -> None:
-    native.cpu().info_nce_update(_cpp_tile(tile), *map(_pointer, state))
-
-
-def cpp_gradient(tile: tiles.Tile, *grads: Tensor, into: Tensor | None = None) -> None:
-    native.cpu().info_nce_gradient(_cpp_tile(tile), *map(_pointer, (*grads, into)))
-
-
-def cpp_multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """out = x y^T."""
-    module = native.cpu()
-    if module.selected_isa() == "baseline":
-        return tiles.torch_multiply(x, y, out)
-    # 1.17x the rate of torch's GEMM for 1024 x 1024 by 1024 x 1024, one thread of an EPYC (Zen 4).
-    x, y = x if x.stride(1) == 1 else x.contiguous(), y.contiguous()
-    sizes = (native.DTYPES[x.dtype], len(x), x.shape[1], x.stride(0))
-    module.linear(x.data_ptr(), [y.data_ptr(), 0, len(y)], *sizes, out.data_ptr(), False)
-
-
-def _load_cpp(run: str):
-    native.cpu()
-    kernel = {"forward": cpp_update, "backward": cpp_gradient}[run]
-    return functools.partial(getattr(tiles, run), cpp_multiply, kernel)
-
-
-FORWARD.impl("cpp", functools.partial(_load_cpp, "forward"))
-BACKWARD.impl("cpp", functools.partial(_load_cpp, "backward"))
-FORWARD.impl("triton", triton_function("info_nce:forward"))
-BACKWARD.impl("triton", triton_function("info_nce:backward"))
+FORWARD.impl("cpp", on_tiles(tiles.forward, cpp_kernels))
+BACKWARD.impl("cpp", on_tiles(tiles.backward, cpp_kernels))
+FORWARD.impl("triton", triton_forward)
+BACKWARD.impl("triton", triton_backward)
 
 
 def make_inputs(device, dtype, shape, names, scale=20.0, bias=None, spread=1.0, seed=0):
-    """Arguments up to `sigmoid`; unit vectors times `spread`, the options named."""
+    """Arguments up to `sigmoid`: unit vectors times `spread`, and the options in `names`."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns, depth = shape
 
@@ -169,16 +131,16 @@ def make_inputs(device, dtype, shape, names, scale=20.0, bias=None, spread=1.0, 
         return (spread * torch.nn.functional.normalize(x, dim=1)).to(dtype)
 
     x, y, guide_x, guide_y = (side(count) for count in (rows, columns, rows, columns))
-    own = torch.randint(-1, columns, (rows,), generator=generator)
+    target = torch.randint(-1, columns, (rows,), generator=generator)
     keys = torch.randint(0, max(columns // 3, 1), (rows + columns,), generator=generator)
     options = {
-        "own": own,
-        "limit": gap(x, y),
+        "target": target,
+        "limit": limit_between_scores(x, y),
         "x_keys": keys[:rows],
         "y_keys": keys[rows:],
         "guide_x": guide_x,
         "guide_y": guide_y,
-        "guide_limit": gap(guide_x, guide_y),
+        "guide_limit": limit_between_scores(guide_x, guide_y),
     }
     scale, bias = (None if v is None else torch.tensor(v) for v in (scale, bias))
     options = [value if name in names else None for name, value in options.items()]
@@ -186,7 +148,7 @@ def make_inputs(device, dtype, shape, names, scale=20.0, bias=None, spread=1.0, 
     return tuple(a if a is None else a.to(device) for a in args)
 
 
-def gap(x, y):
+def limit_between_scores(x, y):
     """Per row a score that no score is near: in the widest gap of the upper half."""
     scores = (x.double() @ y.double().T).sort(1).values[:, y.shape[0] // 2 :]
     if scores.shape[1] < 2:
@@ -195,19 +157,19 @@ def gap(x, y):
     return (scores.gather(1, place) + scores.gather(1, place + 1))[:, 0].float() / 2
 
 
-MASKS = ("own", "limit", "x_keys", "y_keys", "guide_x", "guide_y", "guide_limit")
+MASKS = ("target", "limit", "x_keys", "y_keys", "guide_x", "guide_y", "guide_limit")
 
 
 def _cases(device, dtype, size):
     """(arguments up to `sigmoid`, sigmoid)"""
     if size == "bench":
-        return [(make_inputs(device, dtype, (1024, 8192, 1024), ("own",), 50.0), False)]
+        return [(make_inputs(device, dtype, (1024, 8192, 1024), ("target",), 50.0), False)]
     low = (device, dtype)
     return [
-        (make_inputs(*low, (5, 7, 16), ("own",)), False),
+        (make_inputs(*low, (5, 7, 16), ("target",)), False),
         (make_inputs(*low, (33, 130, 40), MASKS), False),
         (make_inputs(*low, (20, 40, 24), MASKS, 8.0, -3.0), True),
-        (make_inputs(*low, (3, 2100, 8), ("own", "limit"), 10.0), False),
+        (make_inputs(*low, (3, 2100, 8), ("target", "limit"), 10.0), False),
         (make_inputs(*low, (1030, 17, 8), ("x_keys", "y_keys"), 5.0), False),
         (make_inputs(*low, (9, 50, 37), MASKS[4:], 1.0), False),
         (make_inputs(*low, (1, 1, 1), (), 1.0), False),

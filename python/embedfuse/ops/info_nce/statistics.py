@@ -1,7 +1,7 @@
-"""Statistics of rows against columns, differentiable: what every contrastive loss here is made of.
+"""Statistics of rows against columns, differentiable: the parts of every contrastive loss here.
 
-Losses whose denominator has several parts (documents, queries, a bank) take one call per part and combine the
-logsumexps; autograd then weighs each part's gradient by its share.
+A loss whose denominator has several parts (documents, queries, a bank) computes the statistics of each part
+and combines the logsumexps; autograd then weighs the gradient of each part by its share.
 """
 
 from collections.abc import Callable
@@ -18,28 +18,39 @@ ELEMENTS = 2**22
 
 
 class Statistics(NamedTuple):
-    """Per row (rows,): own, the logit of the row's own column, 0 without one; logsumexp of the logits that
-    count, with sigmoid=True the sum of their softplus; total, their sum, with sigmoid=True that of their
-    sigmoid; count, how many (int64). A row where none counts has the logsumexp `lowest`: -inf would make NaN
-    of the gradients of further logsumexps."""
+    """Per row, over the columns that count; the first three fp32 (fp64 for fp64 input).
 
-    own: Tensor
+    Attributes:
+        target: (rows,), the logit of the row's target, 0 without one.
+        logsumexp: (rows,), of the logits; with sigmoid=True the sum of their softplus. `lowest` for a row
+            where no column counts: -inf would make NaN of the gradients of further logsumexps.
+        total: (rows,), the sum of the logits; with sigmoid=True the sum of their sigmoid.
+        count: (rows,) int64, the number of columns.
+    """
+
+    target: Tensor
     logsumexp: Tensor
     total: Tensor
     count: Tensor
 
 
 def lowest(dtype: torch.dtype) -> float:
+    """The logsumexp of a row where no column counts."""
     return torch.finfo(dtype).min / 4
 
 
-class Columns(NamedTuple):
-    """Which columns do not count for a row. own (rows,) int64: this one, -1 for none; limit (rows,): those
-    that score above it; x_keys (rows,), y_keys (columns,) int64: those of an equal key; guide_x, guide_y:
-    those whose guide score guide_x . guide_y is above guide_limit (rows,). No gradient goes through the
-    choice."""
+class Excluded(NamedTuple):
+    """Which columns do not count for a row. No gradient goes through the selection.
 
-    own: Tensor | None = None
+    Attributes:
+        target: (rows,) int64: this column, the row's positive or the row itself; -1 for none.
+        limit: (rows,): columns that score above it.
+        x_keys, y_keys: (rows,) and (columns,) int64: columns of an equal key.
+        guide_x, guide_y, guide_limit: (rows, d), (columns, d) and (rows,): columns whose guide score
+            guide_x . guide_y is above guide_limit.
+    """
+
+    target: Tensor | None = None
     limit: Tensor | None = None
     x_keys: Tensor | None = None
     y_keys: Tensor | None = None
@@ -48,14 +59,14 @@ class Columns(NamedTuple):
     guide_limit: Tensor | None = None
 
 
-NOTHING = Columns()
+NONE_EXCLUDED = Excluded()
 
 
 def statistics(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    columns: Columns = NOTHING,
+    excluded: Excluded = NONE_EXCLUDED,
     *,
     bias: Tensor | None = None,
     hardness: float = 0.0,
@@ -63,91 +74,106 @@ def statistics(
     total: bool = False,
     passes: tuple[Callable, Callable] = (FORWARD, BACKWARD),
 ) -> Statistics:
-    """Of the logits scale x_i . y_j + bias + hardness stopgrad(x_i . y_j), the own one without hardness.
-
-    x: (rows, d). y: (columns, d), of x's dtype. scale, bias: one element, fp32 (fp64 for fp64 x); a bias
-    needs sigmoid=True. total: whether `total` is to be differentiable. passes: the two ops, or what runs
-    them over more columns than y.
+    """Of the logits scale x_i . y_j + bias + hardness stopgrad(x_i . y_j), the target's without hardness.
 
     Differentiable in x, y, scale and bias. Where y needs no gradient, that of x is prepared in the same pass,
     else the logits are computed again. Memory: a tile of logits, one row of x's shape in fp32.
+
+    Args:
+        x: (rows, d).
+        y: (columns, d), of x's dtype.
+        scale: one element, fp32 (fp64 for fp64 x).
+        excluded: which columns do not count.
+        bias: like scale; needs sigmoid=True.
+        hardness: the weight of the score's copy without gradient.
+        sigmoid: whether each logit is a binary decision (SigLIP) instead of a class of a softmax.
+        total: whether `total` is to be differentiable.
+        passes: the forward and the backward op, or functions that run them over more columns than y.
+
+    Returns:
+        Statistics of each row.
     """
     return Statistics(
-        *_Statistics.apply(x, y, scale, bias, hardness, sigmoid, total, passes, *columns)
+        *_Statistics.apply(x, y, scale, bias, hardness, sigmoid, total, passes, *excluded)
     )
 
 
-def takes_mean(for_x: bool, for_y: bool, for_scale: bool, total: bool) -> bool:
+def averages_columns(for_x: bool, for_y: bool, for_scale: bool, total: bool) -> bool:
     """Whether the first pass prepares the gradient of x: of a frozen y, such as a bank, that is a weighted
     mean of y's rows."""
     return (for_x or for_scale) and not (for_y or total)
 
 
-def reads_again(
+def needs_second_pass(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None = None, total: bool = False, **_
 ) -> bool:
-    """Whether the backward pass of `statistics` will go through y."""
+    """Whether the backward pass of `statistics` will read y."""
     inputs = [x, y, scale, *([] if bias is None else [bias])]
     needs = [t.requires_grad and torch.is_grad_enabled() for t in inputs]
-    return any(needs) and not takes_mean(*needs[:3], total)
+    return any(needs) and not averages_columns(*needs[:3], total)
 
 
-def statistics_of_each(
+def hard_negative_statistics(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    columns: Columns = NOTHING,
+    excluded: Excluded = NONE_EXCLUDED,
     *,
     bias: Tensor | None = None,
     hardness: float = 0.0,
     sigmoid: bool = False,
 ) -> Statistics:
-    """`statistics` where each row has columns of its own: y (rows, K, d), y_keys (rows, K), guide_y (rows,
-    K, .).
+    """`statistics` where every row has other columns, in plain torch on (rows, K) logits.
 
-    Plain torch on (rows, K) logits. Returns own = 0.
+    Args:
+        x: (rows, d).
+        y: (rows, K, d).
+        scale, bias, hardness, sigmoid: as in `statistics`.
+        excluded: with y_keys (rows, K) and guide_y (rows, K, d); without target.
+
+    Returns:
+        Statistics of each row, target = 0.
     """
-    return statistics_of_scores(
-        row_products(x, y), scale, columns, bias=bias, hardness=hardness, sigmoid=sigmoid
+    return statistics_from_scores(
+        row_products(x, y), scale, excluded, bias=bias, hardness=hardness, sigmoid=sigmoid
     )
 
 
-def statistics_of_scores(
+def statistics_from_scores(
     scores: Tensor,
     scale: Tensor,
-    columns: Columns,
+    excluded: Excluded,
     *,
     bias: Tensor | None = None,
     hardness: float = 0.0,
     sigmoid: bool = False,
 ) -> Statistics:
-    """`statistics_of_each` of scores (..., rows, K), with columns.limit (..., rows)."""
+    """`hard_negative_statistics` of scores (..., rows, K), with excluded.limit (..., rows)."""
     drop = torch.zeros_like(scores, dtype=torch.bool)
-    if columns.limit is not None:
-        drop = drop | (scores > columns.limit[..., None])
-    if columns.x_keys is not None:
-        drop = drop | (columns.x_keys[:, None] == columns.y_keys)
-    if columns.guide_x is not None:
-        drop = drop | (
-            row_products(columns.guide_x, columns.guide_y) > columns.guide_limit[:, None]
-        )
+    if excluded.limit is not None:
+        drop = drop | (scores > excluded.limit[..., None])
+    if excluded.x_keys is not None:
+        drop = drop | (excluded.x_keys[:, None] == excluded.y_keys)
+    if excluded.guide_x is not None:
+        guide_scores = row_products(excluded.guide_x, excluded.guide_y)
+        drop = drop | (guide_scores > excluded.guide_limit[:, None])
     logits = scale * scores + hardness * scores.detach() + (0 if bias is None else bias)
-    own, count = torch.zeros_like(scores[..., 0]), (~drop).sum(-1)
+    target, count = torch.zeros_like(scores[..., 0]), (~drop).sum(-1)
     if sigmoid:
         parts = torch.nn.functional.softplus(logits).masked_fill(drop, 0), logits.sigmoid()
-        return Statistics(own, parts[0].sum(-1), parts[1].masked_fill(drop, 0).sum(-1), count)
+        return Statistics(target, parts[0].sum(-1), parts[1].masked_fill(drop, 0).sum(-1), count)
     logsumexp = logits.masked_fill(drop, lowest(logits.dtype)).logsumexp(-1)
-    return Statistics(own, logsumexp, logits.masked_fill(drop, 0).sum(-1), count)
+    return Statistics(target, logsumexp, logits.masked_fill(drop, 0).sum(-1), count)
 
 
-def own_scores(x: Tensor, y: Tensor, own: Tensor) -> Tensor:
-    """x_i . y_own(i) (rows,), 0 where own is -1; fp32 sums (fp64 for fp64 x); no gradient."""
+def target_scores(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """x_i . y_target(i) (rows,), 0 where target is -1; fp32 sums (fp64 for fp64 x); no gradient."""
     with torch.no_grad():
         step = max(ELEMENTS // max(x.shape[1], 1), 1)
-        index = own.clamp_min(0)
+        index = target.clamp_min(0)
         parts = zip(x.split(step), index.split(step), strict=True)
         scores = torch.cat([_products(a, y[i][:, None])[:, 0] for a, i in parts])
-        return torch.where(own < 0, 0, scores)
+        return torch.where(target < 0, 0, scores)
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:
@@ -187,16 +213,16 @@ class _RowProducts(torch.autograd.Function):
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, scale, bias, hardness, sigmoid, total, passes, *columns):
-        own = columns[0]
-        scores = scale.new_zeros(len(x)) if own is None else own_scores(x, y, own)
-        inputs = (x, y, scale + hardness, bias, *columns, sigmoid)
-        mean = takes_mean(*ctx.needs_input_grad[:3], total)
+    def forward(ctx, x, y, scale, bias, hardness, sigmoid, total, passes, *excluded):
+        target = excluded[0]
+        scores = scale.new_zeros(len(x)) if target is None else target_scores(x, y, target)
+        inputs = (x, y, scale + hardness, bias, *excluded, sigmoid)
+        mean = averages_columns(*ctx.needs_input_grad[:3], total)
         statistic, sums, count, rows = passes[0](*inputs, mean)
         # A bank that is not read again may be written to before the backward pass.
-        kept = (None, own, *[None] * 6) if mean else (y, *columns)
-        own_rows = y[own.clamp_min(0)] if mean and own is not None else None
-        ctx.save_for_backward(x, scale, bias, statistic, sums, rows, own_rows, *kept)
+        saved = (None, target, *[None] * 6) if mean else (y, *excluded)
+        target_rows = y[target.clamp_min(0)] if mean and target is not None else None
+        ctx.save_for_backward(x, scale, bias, statistic, sums, rows, target_rows, *saved)
         ctx.hardness, ctx.sigmoid, ctx.mean, ctx.backward_pass = hardness, sigmoid, mean, passes[1]
         ctx.mark_non_differentiable(count, *(() if total else (sums,)))
         statistic = statistic.clamp_min(lowest(statistic.dtype))
@@ -204,23 +230,23 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_own, g_statistic, g_total, _):
-        x, scale, bias, statistic, sums, rows, own_rows, y, *columns = ctx.saved_tensors
+    def backward(ctx, g_target, g_statistic, g_total, _):
+        x, scale, bias, statistic, sums, rows, target_rows, y, *excluded = ctx.saved_tensors
         for_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-        grads = [scale * g for g in (g_statistic, g_total, g_own)]
+        grads = [scale * g for g in (g_statistic, g_total, g_target)]
         if ctx.mean:
             grad_x, grad_y = grads[0][:, None] * rows, None
-            if own_rows is not None:
-                grad_x += torch.where(columns[0] < 0, 0, grads[2])[:, None] * own_rows
+            if target_rows is not None:
+                grad_x += torch.where(excluded[0] < 0, 0, grads[2])[:, None] * target_rows
         else:
-            inputs = (x, y, scale + ctx.hardness, bias, *columns, ctx.sigmoid)
+            inputs = (x, y, scale + ctx.hardness, bias, *excluded, ctx.sigmoid)
             needs = for_x, ctx.needs_input_grad[1]
             grad_x, grad_y = ctx.backward_pass(*inputs, statistic, *grads, *needs)
         grad_scale = grad_bias = None
         if ctx.needs_input_grad[2]:  # scores are linear in x
             grad_scale = (grad_x * x).sum() / scale
         if ctx.needs_input_grad[3]:
-            grad_bias = g_own.sum() + (g_statistic * sums).sum()
+            grad_bias = g_target.sum() + (g_statistic * sums).sum()
         grad_x = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_y = grad_y if ctx.needs_input_grad[1] else None
-        return grad_x, grad_y, grad_scale, grad_bias, *[None] * (4 + len(columns))
+        return grad_x, grad_y, grad_scale, grad_bias, *[None] * (4 + len(excluded))

@@ -1,7 +1,6 @@
-"""info_nce over tiles of the score matrix: torch's GEMM into a reused scratch, a backend's kernel over each
-tile.
+"""info_nce over tiles of the score matrix: a GEMM into a reused scratch, a backend's kernel over each tile.
 
-One tile of scores exists at a time. Columns pass in the outer loop, so that their gradient is complete and
+One tile of scores exists at a time. Columns are the outer loop, so that their gradient is complete and
 written once; that of the rows is accumulated in fp32. Tiles come in the same order each time: same bits.
 """
 
@@ -19,8 +18,9 @@ TILE = {"cpu": (1024, 1024), "cuda": (4096, 2048)}
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of scores and what decides which of them count; tensors as in op.py, of this tile's
-    rows and columns. `own` counts columns of the whole matrix, `first` is the tile's first. x_factor (rows,),
+    """A tile of scores and what decides which of them count; tensors as in op.py, of the rows and columns of
+    this tile. `target` counts columns of the whole matrix, `first` is the tile's first column. x_factor
+    (rows,),
     y_factor (columns,): what `scores` are still to be multiplied by."""
 
     x: Tensor
@@ -30,7 +30,7 @@ class Tile:
     first: int
     scale: Tensor
     bias: Tensor | None
-    own: Tensor | None
+    target: Tensor | None
     limit: Tensor | None
     x_keys: Tensor | None
     y_keys: Tensor | None
@@ -40,11 +40,29 @@ class Tile:
     y_factor: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class TileKernels:
+    """What a backend brings.
+
+    multiply(x, y, out): out = x y^T, the scores.
+    update(tile, maximum, sum, total, count, factor) adds a tile to the running statistics of the rows; sums
+    are
+        relative to the running maximum. Where factor is given, the tile becomes the weights relative to the
+        new maximum, and factor what earlier weights are to be multiplied by.
+    gradient(tile, statistic, g_statistic, g_total, g_target, into=None): the tile becomes G. With into (rows,
+        columns) it becomes G times the scores, and the gradient of the products is added to `into`.
+    """
+
+    multiply: Callable
+    update: Callable
+    gradient: Callable
+
+
 class Scratch:
     """Memory for products of at most `rows` x `columns`, used again for each."""
 
     def __init__(self, multiply: Callable, like: Tensor, rows: int, columns: int, dtype=None):
-        dtype = dtype or (like.dtype if multiply is nothing else torch.float32)
+        dtype = dtype or (like.dtype if multiply is no_product else torch.float32)
         self.multiply = multiply
         self.memory = torch.empty(rows * columns, dtype=dtype, device=like.device)
 
@@ -63,7 +81,7 @@ def torch_multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
         torch.mm(x, y.T, out_dtype=out.dtype, out=out)
 
 
-def nothing(x: Tensor, y: Tensor, out: Tensor) -> None:
+def no_product(x: Tensor, y: Tensor, out: Tensor) -> None:
     """In place of torch_multiply, for kernels that compute the scores themselves."""
 
 
@@ -75,35 +93,35 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out += torch.mm(a, b, out_dtype=out.dtype)
 
 
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
-
-
-def multiplied(x: Tensor) -> Tensor:
-    """As the GEMMs take it. Tensor cores add up 16-bit products in fp32; on the CPU torch's GEMM of 16-bit
-    inputs rounds the sums to 16 bits as well."""
+def gemm_input(x: Tensor) -> Tensor:
+    """x in the dtype that the GEMMs take. Tensor cores add up 16-bit products in fp32; on the CPU torch's
+    GEMM of 16-bit inputs rounds the sums to 16 bits as well."""
     return x.float() if x.is_cpu else x
+
+
+def _slice(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 def tiles(
     multiply: Callable, x: Tensor, y: Tensor, inputs: tuple, dtype: torch.dtype | None = None
 ) -> Iterator[tuple]:
-    """Yields (Tile, its rows, its columns, the columns of y as they are multiplied).
+    """Yields (Tile, its rows, its columns, the columns of y in the GEMM's dtype).
 
     dtype: of scores that are left to the caller to compute."""
     *inputs, sigmoid = (i.contiguous() if isinstance(i, Tensor) else i for i in inputs)
-    scale, bias, own, limit, x_keys, y_keys, guide_x, guide_y, guide_limit = inputs
+    scale, bias, target, limit, x_keys, y_keys, guide_x, guide_y, guide_limit = inputs
     tile_rows, tile_columns = TILE[x.device.type]
     size = min(tile_rows, len(x)), min(tile_columns, len(y))
-    scratch = Scratch(multiply if dtype is None else nothing, x, *size, dtype)
+    scratch = Scratch(multiply if dtype is None else no_product, x, *size, dtype)
     guide = None
     if guide_x is not None:
-        guide_x = multiplied(guide_x)
+        guide_x = gemm_input(guide_x)
         guide_scratch = Scratch(multiply, guide_x, *size)
     for first in range(0, len(y), tile_columns):
         columns = slice(first, min(first + tile_columns, len(y)))
-        block = multiplied(y[columns])
-        guide_block = None if guide_x is None else multiplied(guide_y[columns])
+        block = gemm_input(y[columns])
+        guide_block = None if guide_x is None else gemm_input(guide_y[columns])
         for start in range(0, len(x), tile_rows):
             rows = slice(start, min(start + tile_rows, len(x)))
             if guide_x is not None:
@@ -116,31 +134,28 @@ def tiles(
                 first,
                 scale,
                 bias,
-                _rows(own, rows),
-                _rows(limit, rows),
-                _rows(x_keys, rows),
-                _rows(y_keys, columns),
-                _rows(guide_limit, rows),
+                _slice(target, rows),
+                _slice(limit, rows),
+                _slice(x_keys, rows),
+                _slice(y_keys, columns),
+                _slice(guide_limit, rows),
                 sigmoid,
             )
             yield tile, rows, columns, block
 
 
-def forward(multiply: Callable, update: Callable, x: Tensor, y: Tensor, *args):
-    """The op info_nce_forward. multiply(x, y, out) gives scores; update(tile, maximum, sum, total, count,
-    factor) adds a tile to the rows' running statistics, sums relative to the running maximum; where factor
-    is given, the tile becomes the weights relative to the new maximum, and factor what earlier weights are
-    to be multiplied by."""
+def forward(kernels: TileKernels, x: Tensor, y: Tensor, *args):
+    """The op info_nce_forward."""
     *inputs, mean = args
-    sigmoid, x = inputs[-1], multiplied(x)
+    sigmoid, x = inputs[-1], gemm_input(x)
     maximum = inputs[0].new_full((len(x),), -torch.inf)
     sums, total = torch.zeros_like(maximum), torch.zeros_like(maximum)
     count = maximum.new_zeros(len(x), dtype=torch.int64)
     factor = torch.ones_like(maximum) if mean else None
     rows_mean = maximum.new_zeros(len(x) if mean else 0, x.shape[1])
-    for tile, rows, _, block in tiles(multiply, x, y, inputs):
+    for tile, rows, _, block in tiles(kernels.multiply, x, y, inputs):
         state = (s[rows] for s in (maximum, sums, total, count))
-        update(tile, *state, _rows(factor, rows))
+        kernels.update(tile, *state, _slice(factor, rows))
         if mean:
             rows_mean[rows] *= factor[rows, None]
             add_product(rows_mean[rows], tile.scores.to(x.dtype), block)
@@ -152,27 +167,22 @@ def forward(multiply: Callable, update: Callable, x: Tensor, y: Tensor, *args):
     return maximum + sums.log(), total, count, rows_mean
 
 
-def backward(multiply: Callable, gradient: Callable, x: Tensor, y: Tensor, *args):
-    """The op info_nce_backward. gradient(tile, statistic, g_statistic, g_total, g_own) turns the tile into
-    G."""
-    *inputs, statistic, g_statistic, g_total, g_own, for_x, for_y = args
-    grads, statistic = torch.stack((g_statistic, g_total, g_own)), statistic.contiguous()
-    unit = None
-    if x.dtype == torch.float16 and x.is_cuda:
-        # G is of the order of 1 / rows, too small for fp16.
-        unit = grads.abs().amax().clamp_min(1e-30)
-        grads = grads / unit
+def backward(kernels: TileKernels, x: Tensor, y: Tensor, *args):
+    """The op info_nce_backward."""
+    *inputs, statistic, g_statistic, g_total, g_target, for_x, for_y = args
+    grads, statistic = torch.stack((g_statistic, g_total, g_target)), statistic.contiguous()
+    grads, grad_scale = scaled_gradients(grads, x)
     grad_y = y[:0]
     if for_y:  # written whole, unless there is no row
         grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         if not len(x):
             grad_y.zero_()
-    x = multiplied(x)
+    x = gemm_input(x)
     grad_x = statistic.new_zeros(len(x) if for_x else 0, x.shape[1])
-    # One GEMM gives a column's whole gradient where all rows lie in one tile.
-    whole = len(x) <= TILE[x.device.type][0] and unit is None and x.dtype == y.dtype
-    for tile, rows, columns, block in tiles(multiply, x, y, inputs):
-        gradient(tile, statistic[rows], *grads[:, rows])
+    # One GEMM gives the whole gradient of a column where all rows lie in one tile.
+    whole = len(x) <= TILE[x.device.type][0] and grad_scale is None and x.dtype == y.dtype
+    for tile, rows, columns, block in tiles(kernels.multiply, x, y, inputs):
+        kernels.gradient(tile, statistic[rows], *grads[:, rows])
         low = tile.scores.to(x.dtype)
         if for_x:
             add_product(grad_x[rows], low, block)
@@ -183,5 +193,14 @@ def backward(multiply: Callable, gradient: Callable, x: Tensor, y: Tensor, *args
                 part = grad_x.new_zeros(len(block), x.shape[1])
             add_product(part, low.T, x[rows])
             if rows.stop == len(x):
-                grad_y[columns] = part if unit is None else part * unit
-    return grad_x if unit is None else grad_x * unit, grad_y
+                grad_y[columns] = part if grad_scale is None else part * grad_scale
+    return grad_x if grad_scale is None else grad_x * grad_scale, grad_y
+
+
+def scaled_gradients(grads: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """grads over their largest, and that, for 16-bit G of fp16 inputs: G is of the order of 1 / rows, too
+    small for fp16. grads and None for other dtypes."""
+    if x.dtype != torch.float16 or not x.is_cuda:
+        return grads, None
+    scale = grads.abs().amax().clamp_min(1e-30)
+    return grads / scale, scale

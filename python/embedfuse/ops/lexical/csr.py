@@ -14,13 +14,18 @@ from embedfuse.ops.checks import check_tensors
 
 @dataclass(frozen=True, eq=False)
 class Csr:
-    """Compressed sparse rows: one row per text, one entry per token id that the text weighs.
+    """Compressed sparse rows: one row per text, one entry per token id that has a weight in the text.
 
-    indptr: (rows + 1,) int64, row i's entries are indptr[i] to indptr[i + 1]. token_ids: (entries,)
-    int64, rising within a row, none twice. weights: (entries,) floating point, none zero.
-    order: (entries,) int64, each row's entries by number, from 0, in the order in which their ids first stand
-    in the text; None: by id.
-    Raises ValueError for another dtype or shape, and for tensors on several devices.
+    Attributes:
+        indptr: (rows + 1,) int64; the entries of row i are indptr[i] to indptr[i + 1].
+        token_ids: (entries,) int64, ascending within a row, none twice.
+        weights: (entries,) floating point, none zero.
+        order: (entries,) int64, the entries of each row by number, from 0, in the order in which their ids
+            first occur in the text; None: by id.
+
+    Raises:
+        TypeError: where an argument is no tensor.
+        ValueError: for another dtype or shape, and for tensors on several devices.
     """
 
     indptr: Tensor
@@ -59,7 +64,17 @@ class Csr:
         return len(self.indptr) - 1
 
     def __getitem__(self, rows: Tensor | Sequence[int] | slice) -> "Csr":
-        """Those rows in that order, each as often as it is named. Differentiable in weights."""
+        """Those rows in that order, each as often as it is named. Differentiable in weights.
+
+        Args:
+            rows: numbers of rows, or a slice.
+
+        Returns:
+            A Csr of these rows.
+
+        Raises:
+            TypeError: for one number.
+        """
         if isinstance(rows, int):
             raise TypeError(f"rows: {rows}; accepted are a list, a slice or a tensor of rows")
         starts, lengths = self.indptr[:-1][rows], self.indptr.diff()[rows]
@@ -71,7 +86,17 @@ class Csr:
 
     @staticmethod
     def cat(parts: Sequence["Csr"]) -> "Csr":
-        """The rows of all parts, one after the other; ValueError when there is no part."""
+        """The rows of all parts, one after the other.
+
+        Args:
+            parts: one Csr and more.
+
+        Returns:
+            A Csr of all rows.
+
+        Raises:
+            ValueError: where there is no part.
+        """
         if not parts:
             raise ValueError("parts: none; accepted is at least one Csr")
         ordered = any(part.order is not None for part in parts)
@@ -83,10 +108,11 @@ class Csr:
         )
 
     def to(self, device: torch.device | str) -> "Csr":
+        """The same rows on another device."""
         return Csr(*(None if x is None else x.to(device) for x in vars(self).values()))
 
     def places(self) -> Tensor:
-        """(entries,) int64: row by row, where the entries lie in the order that `dicts` has."""
+        """(entries,) int64: positions of the entries, row by row, in the order that `dicts` has."""
         if self.order is not None:
             return self.order + self._starts()
         return torch.arange(len(self.token_ids), device=self.indptr.device)
@@ -100,18 +126,27 @@ class Csr:
         return torch.repeat_interleave(row, self.indptr.diff(), output_size=len(self.token_ids))
 
     def dense(self, vocabulary: int) -> Tensor:
-        """(rows, vocabulary) in the dtype of weights, zero where a row has no entry.
+        """The rows as a matrix, zero where a row has no entry. Differentiable in weights.
 
-        Differentiable in weights. Raises IndexError for a token id of vocabulary or more.
+        Args:
+            vocabulary: the number of columns.
+
+        Returns:
+            (rows, vocabulary), in the dtype of weights.
+
+        Raises:
+            IndexError: for a token id of vocabulary or more.
         """
         out = self.weights.new_zeros(len(self), vocabulary)
         return out.index_put((self.rows(), self.token_ids), self.weights)
 
     def dicts(self) -> list[dict[str, float]]:
-        """One {str(token_id): weight} per row: FlagEmbedding's `lexical_weights`, in their order, with Python
-        floats.
+        """The rows as FlagEmbedding's `lexical_weights`, in the same order, with Python floats.
 
-        Keeps the strings of all ids up to the largest seen, below 2^20: 17 MB for BGE-M3's 250,002.
+        Keeps the strings of all ids up to the largest so far, below 2^20: 17 MB for BGE-M3's 250,002.
+
+        Returns:
+            One {str(token_id): weight} per row.
         """
         csr = self.to("cpu")
         weights, places = csr.weights.detach().double(), csr.places()
@@ -151,7 +186,7 @@ _KEYS_LOCK = threading.Lock()
 
 
 def _keys(largest: int) -> list[str]:
-    """The ids as strings: made once, since making one costs more than all else per entry."""
+    """The ids as strings, made once: to make one costs more than everything else about an entry."""
     with _KEYS_LOCK:
         _KEYS.extend(map(str, range(len(_KEYS), largest + 1)))
     return _KEYS

@@ -1,10 +1,15 @@
-"""Lexical matching: the dot product of sparse vectors over the token ids that they share."""
+"""Lexical matching: the dot product of sparse vectors over the token ids that they share.
+
+Formula: s_qd = sum over the ids v that both hold of w_qv w_dv.
+Limits: the gradient takes memory for every entry of the queries with every document; ids below 2^31.
+"""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
+from embedfuse.ops.checks import FLOATS, needs_gradient
 from embedfuse.ops.lexical.csr import Csr
 from embedfuse.registry import Cost, Op, triton_function
 
@@ -15,16 +20,25 @@ OP = Op(
 
 
 def lexical_scores(queries: Csr, documents: Csr, *, aligned: bool = False) -> Tensor:
-    """s_qd = sum over the ids v that both hold of w_qv w_dv (FlagEmbedding's compute_lexical_matching_score).
+    """s_qd = sum over the ids v that both hold of w_qv w_dv.
 
-    queries, documents: Csr with weights of one dtype, of Nq and Nd rows. An id that only one of the two
-    holds adds nothing, be its weight NaN.
-    aligned: score row i against row i, for as many queries as documents.
+    An id that only one of the two holds adds nothing, even if its weight is NaN. Differentiable in both
+    weights; the gradient takes memory for every entry of the queries with every document.
 
-    Returns (Nq, Nd), aligned (Nq,), fp32 (fp64 for fp64 weights). Differentiable in both weights; the
-    gradient takes memory for every entry of the queries by every document.
-    Raises ValueError where dtypes, devices or, aligned, numbers of rows differ, and on the CPU for a Csr
-    whose indptr or ids cannot be.
+    Source: FlagEmbedding's compute_lexical_matching_score.
+
+    Args:
+        queries: Csr of Nq rows, weights in float16, bfloat16, float32 or float64.
+        documents: Csr of Nd rows, weights in the dtype of queries.
+        aligned: score row i with row i alone, for as many queries as documents.
+
+    Returns:
+        (Nq, Nd), aligned (Nq,), fp32 (fp64 for fp64 weights).
+
+    Raises:
+        TypeError: where an argument is no Csr.
+        ValueError: where dtypes, devices or, aligned, numbers of rows differ, and on the CPU for a Csr with
+            impossible indptr or ids.
     """
     for name, side in (("queries", queries), ("documents", documents)):
         if not isinstance(side, Csr):
@@ -35,7 +49,7 @@ def lexical_scores(queries: Csr, documents: Csr, *, aligned: bool = False) -> Te
             raise ValueError(
                 f"documents: weights of {name} {got}; accepted is that of queries, {wanted}"
             )
-    if queries.weights.dtype not in (*native.DTYPES, torch.float64):
+    if queries.weights.dtype not in FLOATS:
         raise ValueError(
             f"queries: weights of dtype {queries.weights.dtype}; "
             "accepted are float16, bfloat16, float32 and float64"
@@ -45,7 +59,7 @@ def lexical_scores(queries: Csr, documents: Csr, *, aligned: bool = False) -> Te
             f"documents: {len(documents)} rows; accepted with aligned=True is that of queries, {len(queries)}"
         )
     args = (*_tensors(queries), *_tensors(documents), aligned)
-    if torch.is_grad_enabled() and any(c.weights.requires_grad for c in (queries, documents)):
+    if needs_gradient(queries.weights, documents.weights):
         return _LexicalScores.apply(*args)
     return OP(*args)
 
@@ -55,10 +69,10 @@ def _tensors(csr: Csr) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _match(queries: Csr, documents: Csr, aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """For each entry of the queries and each document, or its own: the document's entry of that id.
+    """For each entry of the queries and each document, or the aligned one: the document's entry of that id.
 
-    Returns the entries' rows (entries,), then (entries, documents or 1) the places among the documents'
-    entries, and whether the id is there at all.
+    Returns the rows of the entries (entries,), then (entries, documents or 1) positions among the entries of
+    the documents, and whether the id is there at all.
     """
     row = queries.rows()
     against = torch.arange(len(documents), device=row.device)[None]
@@ -67,7 +81,7 @@ def _match(queries: Csr, documents: Csr, aligned: bool) -> tuple[Tensor, Tensor,
     wanted = (against << 32) + queries.token_ids[:, None]
     keys = (documents.rows() << 32) + documents.token_ids
     place = torch.searchsorted(keys, wanted)
-    # Past the last entry stands a key that nothing matches.
+    # After the last entry a key that nothing matches.
     return row, place, torch.nn.functional.pad(keys, (0, 1), value=-1)[place] == wanted
 
 

@@ -1,4 +1,8 @@
-"""Token weights to one sparse vector per text: the maximum over the tokens of equal id."""
+"""Token weights to one sparse vector per text: the maximum over the tokens of equal id.
+
+Formula: x_bv = max over the tokens t of text b with id v of max(w_t, 0).
+Limits: ids below 2^31; on a GPU the size of a Csr is waited for.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,15 +11,22 @@ import torch
 from torch import Tensor
 
 from embedfuse import native
-from embedfuse.ops.checks import check_tensors
-from embedfuse.ops.cu_seqlens import check_layout, check_values, sequence_of
+from embedfuse.ops.checks import (
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_device,
+    check_floating,
+    check_shape,
+    check_tensors,
+)
+from embedfuse.ops.cu_seqlens import sequence_of
 from embedfuse.ops.lexical.csr import Csr, running_sum
 from embedfuse.registry import Cost, Op, triton_function
 
-# index (tokens,): from cu_seqlens[b] on, the tokens that sequence b keeps, by rising id, then -1;
+# index (tokens,): from cu_seqlens[b] on, the tokens that sequence b keeps, by ascending id, then -1;
 # counts (batch,): how many those are; order (tokens,): likewise, the numbers of its entries, from 0, in the
-# order in which their ids first stand in it. Ids and weights are gathered by index, so that a gradient
-# reaches each kept token, and no other, without a backward of its own.
+# order in which their ids first occur in it. Ids and weights are gathered by index, so that a gradient
+# reaches each kept token, and no other, and needs no backward function.
 OP = Op(
     "sparse_scatter(Tensor token_weights, Tensor input_ids, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)"
 )
@@ -34,19 +45,28 @@ def sparse_scatter(
 
     Tokens that the mask leaves out and ids in `excluded` give nothing. A NaN weight is not dropped: it
     counts as the largest, and stays NaN in the result. Of tokens with the same id and weight the first
-    is taken. Source: BGE-M3's sparse embedding (arXiv 2402.03216), `_sparse_embedding` and
-    `_process_token_weights` of FlagEmbedding, which drops NaN.
+    is taken. Differentiable in token_weights: the gradient of an entry goes to the token it was taken from.
 
-    token_weights, input_ids: (tokens,) with `cu_seqlens`, sequences end to end; or (batch, length).
-    input_ids: int64; 0 <= id < 2^31 where the weight counts.
-    cu_seqlens: (batch + 1,) int32, 0 = first <= ... <= tokens: where each sequence starts, and the end.
-    attention_mask: (batch, length), nonzero marks tokens.
+    Source: BGE-M3's sparse embedding (arXiv 2402.03216), `_sparse_embedding` and
+        `_process_token_weights` of FlagEmbedding, which drops NaN.
 
-    Returns a Csr with weights in the dtype of token_weights, which on a GPU waits for the number of
-    entries; with `vocabulary` the dense (batch, vocabulary) instead, which does not wait.
-    Differentiable in token_weights: the gradient of an entry goes to the token it was taken from.
-    Raises ValueError for shapes, devices or ids that do not fit (ids and cu_seqlens are not read on a
-    GPU), TypeError for dtypes that are not accepted.
+    Args:
+        token_weights: (tokens,) with `cu_seqlens`, sequences end to end; or (batch, length). float16,
+            bfloat16, float32 or float64.
+        input_ids: int64, of that shape; 0 <= id < 2^31 where the weight counts.
+        cu_seqlens: (batch + 1,) int32, 0 = first <= ... <= last = tokens: where each sequence starts, and the
+            end.
+        attention_mask: (batch, length), nonzero marks tokens.
+        excluded: ids without an entry.
+        vocabulary: the number of columns of a dense result; None for a Csr.
+
+    Returns:
+        A Csr with weights in the dtype of token_weights, which on a GPU waits for the number of entries; with
+        `vocabulary` the dense (batch, vocabulary) instead, which does not wait.
+
+    Raises:
+        TypeError: for dtypes that are not accepted.
+        ValueError: for shapes, devices or ids that do not fit (ids and cu_seqlens are not read on a GPU).
     """
     kept, cu_seqlens = _kept(token_weights, input_ids, cu_seqlens, attention_mask, excluded)
     return kept.csr() if vocabulary is None else _dense(kept, cu_seqlens, vocabulary)
@@ -54,9 +74,11 @@ def sparse_scatter(
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens:
-    """What a Csr is made of once its size may be waited for: the tokens that give an entry.
+    """The tokens that give an entry: what a Csr is made of once its size may be waited for.
 
-    index, counts, order: as the op gives them. input_ids, weights: (tokens,), of all tokens.
+    Attributes:
+        index, counts, order: as the op gives them.
+        input_ids, weights: (tokens,), of all tokens.
     """
 
     index: Tensor
@@ -66,6 +88,7 @@ class KeptTokens:
     weights: Tensor
 
     def csr(self) -> Csr:
+        """The sparse vectors; on a GPU this waits for the number of entries."""
         index = self.index.masked_select(self.index >= 0)
         return Csr(
             running_sum(self.counts),
@@ -78,14 +101,14 @@ class KeptTokens:
 def kept_tokens(
     token_weights: Tensor, input_ids: Tensor, *, cu_seqlens: Tensor, excluded: Sequence[int] = ()
 ) -> KeptTokens:
-    """`sparse_scatter` up to where it would wait for a GPU: its `csr()` is what that returns."""
+    """`sparse_scatter` without waiting for a GPU; `csr()` of the result is what sparse_scatter returns."""
     return _kept(token_weights, input_ids, cu_seqlens, None, excluded)[0]
 
 
 def _kept(
     token_weights, input_ids, cu_seqlens, attention_mask, excluded
 ) -> tuple[KeptTokens, Tensor]:
-    """And cu_seqlens, made of the batch's shape where there is none."""
+    """The kept tokens, and cu_seqlens, which padded inputs get from their shape."""
     _check(token_weights, input_ids, cu_seqlens, attention_mask)
     keep = None if attention_mask is None else attention_mask != 0
     for token_id in excluded:
@@ -105,10 +128,7 @@ def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
     tensors = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
     check_tensors(token_weights=token_weights, **tensors)
     shape = tuple(token_weights.shape)
-    if token_weights.dtype not in (*native.DTYPES, torch.float64):
-        raise TypeError(
-            f"token_weights: {token_weights.dtype}; accepted are float16, bfloat16, float32 and float64"
-        )
+    check_floating("token_weights", token_weights.dtype, TypeError)
     if input_ids.dtype != torch.int64:
         raise TypeError(f"input_ids: {input_ids.dtype}; accepted is int64")
     if len(shape) != (2 if cu_seqlens is None else 1):
@@ -116,18 +136,12 @@ def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
             f"token_weights: shape {shape}; accepted are (batch, length), "
             "or (tokens,) together with cu_seqlens"
         )
-    for name, tensor in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)}; accepted is that of token_weights, {shape}"
-            )
+    check_shape("input_ids", input_ids, shape, of="token_weights")
+    check_shape("attention_mask", attention_mask, shape, of="token_weights")
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != token_weights.device:
-            raise ValueError(
-                f"{name}: on {tensor.device}; accepted is the device of token_weights, {token_weights.device}"
-            )
+        check_device(name, tensor, "token_weights", token_weights)
     if cu_seqlens is not None:
-        check_layout("cu_seqlens", cu_seqlens)
+        check_cu_seqlens("cu_seqlens", cu_seqlens)
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask: not accepted together with cu_seqlens, which already bounds tokens"
@@ -135,7 +149,7 @@ def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
 
 
 def _dense(tokens: KeptTokens, cu_seqlens: Tensor, vocabulary: int) -> Tensor:
-    """Places that hold no token add zero to id 0, so that no shape depends on values."""
+    """Entries of `index` without a token add zero to id 0, so that no shape depends on values."""
     token_weights, input_ids, index = tokens.weights, tokens.input_ids, tokens.index
     out = token_weights.new_zeros(len(cu_seqlens) - 1, vocabulary)
     if not len(index):
@@ -151,12 +165,12 @@ def _dense(tokens: KeptTokens, cu_seqlens: Tensor, vocabulary: int) -> Tensor:
 
 @OP.reference
 def _(token_weights, input_ids, cu_seqlens):
-    check_values("cu_seqlens", cu_seqlens, len(input_ids))
+    check_cu_seqlens_values("cu_seqlens", cu_seqlens, len(input_ids))
     counting = ~(token_weights <= 0)
     ids = torch.where(counting, input_ids, 0)
     if ids.is_cpu and len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
         raise ValueError("input_ids: an id is out of range; accepted are 0 to 2^31 - 1")
-    # By weight falling, NaN first, then by sequence and id, each sort keeping the order of equals.
+    # By descending weight, NaN first, then by sequence and id; both sorts are stable.
     order = token_weights.argsort(descending=True, stable=True)
     key = (sequence_of(cu_seqlens, len(ids)) << 32) + torch.where(counting, ids, 2**31)
     order = order[key[order].argsort(stable=True)]
@@ -170,7 +184,7 @@ def _(token_weights, input_ids, cu_seqlens):
 def _by_id(
     kept: Tensor, token_weights: Tensor, input_ids: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's outputs from (tokens,) bool: whether each token is kept. Waits for nothing."""
+    """Outputs of the op from (tokens,) bool: whether each token is kept. Does not wait for a GPU."""
     tokens, sequence = len(kept), sequence_of(cu_seqlens, len(kept))
     key, place = ((sequence << 32) + torch.where(kept, input_ids, 2**31)).sort()
     is_entry = kept[place]
@@ -240,7 +254,7 @@ def _load_cuda():
 
 
 def _sorted_by_torch(load: Callable[[], Callable]) -> Callable[[], Callable]:
-    """Loader of a GPU version: its kernel tells which tokens are kept, torch's radix sort orders them."""
+    """Loader of a GPU version: its kernel finds which tokens are kept, torch's radix sort orders them."""
 
     def load_both():
         kernel = load()

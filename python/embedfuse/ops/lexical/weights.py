@@ -1,4 +1,8 @@
-"""Lexical weights of BGE-M3: a weight per token, and of each id's tokens the largest."""
+"""Lexical weights of BGE-M3: a weight per token, and of the tokens of each id the largest.
+
+Formula: w_t = relu(h_t . weight + bias).
+Limits: the kernels copy states where the columns of a token are not adjacent.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
-from embedfuse.ops.checks import check_tensors
+from embedfuse.ops.checks import (
+    check_device,
+    check_floating,
+    check_shape,
+    check_tensors,
+    needs_gradient,
+)
 from embedfuse.ops.lexical.csr import Csr
 from embedfuse.ops.lexical.sparse_scatter import sparse_scatter
 from embedfuse.registry import Cost, Op, triton_function
@@ -24,20 +34,30 @@ def lexical_weights(
     cu_seqlens: Tensor,
     excluded: Sequence[int] = (),
 ) -> Csr:
-    """Each text's lexical weights: w_t = relu(h_t . weight + bias), and per id the largest of its tokens.
+    """Lexical weights of each text: w_t = relu(h_t . weight + bias), and per id the largest of its tokens.
 
-    Ids in `excluded` (BGE-M3: cls, eos, pad, unk) and weights that are not positive give no entry. NaN is
-    kept: an id with a NaN weight has the entry NaN. Sums and weights are fp32 (fp64 for fp64 input).
+    Ids in `excluded` and weights that are not positive give no entry. NaN is kept: an id with a NaN weight
+    has the entry NaN. Sums and weights are fp32 (fp64 for fp64 input). Differentiable in hidden_states,
+    weight and bias; the gradient of an entry goes to the token it was taken from. On a GPU this waits for the
+    number of entries.
+
     Source: BGE-M3 (arXiv 2402.03216), `_sparse_embedding` of FlagEmbedding.
 
-    hidden_states: (tokens, hidden), sequences end to end. input_ids: (tokens,) int64.
-    weight: (hidden,), bias: one element or None, of the dtype of hidden_states.
-    cu_seqlens: (batch + 1,) int32, 0 = first <= ... <= tokens: where each sequence starts, and the end.
+    Args:
+        hidden_states: (tokens, hidden), sequences end to end; float16, bfloat16, float32 or float64.
+        input_ids: (tokens,) int64.
+        weight: (hidden,), of the dtype of hidden_states.
+        bias: one element of the dtype of hidden_states, or None.
+        cu_seqlens: (batch + 1,) int32, 0 = first <= ... <= last = tokens: where each sequence starts, and the
+            end.
+        excluded: ids without an entry (BGE-M3: cls, eos, pad, unk).
 
-    Returns a Csr of `batch` rows; on a GPU this waits for the number of entries. Differentiable in
-    hidden_states, weight and bias; the gradient of an entry goes to the token it was taken from.
-    Raises ValueError for shapes, devices or ids that do not fit (ids and cu_seqlens are not read on a
-    GPU), TypeError for dtypes that are not accepted.
+    Returns:
+        A Csr of `batch` rows.
+
+    Raises:
+        TypeError: for dtypes that are not accepted.
+        ValueError: for shapes, devices or ids that do not fit (ids and cu_seqlens are not read on a GPU).
     """
     weights = token_weights(hidden_states, weight, bias)
     return sparse_scatter(weights, input_ids, cu_seqlens=cu_seqlens, excluded=excluded)
@@ -47,25 +67,19 @@ def token_weights(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = N
     """(tokens,) w_t = relu(h_t . weight + bias): the first step of `lexical_weights`."""
     _check(hidden_states, weight, bias)
     tensors = (hidden_states, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_gradient(*tensors):
         return _TokenWeights.apply(*tensors)
     return OP(*tensors)
 
 
 def _check(hidden_states, weight, bias) -> None:
     check_tensors(hidden_states=hidden_states, weight=weight, bias=bias)
-    if hidden_states.dtype not in (*native.DTYPES, torch.float64):
-        raise TypeError(
-            f"hidden_states: {hidden_states.dtype}; accepted are float16, bfloat16, float32 and float64"
-        )
+    check_floating("hidden_states", hidden_states.dtype, TypeError)
     if hidden_states.dim() != 2:
         raise ValueError(
             f"hidden_states: shape {tuple(hidden_states.shape)}; accepted is (tokens, hidden)"
         )
-    if weight.shape != hidden_states.shape[1:]:
-        raise ValueError(
-            f"weight: shape {tuple(weight.shape)}; accepted is {tuple(hidden_states.shape[1:])}"
-        )
+    check_shape("weight", weight, hidden_states.shape[1:])
     if bias is not None and bias.numel() != 1:
         raise ValueError(f"bias: shape {tuple(bias.shape)}; accepted is one element")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -73,10 +87,7 @@ def _check(hidden_states, weight, bias) -> None:
             raise TypeError(
                 f"{name}: {tensor.dtype}; accepted is that of hidden_states, {hidden_states.dtype}"
             )
-        if tensor is not None and tensor.device != hidden_states.device:
-            raise ValueError(
-                f"{name}: on {tensor.device}; accepted is the device of hidden_states, {hidden_states.device}"
-            )
+        check_device(name, tensor, "hidden_states", hidden_states)
 
 
 @OP.reference

@@ -1,21 +1,29 @@
-"""Vectors as bytes: whole numbers up to 127 in absolute value, and the step between them."""
+"""Vectors as bytes: whole numbers up to 127 in absolute value, and the step between them.
+
+Formula: x ~ scale * values, scale = max|x| / 127 over a token or a document.
+Limits: no gradient.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from embedfuse.ops.checks import as_tensor
+from embedfuse.ops.checks import as_tensor, check_device
 
-PERS = ("token", "document")
+GRANULARITIES = ("token", "document")
 
 
 @dataclass(frozen=True, eq=False)
 class Int8:
     """x ~ scale * values, as quantize_int8 gives it: documents for maxsim, maxsim_packed and maxsim_rerank.
 
-    values: (..., tokens, dim) int8. scale: fp32, on the same device, (..., tokens), or (..., 1) for one scale
-    per text. Raises ValueError for others.
+    Attributes:
+        values: (..., tokens, dim) int8.
+        scale: (..., tokens) fp32, or (..., 1) for one scale per text; on the device of values.
+
+    Raises:
+        ValueError: for other dtypes, shapes or devices.
     """
 
     values: Tensor
@@ -34,24 +42,27 @@ class Int8:
                 f"scale: {scale.dtype} of shape {tuple(scale.shape)}; "
                 f"accepted is float32 {tuple(per_token)} or {per_text}"
             )
-        if scale.device != values.device:
-            raise ValueError(
-                f"scale: on {scale.device}; accepted is the device of values, {values.device}"
-            )
+        check_device("scale", scale, "values", values)
 
 
 def quantize_int8(x: Tensor, per: str = "token") -> Int8:
     """scale = max|x| / 127 over each token or document, values = x / scale rounded to nearest, ties to even.
 
-    x: (..., tokens, dim), floating, a tensor or an array.
-    per: "token", a scale for each token, off by at most scale / 2 in each value; "document", one
-        for each (tokens, dim), which is less exact where tokens differ in length.
-
     Zeros stay zeros: where all are, scale is 1. Where one is infinite or NaN, scale is NaN. No gradient.
-    Raises ValueError for another dtype, shape or `per`.
+
+    Args:
+        x: (..., tokens, dim), floating, a tensor or an array.
+        per: "token", a scale for each token, so that each value is off by at most scale / 2; "document", one
+            for each (tokens, dim), which is less exact where tokens differ in length.
+
+    Returns:
+        Int8 of x's shape.
+
+    Raises:
+        ValueError: for another dtype, shape or `per`.
     """
-    if per not in PERS:
-        raise ValueError(f"per={per!r}: accepted are {', '.join(PERS)}")
+    if per not in GRANULARITIES:
+        raise ValueError(f"per={per!r}: accepted are {', '.join(GRANULARITIES)}")
     x = as_tensor(x)
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(

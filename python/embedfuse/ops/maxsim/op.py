@@ -1,4 +1,9 @@
-"""The operator behind maxsim: texts as runs of rows, all pairs or those listed, and its gradient."""
+"""The operator behind maxsim: texts as spans of rows, all pairs or those listed, and its gradient.
+
+Formula: s_ab = sum over the rows i of query a of max over the rows j of document b of q_i . d_j.
+Limits: the gradient needs one matrix of documents and none in int8; argmax takes 4 bytes for each query row
+of a score.
+"""
 
 import torch
 from torch import Tensor
@@ -11,8 +16,8 @@ from embedfuse.registry import Cost, Op, triton_function
 
 EPS = 1e-12
 
-# The texts of a side are runs of rows, *_spans (n, 2) int64: first row, row after the last. documents:
-# matrices whose rows count through; a text lies within one. scale (rows of documents,) fp32: these are
+# Each text is a span of rows, *_spans (n, 2) int64: first row, row after the last. documents: matrices whose
+# rows are numbered through; a text lies within one. scale (rows of documents,) fp32: these are
 # int8, each times its scale. zero (documents,) bool: whether a zero vector counts as a further row.
 # pairs (pairs, 2) int64: query, document; None: all, documents changing fastest. Returns scores (pairs,)
 # and argmax (pairs, width): for each query row the row of the document that gave its maximum, -1 for none.
@@ -23,7 +28,8 @@ OP = Op(
 )
 
 
-def _pairs(query_spans: Tensor, document_spans: Tensor, pairs: Tensor | None) -> Tensor:
+def listed_pairs(query_spans: Tensor, document_spans: Tensor, pairs: Tensor | None) -> Tensor:
+    """(pairs, 2) query and document by number: `pairs`, or all of them where that is None."""
     if pairs is not None:
         return pairs
     numbers = (torch.arange(len(s), device=s.device) for s in (query_spans, document_spans))
@@ -41,7 +47,7 @@ def _(query, query_spans, documents, document_spans, scale, zero, pairs, normali
     query, document = query.to(dtype), torch.cat(documents).to(dtype)
     if scale is not None:
         document = document * scale[:, None]
-    pairs = _pairs(query_spans, document_spans, pairs)
+    pairs = listed_pairs(query_spans, document_spans, pairs)
     scores = query.new_zeros(len(pairs))
     argmax = query_spans.new_full((len(pairs) if width else 0, width), -1, dtype=torch.int32)
     spans = query_spans.tolist(), document_spans.tolist()
@@ -86,7 +92,7 @@ class MaxSim(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         q, query_spans, d, document_spans, pairs, argmax = ctx.saved_tensors
-        pairs = _pairs(query_spans, document_spans, pairs)
+        pairs = listed_pairs(query_spans, document_spans, pairs)
         rows_q = query_spans[pairs[:, 0], :1] + torch.arange(argmax.shape[1], device=q.device)
         rows_d = document_spans[pairs[:, 1], :1] + argmax
         weights = grad[:, None].expand(argmax.shape)
@@ -106,7 +112,8 @@ def _direction(x: Tensor, normalize: bool) -> Tensor:
 
 
 def _gradient(x, other, rows, other_rows, weights, found, normalize) -> Tensor:
-    """Of x: each entry adds weight times a row of `other` to a row. Those not found go past the last row."""
+    """Of x: each entry adds weight times a row of `other` to a row; entries that are not found add
+    nothing."""
     rows, order = torch.where(found, rows, len(x)).sort(stable=True)
     indptr = torch.searchsorted(rows, torch.arange(len(x) + 1, device=x.device))
     grad = segment_sum(other, weights[order], other_rows[order], indptr)
@@ -119,7 +126,7 @@ def _gradient(x, other, rows, other_rows, weights, found, normalize) -> Tensor:
 
 
 def _equal_strides(matrices: list[Tensor]) -> tuple[list[Tensor], int]:
-    """The matrices with adjacent columns, copied where need be, and the one stride of their rows."""
+    """The matrices with adjacent columns, copied where needed, and the stride that all their rows have."""
     if len(matrices) == 1 and matrices[0].stride(1) == 1:
         return matrices, matrices[0].stride(0)
     return [x.contiguous() for x in matrices], matrices[0].shape[1]
@@ -129,12 +136,12 @@ def _load_cpp():
     kernel = native.cpu().maxsim
 
     def run(query, query_spans, documents, document_spans, scale, zero, pairs, normalize, width):
-        kept, sides = [], []  # alive until the kernel has run
+        alive, sides = [], []  # alive: copies, until the kernel has run
         for matrices, spans in (([query], query_spans), (documents, document_spans)):
             matrices, stride = _equal_strides(matrices)
             places = torch.tensor([(x.data_ptr(), x.shape[0]) for x in matrices])
             spans, first = spans.contiguous(), matrices[0]
-            kept += [matrices, places, spans]
+            alive += [matrices, places, spans]
             of_texts = (spans.data_ptr(), len(spans))
             sides.append(
                 (places.data_ptr(), len(matrices), stride, first.element_size(), *of_texts)
@@ -171,7 +178,7 @@ def _(device, dtype, size):
     generator = torch.Generator().manual_seed(0)
 
     def side(lengths, dim, gap=0):
-        """Texts with `gap` unused rows, NaN, behind each."""
+        """Texts with `gap` unused rows of NaN after each."""
         ends = (torch.tensor([0, *lengths]) + gap).cumsum(0) - gap
         starts = ends[:-1] + gap
         x = torch.randn(int(ends[-1]) + gap, dim, generator=generator) / dim**0.5
@@ -230,7 +237,7 @@ def _(device, dtype, size):
 
 @OP.cost
 def _(query, query_spans, documents, document_spans, scale, zero, pairs, normalize, width):
-    pairs = _pairs(query_spans, document_spans, pairs)
+    pairs = listed_pairs(query_spans, document_spans, pairs)
     rows = query_spans.diff(dim=1), document_spans.diff(dim=1)
     products = int((rows[0][pairs[:, 0]] * rows[1][pairs[:, 1]]).sum())
     widths = query.element_size(), 1 if scale is not None else query.element_size()

@@ -1,13 +1,24 @@
-"""Late interaction: each query token's best dot product with a token of the document, summed."""
+"""Late interaction: each query token's best dot product with a token of the document, summed.
+
+Formula: s_ab = sum over the tokens i of query a of max over the tokens j of document b of q_ai . d_bj.
+Limits: one dtype and device for both sides, or Int8 documents, which give no gradient.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from embedfuse import native
-from embedfuse.ops.checks import as_tensor, check_tensors, is_readable
-from embedfuse.ops.cu_seqlens import check_layout, check_values
+from embedfuse.ops.checks import (
+    FLOATS,
+    as_tensor,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_device,
+    check_tensors,
+    is_readable,
+    needs_gradient,
+)
 from embedfuse.ops.maxsim.int8 import Int8
 from embedfuse.ops.maxsim.op import OP, MaxSim
 from embedfuse.ops.maxsim.spans import padded_spans
@@ -28,29 +39,38 @@ def maxsim(
     padding: str = "exclude",
     pairs: Tensor | None = None,
 ) -> Tensor:
-    """s_ab = sum over the tokens i of query a of max over the tokens j of document b of q_ai . d_bj (ColBERT,
-    arXiv 2004.12832), for every query with every document.
-
-    q: (Nq, Lq, dim), or a list of (tokens, dim). d: (Nd, Ld, dim), of q's dtype, or Int8 of that shape
-        (quantize_int8), or a list of (tokens, dim), which the CPU reads where they lie. Tensors or arrays.
-    q_mask: (Nq, Lq). d_mask: (Nd, Ld). Nonzero marks tokens; what they leave out is never read, be it NaN. A
-        mask with holes between tokens costs a copy of its side, and on a GPU any mask a wait for it.
-    reduction: "mean" divides by the query's number of tokens (BGE-M3, arXiv 2402.03216).
-    normalize: score x / max(|x|_2, 1e-12) in place of every token's x.
-    padding: "exclude", the maximum is over tokens; "zero_vector", over the document's padding too, taken as
-        zero vectors, so that no maximum is negative there (FlagEmbedding's BGE-M3).
-    pairs: (P, 2) int64, query and document by number: these alone.
+    """s_ab = sum over the tokens i of query a of max over the tokens j of document b of q_ai . d_bj, for
+    every query with every document.
 
     A query without tokens scores 0, and so does a document without. A NaN product makes the score NaN.
     Sums are fp32 (fp64 for fp64 input). Of equal products the first has the gradient; a zero vector has none.
-    For Int8 every score is that of q with scale * values in fp32, and q is rounded nowhere: a CPU that
-    multiplies bytes finds by them the tokens that can hold a maximum, by a bound that no product passes, and
-    multiplies those in fp32.
+    For Int8 every score is that of q with scale * values in fp32, and q is not rounded: a CPU that multiplies
+    bytes finds by them the tokens that can hold a maximum, by a bound that no product passes, and multiplies
+    those in fp32. Differentiable in q and d, with the same bits each time; keeps 4 Lq bytes a score.
 
-    Returns (Nq, Nd), with pairs (P,), fp32. Differentiable in q and d, with the same bits each time; keeps
-    4 Lq bytes a score.
-    Raises ValueError for shapes, dtypes, devices or names that do not fit, on the CPU for pairs that cannot
-    be, for a mask beside a list, and for Int8 if q requires grad; TypeError for what is no tensor or array.
+    Source: ColBERT, arXiv 2004.12832.
+
+    Args:
+        q: (Nq, Lq, dim), or a list of (tokens, dim); tensors or arrays in float16, bfloat16, float32 or
+            float64.
+        d: (Nd, Ld, dim), of q's dtype, or Int8 of that shape (quantize_int8), or a list of (tokens, dim),
+            which the CPU reads where they lie.
+        q_mask, d_mask: (Nq, Lq) and (Nd, Ld), nonzero marks tokens; what they leave out is never read, even
+            if it is NaN. A mask with holes between tokens costs a copy of its side, and any mask on a GPU is
+            waited for.
+        reduction: "sum", or "mean", which divides by the query's number of tokens (BGE-M3, arXiv 2402.03216).
+        normalize: score x / max(|x|_2, 1e-12) in place of every token's x.
+        padding: "exclude", the maximum is over tokens; "zero_vector", over the document's padding too, taken
+            as zero vectors, so that no maximum is negative there (FlagEmbedding's BGE-M3).
+        pairs: (P, 2) int64, query and document by number: these alone.
+
+    Returns:
+        (Nq, Nd), with pairs (P,), fp32 (fp64 for fp64 input).
+
+    Raises:
+        TypeError: for what is no tensor or array.
+        ValueError: for shapes, dtypes, devices or names that do not fit; on the CPU for pairs out of range;
+            for a mask with a list; and for Int8 if q requires grad.
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding={padding!r}: accepted are {', '.join(PADDINGS)}")
@@ -69,32 +89,42 @@ def maxsim_packed(
 ) -> Tensor:
     """maxsim of texts that lie end to end, of every query with every document or of the pairs listed.
 
-    q: (tokens_q, dim). d: (tokens_d, dim), of q's dtype, or Int8 of that shape. cu_q, cu_d: (texts + 1,)
-        int32, 0 = first <= ... <= last = tokens: where each text starts, and the end.
-    pairs: (P, 2) int64, query and document by number.
+    Differentiable in q and d; what is kept for that grows with the longest query, whose length a GPU is
+    waited for. Everything else is as in maxsim.
 
-    Returns (Nq, Nd), with pairs (P,), fp32. Differentiable in q and d; what is kept for that grows with the
-    longest query, whose length a GPU is waited for.
-    Raises ValueError for shapes, dtypes, devices or names that do not fit, and on the CPU for values of cu_q,
-    cu_d or pairs that cannot be. Other arguments, and everything else, as in maxsim.
+    Args:
+        q: (tokens_q, dim).
+        cu_q: (Nq + 1,) int32, 0 = first <= ... <= last = tokens_q: where each query starts, and the end.
+        d: (tokens_d, dim), of q's dtype, or Int8 of that shape.
+        cu_d: (Nd + 1,) int32, likewise.
+        pairs: (P, 2) int64, query and document by number.
+        reduction, normalize: as in maxsim.
+
+    Returns:
+        (Nq, Nd), with pairs (P,), fp32 (fp64 for fp64 input).
+
+    Raises:
+        TypeError: for sides that are no tensors, and for cu_q and cu_d that are none.
+        ValueError: for shapes, dtypes, devices or names that do not fit, and on the CPU for impossible values
+            of cu_q, cu_d or pairs.
     """
     for name, side in (("q", q), ("d", d)):
         if not isinstance(side, Tensor | Int8):
             raise TypeError(f"{name}: {type(side).__name__}; accepted are tensors, and Int8 for d")
         _check_side(name, side, q, "(tokens, dim)", 2)
-    d, scale = _parts(d)
+    d, scale = _values_and_scale(d)
     if scale is not None:
         scale = scale.expand(len(d))
     spans = []
     for name, cu_seqlens, x in (("cu_q", cu_q, q), ("cu_d", cu_d, d)):
-        check_layout(name, cu_seqlens)
-        _check_device(name, cu_seqlens, q)
-        check_values(name, cu_seqlens, len(x))
+        check_cu_seqlens(name, cu_seqlens)
+        check_device(name, cu_seqlens, "q", q)
+        check_cu_seqlens_values(name, cu_seqlens, len(x))
         spans.append(torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), 1).long())
     if pairs is not None:
         _check_pairs(pairs, q, len(cu_q) - 1, len(cu_d) - 1)
     width = 0
-    if _wants_gradient(q, d) and len(cu_q) > 1:
+    if needs_gradient(q, d) and len(cu_q) > 1:
         width = int(cu_q.diff().amax())
     sides = q, spans[0], [d], spans[1], scale
     return _scores(*sides, None, pairs, normalize, reduction, width)
@@ -110,11 +140,20 @@ def maxsim_rerank(
 ) -> tuple[Tensor, Tensor]:
     """The documents of the largest maxsim with one query, best first.
 
-    query: (tokens, dim). documents: as d of maxsim. top_k: how many; default all.
+    No gradient goes through the order.
 
-    Returns scores (top_k,) fp32 and the documents' numbers (top_k,) int64; of equal scores the first document
-    comes first. No gradient goes through the order. Raises ValueError as maxsim_packed does, and for top_k
-    below 1. Other arguments as in maxsim.
+    Args:
+        query: (tokens, dim).
+        documents: as d of maxsim.
+        top_k: how many; None for all.
+        reduction, normalize: as in maxsim.
+
+    Returns:
+        Scores (top_k,) fp32 and the numbers of the documents (top_k,) int64; of equal scores the first
+        document comes first.
+
+    Raises:
+        ValueError: as maxsim does, and for top_k below 1.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: accepted are 1 and more, or None for all")
@@ -135,7 +174,7 @@ def _scores_of_sides(
     queries, width, query_spans, *_ = _rows(q_name, q, q_mask, None)
     query = queries[0] if len(queries) == 1 else torch.cat(queries)
     documents, _, document_spans, padded, scale = _rows(d_name, d, d_mask, query)
-    if len(documents) > 1 and _wants_gradient(query, *documents):
+    if len(documents) > 1 and needs_gradient(query, *documents):
         documents = [torch.cat(documents)]
     if pairs is not None:
         _check_pairs(pairs, query, len(query_spans), len(document_spans))
@@ -147,9 +186,9 @@ def _scores_of_sides(
 def _rows(
     name: str, x: Texts, mask: Tensor | None, q: Tensor | None
 ) -> tuple[list[Tensor], int, Tensor, Tensor, Tensor | None]:
-    """Matrices that hold the texts' rows, the number of the longest text's, and the rest as padded_spans.
+    """Matrices that hold the rows of the texts, the number of rows of the longest text, then as padded_spans.
 
-    q: what the texts have to agree with; None for queries, which agree with the first of them.
+    q: the tensor whose dtype, dim and device are accepted; None for queries, which set them.
     """
     if isinstance(x, list | tuple):
         if mask is not None:
@@ -158,7 +197,7 @@ def _rows(
     if not isinstance(x, Int8):
         x = _as_array(name, x, "tensors, arrays, Int8, and lists of these")
     _check_side(name, x, x if q is None else q, "(texts, tokens, dim)", 3)
-    values, scale = _parts(x)
+    values, scale = _values_and_scale(x)
     if mask is not None:
         mask = _as_array(f"{name}_mask", mask, "tensors and arrays")
     rows, *rest = padded_spans(name, values, mask, scale)
@@ -185,7 +224,9 @@ def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
         if isinstance(text, Int8) != isinstance(texts[0], Int8):
             raise ValueError(f"{name}[{i}]: Int8 and others; accepted are all or none")
         _check_side(f"{name}[{i}]", text, like, "(tokens, dim)", 2)
-    rows, scales = zip(*map(_parts, texts), strict=True) if texts else ([like[:0]], [None])
+    rows, scales = (
+        zip(*map(_values_and_scale, texts), strict=True) if texts else ([like[:0]], [None])
+    )
     lengths = [text.shape[0] for text in rows]  # not len(): a tensor's takes microseconds
     ends = torch.tensor([0, *lengths]).cumsum(0)
     spans = torch.stack((ends[:-1], ends[1:]), 1)[: len(texts)].to(like.device)
@@ -196,28 +237,23 @@ def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
     return list(rows), max(lengths), spans, unpadded, scale
 
 
-def _parts(d: Tensor | Int8) -> tuple[Tensor, Tensor | None]:
-    """What lies in memory, and its scale."""
+def _values_and_scale(d: Tensor | Int8) -> tuple[Tensor, Tensor | None]:
+    """The tensor of values, and the scale of Int8."""
     return (d.values, d.scale) if isinstance(d, Int8) else (d, None)
 
 
 def _check_side(name: str, side: Tensor | Int8, q: Tensor, shape: str, dims: int) -> None:
-    x, scale = _parts(side)
+    x, scale = _values_and_scale(side)
     if x.dim() != dims or x.shape[-1] != q.shape[-1]:
         raise ValueError(
             f"{name}: shape {tuple(x.shape)}; accepted is {shape}, dim the same for q and d"
         )
-    if scale is None and (x.dtype != q.dtype or x.dtype not in (*native.DTYPES, torch.float64)):
+    if scale is None and (x.dtype != q.dtype or x.dtype not in FLOATS):
         raise ValueError(
-            f"{name}: {x.dtype} beside {q.dtype}; accepted are float16, bfloat16, float32 and float64, "
+            f"{name}: {x.dtype} with {q.dtype}; accepted are float16, bfloat16, float32 and float64, "
             "the same for q and d, or Int8 for d"
         )
-    _check_device(name, x, q)
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: on {x.device}; accepted is the device of q, {q.device}")
+    check_device(name, x, "q", q)
 
 
 def _check_pairs(pairs: Tensor, q: Tensor, queries: int, documents: int) -> None:
@@ -226,7 +262,7 @@ def _check_pairs(pairs: Tensor, q: Tensor, queries: int, documents: int) -> None
         raise ValueError(
             f"pairs: {pairs.dtype} of shape {tuple(pairs.shape)}; accepted is int64 (pairs, 2)"
         )
-    _check_device("pairs", pairs, q)
+    check_device("pairs", pairs, "q", q)
     if not is_readable(pairs) or len(pairs) == 0:
         return
     limits = torch.tensor([queries, documents])
@@ -234,20 +270,16 @@ def _check_pairs(pairs: Tensor, q: Tensor, queries: int, documents: int) -> None
         raise ValueError(f"pairs: accepted are numbers below {queries} and {documents}, from 0")
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _scores(
     q, query_spans, documents, document_spans, scale, zero, pairs, normalize, reduction, width
 ) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}: accepted are {', '.join(REDUCTIONS)}")
-    if scale is not None and _wants_gradient(q):
+    if scale is not None and needs_gradient(q):
         raise ValueError(
             "q: requires grad, which Int8 documents do not give; accepted is q.detach()"
         )
-    if _wants_gradient(q, *documents):
+    if needs_gradient(q, *documents):
         sides = q, query_spans, documents[0], document_spans
         scores = MaxSim.apply(*sides, zero, pairs, normalize, max(width, 1))
     else:

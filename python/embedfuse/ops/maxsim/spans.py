@@ -1,15 +1,17 @@
-"""Padded texts as runs of rows of one matrix, so that a kernel sees no mask."""
+"""Padded texts as spans of rows of one matrix, so that a kernel needs no mask."""
 
 import torch
 from torch import Tensor
+
+from embedfuse.ops.checks import check_device, check_shape
 
 
 def padded_spans(
     name: str, x: Tensor, mask: Tensor | None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x (texts, length, dim) as rows (rows, dim), without a copy unless its mask has holes or its memory none
-    of the layouts of a matrix; spans (texts, 2) int64, first row and row after the last; and (texts,)
-    bool, whether the mask leaves any row out; and scale, (texts, length) or (texts, 1), by rows."""
+    """Rows (rows, dim) of x (texts, length, dim), without a copy unless the mask has holes or x cannot be
+    viewed as a matrix; spans (texts, 2) int64, first row and row after the last; (texts,) bool, whether the
+    mask leaves any row out; and scale, (texts, length) or (texts, 1), by rows."""
     texts, length, _ = x.shape
     if scale is not None:
         scale = scale.expand(texts, length)
@@ -19,14 +21,8 @@ def padded_spans(
         spans = torch.stack((first, first + length), 1)
         unpadded = torch.zeros(texts, dtype=torch.bool, device=x.device)
         return rows, spans, unpadded, _scale_rows(scale, rows, pitch)
-    if mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"{name}_mask: shape {tuple(mask.shape)}; accepted is {tuple(x.shape[:2])}"
-        )
-    if mask.device != x.device:
-        raise ValueError(
-            f"{name}_mask: on {mask.device}; accepted is the device of {name}, {x.device}"
-        )
+    check_shape(f"{name}_mask", mask, x.shape[:2])
+    check_device(f"{name}_mask", mask, name, x)
     keep = mask != 0
     tokens = keep.sum(1)
     padded = tokens < length
@@ -64,5 +60,5 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     pitch = x.stride(0) // step if whole else 0
     if x.numel() == 0 or pitch <= length:
         return x.reshape(texts * length, dim), length
-    # Columns or tokens of a wider tensor, as x[:, 1:]; rows between the texts are read by none.
+    # Columns or tokens of a wider tensor, as x[:, 1:]; no kernel reads the rows between the texts.
     return x.as_strided(((texts - 1) * pitch + length, dim), (step, 1)), pitch

@@ -1,62 +1,63 @@
-"""The operators of op.py at several widths of the embedding: a score is the product of the first
-`width` components, with `normalize` divided by their norms.
-"""
+"""The operators of info_nce/op.py at several widths of the embedding.
 
-import functools
+Formula: the score at a width is the dot product of the first `width` components, with `normalize` divided by
+the norms of these.
+Limits: no bias and no sigmoid; the backward pass reads both sides again.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit_vectors
 
-from embedfuse import native
 from embedfuse.ops.info_nce import op
+from embedfuse.ops.info_nce.backends import cpp_kernels, on_tiles, triton_kernels
 from embedfuse.ops.info_nce.matryoshka import tiles
-from embedfuse.ops.info_nce.op import MASKS, cpp_gradient, cpp_multiply, cpp_update
-from embedfuse.registry import Cost, Op, triton_function
+from embedfuse.ops.info_nce.op import MASKS
+from embedfuse.registry import Cost, Op
 
 # As in op.py, but limit (widths, rows). widths: ascending, up to d.
 _INPUTS = (
-    "Tensor x, Tensor y, Tensor scale, Tensor? own, Tensor? limit, Tensor? x_keys, Tensor? y_keys, "
+    "Tensor x, Tensor y, Tensor scale, Tensor? target, Tensor? limit, Tensor? x_keys, Tensor? y_keys, "
     "Tensor? guide_x, Tensor? guide_y, Tensor? guide_limit, int[] widths, bool normalize"
 )
 
-# statistic, total, count, each (widths, rows).
-FORWARD = Op(f"info_nce_prefixes_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)")
+# Returns statistic, total, count, each (widths, rows).
+FORWARD = Op(f"info_nce_matryoshka_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 
-# statistic, g_statistic, g_total, g_own: (widths, rows). Returns the gradients of x (rows, d), (0, d) unless
-# for_x, and y (columns, d), (0, d) unless for_y, in their dtype; and sum_j G_ij c_ij (widths, rows) fp32, G
-# as in op.py, c the scores.
+# statistic, g_statistic, g_total, g_target: (widths, rows). Returns the gradients of x (rows, d), (0, d)
+# unless for_x, and y (columns, d), (0, d) unless for_y, in their dtype; and sum_j G_ij c_ij (widths, rows)
+# fp32, G as in op.py, c the scores.
 BACKWARD = Op(
-    f"info_nce_prefixes_backward({_INPUTS}, Tensor statistic, Tensor g_statistic, Tensor g_total, "
-    "Tensor g_own, bool for_x, bool for_y) -> (Tensor, Tensor, Tensor)"
+    f"info_nce_matryoshka_backward({_INPUTS}, Tensor statistic, Tensor g_statistic, Tensor g_total, "
+    "Tensor g_target, bool for_x, bool for_y) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _of_widths(x: Tensor, y: Tensor, scale: Tensor, own, limit, *inputs):
-    """(width, arguments of info_nce_op's up to `sigmoid`) of each."""
+def _per_width(x: Tensor, y: Tensor, scale: Tensor, target, limit, *inputs):
+    """(width, arguments of the ops of op.py up to `sigmoid`) of each width."""
     *masks, widths, normalize = inputs
     for k, width in enumerate(widths):
         sides = [side[:, :width] for side in (x, y)]
         if normalize:
             sides = [unit_vectors(side, dim=1) for side in sides]
-        its_limit = None if limit is None else limit[k]
-        yield width, (*sides, scale, None, own, its_limit, *masks, False)
+        limit_k = None if limit is None else limit[k]
+        yield width, (*sides, scale, None, target, limit_k, *masks, False)
 
 
 @FORWARD.reference
 def _(*inputs):
-    found = [op.FORWARD._reference(*args, False)[:3] for _, args in _of_widths(*inputs)]
+    found = [op.FORWARD._reference(*args, False)[:3] for _, args in _per_width(*inputs)]
     return tuple(map(torch.stack, zip(*found, strict=True)))
 
 
 @BACKWARD.reference
 def _(x, y, *inputs):
-    *inputs, statistic, g_statistic, g_total, g_own, for_x, for_y = inputs
-    grads = zip(statistic, g_statistic, g_total, g_own, strict=True)
+    *inputs, statistic, g_statistic, g_total, g_target, for_x, for_y = inputs
+    grads = zip(statistic, g_statistic, g_total, g_target, strict=True)
     grad_x, grad_y = (torch.zeros_like(side, dtype=statistic.dtype) for side in (x, y))
     g_scores = []
-    for (width, args), its in zip(_of_widths(x, y, *inputs), grads, strict=True):
-        of_sides = op.BACKWARD._reference(*args, *its, True, True)
+    for (width, args), grads_k in zip(_per_width(x, y, *inputs), grads, strict=True):
+        of_sides = op.BACKWARD._reference(*args, *grads_k, True, True)
         g_scores.append((of_sides[0] * args[0]).sum(1))
         for side, unit, grad, out in zip((x, y), args[:2], of_sides, (grad_x, grad_y), strict=True):
             if inputs[-1]:
@@ -85,39 +86,33 @@ def _(x, y, scale, *inputs):
     )
 
 
-def _load_cpp(run: str):
-    native.cpu()
-    kernel = {"forward": cpp_update, "backward": cpp_gradient}[run]
-    return functools.partial(getattr(tiles, run), cpp_multiply, kernel)
-
-
-FORWARD.impl("cpp", functools.partial(_load_cpp, "forward"))
-BACKWARD.impl("cpp", functools.partial(_load_cpp, "backward"))
-FORWARD.impl("triton", triton_function("info_nce:prefix_forward"))
-BACKWARD.impl("triton", triton_function("info_nce:prefix_backward"))
+FORWARD.impl("cpp", on_tiles(tiles.forward, cpp_kernels))
+BACKWARD.impl("cpp", on_tiles(tiles.backward, cpp_kernels))
+FORWARD.impl("triton", on_tiles(tiles.forward, triton_kernels))
+BACKWARD.impl("triton", on_tiles(tiles.backward, triton_kernels))
 
 
 def _inputs(device, dtype, shape, names, widths, normalize, scale=10.0):
-    x, y, scale, _, own, limit, *masks = op.make_inputs(device, dtype, shape, names, scale)
+    x, y, scale, _, target, limit, *masks = op.make_inputs(device, dtype, shape, names, scale)
     if limit is not None:
         sides = [(x[:, :w], y[:, :w]) for w in widths]
         if normalize:
             sides = [[unit_vectors(s.double(), dim=1) for s in pair] for pair in sides]
-        limit = torch.stack([op.gap(*pair) for pair in sides]).to(device)
-    return x, y, scale, own, limit, *masks, list(widths), normalize
+        limit = torch.stack([op.limit_between_scores(*pair) for pair in sides]).to(device)
+    return x, y, scale, target, limit, *masks, list(widths), normalize
 
 
 def _cases(device, dtype, size):
     low = (device, dtype)
     if size == "bench":
         widths = (64, 128, 256, 512, 1024)
-        return [_inputs(*low, (512, 8192, 1024), ("own",), widths, True, 50.0)]
+        return [_inputs(*low, (512, 8192, 1024), ("target",), widths, True, 50.0)]
     return [
-        _inputs(*low, (5, 7, 16), ("own",), (4, 16), True),
-        _inputs(*low, (5, 7, 16), ("own",), (4, 9, 16), False),
+        _inputs(*low, (5, 7, 16), ("target",), (4, 16), True),
+        _inputs(*low, (5, 7, 16), ("target",), (4, 9, 16), False),
         _inputs(*low, (33, 130, 40), MASKS, (8, 24, 40), True),
         _inputs(*low, (20, 40, 24), MASKS, (16, 20), False),
-        _inputs(*low, (3, 2100, 8), ("own", "limit"), (3, 5), True),
+        _inputs(*low, (3, 2100, 8), ("target", "limit"), (3, 5), True),
         _inputs(*low, (1030, 17, 8), ("x_keys", "y_keys"), (8,), True),
         _inputs(*low, (4, 1, 5), ("x_keys", "y_keys"), (1, 5), True),
     ]

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from embedfuse import testing
-from embedfuse.ops import FalseNegatives, Prefixes, Ring, Rows, info_nce
+from embedfuse.ops import FalseNegatives, Matryoshka, Ring, Rows, info_nce
 from embedfuse.registry import use_backend
 
 WIDTHS = (5, 12, 32)
@@ -20,18 +20,18 @@ def draw(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def one_by_one(sides, prefixes, **settings):
+def one_by_one(sides, matryoshka, **settings):
     """(widths, B): the definition. sides: q, pool, hard negatives and bank, Rows or None."""
 
-    def prefix(side, width):
+    def cut(side, width):
         if side is None:
             return None
         x = side.vectors[..., :width]
-        return side._replace(vectors=normalize(x, dim=-1) if prefixes.normalize else x)
+        return side._replace(vectors=normalize(x, dim=-1) if matryoshka.normalize else x)
 
     losses = []
-    for width in prefixes.widths:
-        q, pool, hard, bank = (prefix(side, width) for side in sides)
+    for width in matryoshka.widths:
+        q, pool, hard, bank = (cut(side, width) for side in sides)
         losses.append(info_nce(q, pool, hard_negatives=hard, bank=bank, **settings).loss)
     return torch.stack(losses)
 
@@ -113,18 +113,18 @@ def evaluate(function, sides, frozen, cast, guide_dtype=None):
 @pytest.mark.parametrize(("dtype", "option"), CASES, ids=str)
 def test_equals_a_call_per_width(backend, dtype, option, normalize):
     names, settings = OPTIONS[option]
-    prefixes, frozen = Prefixes(WIDTHS, normalize), "frozen" in names
+    matryoshka, frozen = Matryoshka(WIDTHS, normalize), "frozen" in names
     sides = batch(names, normalize)
     sides = [None if side is None else (side[0].to(dtype), *side[1:]) for side in sides]
 
     def in_one_pass(rows, temperature):
         q, pool, hard, bank = rows
         options = {"hard_negatives": hard, "bank": bank, "temperature": temperature, **settings}
-        return info_nce(q, pool, LABELS, prefixes=prefixes, **options).loss
+        return info_nce(q, pool, LABELS, matryoshka=matryoshka, **options).loss
 
     def definition(rows, temperature):
         options = {"labels": LABELS, "temperature": temperature, **settings}
-        return one_by_one(rows, prefixes, **options)
+        return one_by_one(rows, matryoshka, **options)
 
     def own(x):
         return x.detach().clone()
@@ -151,26 +151,26 @@ def nll(positive, *negatives):
 def test_values_by_hand(backend):
     # Scores of the first component 1 -2, 0 0; of both 5 -2, 6 3.
     q, pool = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 2.0], [-2.0, 1.0]])
-    out = info_nce(q, pool, temperature=1.0, prefixes=Prefixes((1, 2), normalize=False))
+    out = info_nce(q, pool, temperature=1.0, matryoshka=Matryoshka((1, 2), normalize=False))
     wanted = [nll(1, -2), nll(0, 0), nll(5, 0), nll(3, 6)]
     assert out.loss.flatten().tolist() == pytest.approx(wanted, rel=1e-5)
     assert out.negatives.tolist() == [[1, 1], [1, 1]]
     # Cosines of the first component 1 -1, 0 0 (the second row has none); of both 1 0, 2 and 1 over root 5.
-    out = info_nce(q, pool, temperature=1.0, prefixes=Prefixes((1, 2)))
+    out = info_nce(q, pool, temperature=1.0, matryoshka=Matryoshka((1, 2)))
     wanted = [nll(1, -1), nll(0, 0), nll(1, 0), nll(5**-0.5, 2 * 5**-0.5)]
     assert out.loss.flatten().tolist() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_prefix_of_zeros_has_a_gradient_as_torchs(backend):
+def test_zeros_in_the_first_components_have_the_gradient_of_torch(backend):
     q, pool = draw(6, 8, seed=0), draw(20, 8, seed=1)
     q[2, :3], pool[2, :3], pool[9] = 0, 0, 0
-    prefixes, found = Prefixes((3, 8)), []
+    matryoshka, found = Matryoshka((3, 8)), []
     for function in ("one pass", "definition"):
         x, y = (side.clone().requires_grad_() for side in (q, pool))
         if function == "definition":
-            loss = one_by_one([Rows(x), Rows(y), None, None], prefixes)
+            loss = one_by_one([Rows(x), Rows(y), None, None], matryoshka)
         else:
-            loss = info_nce(x, y, prefixes=prefixes).loss
+            loss = info_nce(x, y, matryoshka=matryoshka).loss
         grads = torch.autograd.grad(loss.sum(), (x, y))
         found.append([loss, *grads])
     for got, wanted in zip(*found, strict=True):
@@ -180,7 +180,7 @@ def test_a_prefix_of_zeros_has_a_gradient_as_torchs(backend):
 
 def test_components_beyond_the_widest_have_no_gradient(backend):
     q, pool = (draw(n, 16, seed=n).requires_grad_() for n in (4, 30))
-    loss = info_nce(q, pool, prefixes=Prefixes((4, 10))).loss
+    loss = info_nce(q, pool, matryoshka=Matryoshka((4, 10))).loss
     for grad in torch.autograd.grad(loss.sum(), (q, pool)):
         assert grad[:, 10:].eq(0).all()
         assert grad[:, :10].ne(0).all()
@@ -193,7 +193,7 @@ def test_gradcheck_of_the_reference():
 
     def loss(q, pool, hard, temperature):
         settings = {"hard_negatives": hard, "temperature": temperature, "label_smoothing": 0.1}
-        return info_nce(q, pool, prefixes=Prefixes((2, 4)), **settings)[:2]
+        return info_nce(q, pool, matryoshka=Matryoshka((2, 4)), **settings)[:2]
 
     assert torch.autograd.gradcheck(loss, (q, pool, hard, temperature))
 
@@ -202,7 +202,7 @@ def test_same_bits_each_time_on_several_threads(backend, restore_threads):
     q, pool = (draw(n, 16, seed=n).requires_grad_() for n in (1100, 1300))
 
     def gradients():
-        loss = info_nce(q, pool, prefixes=Prefixes((4, 16))).loss
+        loss = info_nce(q, pool, matryoshka=Matryoshka((4, 16))).loss
         return torch.autograd.grad(loss.sum(), (q, pool))
 
     torch.set_num_threads(2)
@@ -214,23 +214,23 @@ def test_same_bits_each_time_on_several_threads(backend, restore_threads):
 @pytest.mark.parametrize("widths", [(), (0, 4), (4, 4), (8, 4)])
 def test_errors_of_widths(widths):
     with pytest.raises(ValueError, match=r"^widths="):
-        Prefixes(widths)
+        Matryoshka(widths)
 
 
 def test_errors():
     q = draw(4, 8, seed=0)
-    with pytest.raises(ValueError, match=r"^prefixes: width 9"):
-        info_nce(q, q, prefixes=Prefixes((4, 9)))
+    with pytest.raises(ValueError, match=r"^matryoshka: width 9"):
+        info_nce(q, q, matryoshka=Matryoshka((4, 9)))
     with pytest.raises(ValueError, match=r"^across: Ring"):
-        info_nce(q, q, prefixes=Prefixes((4, 8)), across=Ring())
+        info_nce(q, q, matryoshka=Matryoshka((4, 8)), across=Ring())
 
 
 SCRIPT = """
 import resource, torch
-from embedfuse.ops import Prefixes, info_nce
+from embedfuse.ops import Matryoshka, info_nce
 
 def step(q, pool):
-    loss = info_nce(q, pool, prefixes=Prefixes((4, 8, 16))).loss.mean()
+    loss = info_nce(q, pool, matryoshka=Matryoshka((4, 8, 16))).loss.mean()
     return torch.autograd.grad(loss, (q, pool))
 
 def peak():
