@@ -1,4 +1,4 @@
-// Python module embedfuse._cpu: addresses in, results where they point. Checks what would corrupt memory.
+// Python module embedfuse._cpu: takes addresses and writes results there. Checks all that could corrupt memory.
 #include <algorithm>
 #include <vector>
 
@@ -47,7 +47,7 @@ void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int6
   cpu_kernels().pool_normalize(args, (float*)scratch);
 }
 
-// parts: of each weight its address, that of its bias or 0, and its columns.
+// parts: for each weight its address, the address of its bias or 0, and its number of columns.
 void linear(uintptr_t x, const std::vector<int64_t>& parts, int dtype, int64_t rows, int64_t depth,
             int64_t x_stride, uintptr_t out, bool few_rows) {
   std::vector<LinearPart> weights;
@@ -60,7 +60,7 @@ void linear(uintptr_t x, const std::vector<int64_t>& parts, int dtype, int64_t r
                         dtype,          rows,           columns,
                         depth,          x_stride,       (void*)out};
   if (few_rows) return cpu_kernels().linear_few_rows(args);
-  // Kept from call to call (a few MB): pages that are new each time cost as much as the arithmetic.
+  // Reused by later calls (a few MB): new pages in every call would cost as much as the arithmetic.
   static thread_local std::vector<float> scratch;
   scratch.resize(std::max<size_t>(scratch.size(), cpu_kernels().linear_scratch(args)));
   cpu_kernels().linear(args, scratch.data());
@@ -106,8 +106,8 @@ void lexical_scores(uintptr_t query_weights, uintptr_t query_ids, uintptr_t quer
        aligned, (float*)scores});
 }
 
-// One {keys[id]: weight} per row, whose entries go in as `places` has them. Keys are fetched ahead, first where
-// the list points, then what it points to: those of a large vocabulary do not fit into the caches.
+// One dict {keys[id]: weight} per row, with its entries inserted in the order of `places`. Keys are prefetched, first
+// the pointer and then the object, because those of a large vocabulary do not fit into the caches.
 PyObject* csr_dicts(PyObject* keys, uintptr_t indptr, int64_t rows, uintptr_t token_ids,
                     uintptr_t weights, uintptr_t places, int64_t entries) {
   csr("indptr, token_ids", 0, token_ids, indptr, rows, entries);
@@ -132,7 +132,7 @@ PyObject* csr_dicts(PyObject* keys, uintptr_t indptr, int64_t rows, uintptr_t to
   return dicts.release();
 }
 
-// An address and the strides of tokens and heads.
+// Address, stride of tokens, stride of heads.
 using Heads = std::tuple<uintptr_t, int64_t, int64_t>;
 
 HeadsArg heads_arg(const Heads& x) {
@@ -170,11 +170,11 @@ void add_layer_norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t
                                 eps, (void*)out});
 }
 
-// Addresses and rows of matrices (int64 pairs) with their number, the stride of a row, bytes of an element,
-// address of the spans and their number.
+// Matrices (address of their int64 pairs of address and rows), their number, stride of a row, bytes of an element,
+// spans (address), their number.
 using Rows = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, int64_t>;
 
-// Rows count through all matrices; where each text begins goes to `texts`.
+// Rows are numbered through all matrices. Appends the address of each text to `texts`.
 RowsArg rows_arg(const std::string& name, const Rows& x, std::vector<const void*>* texts) {
   const auto& [matrices, matrix_count, stride, bytes, spans_at, count] = x;
   const int64_t* spans = (const int64_t*)spans_at;
@@ -230,7 +230,7 @@ void maxsim(const Rows& query, const Rows& document, int dtype, uintptr_t scale,
                                   std::to_string(rows) + " rows");
     }
   }
-  // Kept from call to call, as in linear.
+  // Reused by later calls, as in linear.
   static thread_local std::vector<float> scratch;
   scratch.resize(std::max<size_t>(scratch.size(), cpu_kernels().maxsim_scratch(args)));
   cpu_kernels().maxsim(args, scratch.data());

@@ -1,4 +1,4 @@
-// Python module embedfuse._cuda: addresses and a stream in, nothing out. Loads without a driver.
+// Python module embedfuse._cuda: takes addresses and a stream. Can be loaded without a driver.
 #include <stdexcept>
 #include <string>
 

@@ -1,11 +1,11 @@
-// Whether Python objects are what they were: only pointers are compared, and nothing is called.
+// Whether Python objects are unchanged. Only pointers are compared; no Python code runs.
 #pragma once
 #include "bindings/python.h"
 
 namespace embedfuse {
 
-// True where each object still has its class, each dict its length, and each (dict, key) its value. All are
-// tuples; keys are str, owners and dicts are dict, which the caller ensures.
+// True if each object still has its class, each dict its length, and each (dict, key) its value. The caller
+// guarantees that all arguments are tuples, keys are str, and owners and dicts are dict.
 inline bool unchanged(PyObject* objects, PyObject* classes, PyObject* dicts, PyObject* lengths,
                       PyObject* owners, PyObject* keys, PyObject* values) {
   const auto at = [](PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i); };
