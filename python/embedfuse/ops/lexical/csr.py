@@ -109,7 +109,10 @@ class Csr:
 
     def to(self, device: torch.device | str) -> "Csr":
         """The same rows on another device."""
-        return Csr(*(None if x is None else x.to(device) for x in vars(self).values()))
+        order = None if self.order is None else self.order.to(device)
+        return Csr(
+            self.indptr.to(device), self.token_ids.to(device), self.weights.to(device), order
+        )
 
     def places(self) -> Tensor:
         """(entries,) int64: positions of the entries, row by row, in the order that `dicts` has."""
