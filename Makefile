@@ -1,5 +1,6 @@
-# demo · test · test-all · test-newest · bench · gpu · docs · lint: each sets up what it needs.
+# demo · test · test-all · test-newest · test-oldest · bench · gpu · docs · lint · wheel: each sets up what it needs.
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
@@ -9,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f -not
 # A process per core, of one thread each; the files that take minutes begin first (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-newest bench gpu docs lint clean
+.PHONY: demo test test-all test-newest test-oldest bench gpu docs lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/embedfuse demo $(ARGS)
@@ -28,6 +29,15 @@ test-newest: $(VENV)/installed
 	.venv-newest/bin/python -m pip install -q --disable-pip-version-check -U --no-deps $$(sed -n 's/^# --no-deps //p' requirements-newest.txt)
 	PYTHONPATH=python .venv-newest/bin/python -m embedfuse doctor
 	OMP_NUM_THREADS=1 PYTHONPATH=python .venv-newest/bin/python -m pytest -q tests/patching tests/integrations $(ARGS)
+
+# The oldest releases that pyproject.toml declares, on the oldest Python; not part of CI: torch 2.10 comes from PyPI
+# as a build for CUDA, 3 GB.
+test-oldest:
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -r requirements-oldest.txt
+	EMBEDFUSE_BUILD_CUDA=0 .venv-oldest/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	.venv-oldest/bin/python -m embedfuse doctor
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q tests/ops tests/patching/test_parity.py $(ARGS)
 
 bench: $(VENV)/installed
 	mkdir -p $(OUT)
@@ -48,7 +58,12 @@ docs: $(VENV)/packages
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# One wheel for this Python in dist/, without the CUDA kernels.
+wheel: $(VENV)/packages
+	EMBEDFUSE_BUILD_CUDA=0 $(BIN)/python -m build --wheel --outdir dist
 
 $(VENV)/packages: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,5 +77,5 @@ $(VENV)/installed: $(VENV)/packages $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest build dist out site python/embedfuse.egg-info python/embedfuse/_build.json
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist out site python/embedfuse.egg-info python/embedfuse/_build.json
 	find python triton_kernels -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +

@@ -23,9 +23,10 @@ CSRC = ROOT / "csrc"
 # -ffast-math and -march=native are absent on purpose: the first changes the whole process's
 # floating-point mode, the second makes a wheel that crashes on another machine.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall"
-CXX_FLAGS += (
-    " -Wno-uninitialized -Wno-maybe-uninitialized"  # g++ 12 warns inside its own AVX-512 header
-)
+# g++ 12 warns inside its own AVX-512 header.
+CXX_FLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized"
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+SLOWEST = ("cpu/isa_avx512_bf16.cpp", "cpu/isa_avx512.cpp", "cpu/isa_avx2.cpp")
 DEFAULT_ARCHS = "80;90;100"
 
 
@@ -42,8 +43,7 @@ def flag(name: str) -> bool | None:
 
 def find_cxx() -> str:
     wanted = os.environ.get("CXX", "c++")
-    found = shutil.which(wanted.split()[0])
-    if found is None:
+    if shutil.which(wanted.split()[0]) is None:
         raise BuildError(
             f"no C++ compiler: CXX={wanted!r} is not on the PATH. Install g++ or clang++, or set "
             "EMBEDFUSE_BUILD_CPP=0 to go without the CPU kernels"
@@ -55,12 +55,9 @@ def find_cuda_home() -> Path | None:
     if home := os.environ.get("CUDA_HOME"):
         return Path(home) if (Path(home) / "bin" / "nvcc").exists() else None
     nvcc = shutil.which("nvcc")
-    if nvcc:
-        home = Path(nvcc).resolve().parent.parent
-        if (home / "include" / "cuda_runtime.h").exists():
-            return home
-    default = Path("/usr/local/cuda")
-    return default if (default / "bin" / "nvcc").exists() else None
+    homes = [*([Path(nvcc).resolve().parents[1]] if nvcc else []), Path("/usr/local/cuda")]
+    needed = ("bin/nvcc", "include/cuda_runtime.h")
+    return next((home for home in homes if all((home / n).exists() for n in needed)), None)
 
 
 def gencode_flags(nvcc: Path) -> str:
@@ -89,94 +86,101 @@ class NinjaBuild(build_ext):
         info.parent.mkdir(parents=True, exist_ok=True)
         info.write_text(json.dumps(self.build_info, indent=1) + "\n")
 
-    def build_extension(self, ext):
-        {"embedfuse._cpu": self.build_cpu, "embedfuse._cuda": self.build_cuda}[ext.name](ext)
+    def build_extensions(self):
+        cpu, cuda = self.extensions
+        # Not build_temp: pip's editable install makes a new one each time, and ninja would start anew.
+        self.work = ROOT / "build" / sys.implementation.cache_tag
+        self.work.mkdir(parents=True, exist_ok=True)
+        modules = [(cuda, self.cuda_statements(cuda)), (cpu, self.cpu_statements(cpu))]
+        # Both modules in one queue, which keeps every core busy to the end.
+        text = "\n".join(line for _, lines in modules for line in lines)
+        (self.work / "build.ninja").write_text(text + "\n")
+        built = not text or self.ninja("-k", "0")
+        for ext, lines in modules:
+            if not built and lines and not self.ninja(self.target(ext)):
+                self.fail(ext, f"compiling {ext.name} failed; the compiler's messages stand above")
 
-    def leave_out(self, ext, backend, reason):
-        ext.optional = True  # setuptools then accepts that there is no file
-        self.build_info[backend] = reason
-        print(f"embedfuse: no {ext.name}: {reason}", file=sys.stderr)
-
-    def build_cpu(self, ext):
+    def cpu_statements(self, ext) -> list[str]:
         if flag("EMBEDFUSE_BUILD_CPP") is False:
-            return self.leave_out(ext, "cpp", "left out by EMBEDFUSE_BUILD_CPP=0")
+            return self.leave_out(ext, "left out by EMBEDFUSE_BUILD_CPP=0")
         cxx = find_cxx()
-        self.ninja(ext, cxx=cxx, nvcc="", nvcc_flags="", libs="")
         self.build_info["cpp"] = f"built with {cxx}"
+        return self.statements(ext, cxx)
 
-    def build_cuda(self, ext):
+    def cuda_statements(self, ext) -> list[str]:
         wanted = flag("EMBEDFUSE_BUILD_CUDA")
+        if wanted is False:
+            return self.leave_out(ext, "left out by EMBEDFUSE_BUILD_CUDA=0")
         home = find_cuda_home()
-        if wanted is False or (wanted is None and home is None):
-            reason = (
-                "nvcc was not found" if wanted is None else "left out by EMBEDFUSE_BUILD_CUDA=0"
-            )
-            return self.leave_out(ext, "cuda", reason)
         if home is None:
-            raise BuildError(
-                "EMBEDFUSE_BUILD_CUDA=1, but no nvcc: set CUDA_HOME or extend the PATH"
-            )
-        nvcc = home / "bin" / "nvcc"
-        libdir = next(
-            (p for p in (home / "lib64", home / "targets/x86_64-linux/lib") if p.exists()), home
-        )
-        try:
-            self.ninja(
-                ext,
-                cxx=find_cxx(),
-                nvcc=nvcc,
-                nvcc_flags=f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {gencode_flags(nvcc)}",
-                libs=f"-L{libdir} -lcudart_static -ldl -lrt -lpthread",
-                includes=[home / "include"],
-            )
-        except (BuildError, subprocess.CalledProcessError) as error:
             if wanted:
-                raise
-            return self.leave_out(ext, "cuda", f"the build failed: {error}")
+                raise BuildError("EMBEDFUSE_BUILD_CUDA=1, but no nvcc: set CUDA_HOME or the PATH")
+            return self.leave_out(ext, "nvcc was not found")
+        nvcc = home / "bin" / "nvcc"
+        folders = (home / "lib64", home / "targets/x86_64-linux/lib")
+        folder = next((path for path in folders if path.exists()), home)
+        libs = f"-L{folder} -lcudart_static -ldl -lrt -lpthread"
+        try:
+            cxx, command = find_cxx(), f"{nvcc} {NVCC_FLAGS} {gencode_flags(nvcc)}"
+        except (BuildError, subprocess.CalledProcessError) as error:
+            return self.fail(ext, str(error))
         self.build_info["cuda"] = f"built with {nvcc}"
+        return self.statements(ext, cxx, nvcc=command, libs=libs, includes=[home / "include"])
 
-    def ninja(self, ext, *, cxx, nvcc, nvcc_flags, libs, includes=()):
-        import ninja
+    def fail(self, ext, reason) -> list[str]:
+        """_cuda is left out where EMBEDFUSE_BUILD_CUDA does not ask for it; all else raises."""
+        if ext.name == "embedfuse._cpu" or flag("EMBEDFUSE_BUILD_CUDA"):
+            raise BuildError(reason)
+        return self.leave_out(ext, f"the build failed: {reason}")
+
+    def leave_out(self, ext, reason) -> list[str]:
+        ext.optional = True  # setuptools then accepts that there is no file
+        self.build_info["cpp" if ext.name == "embedfuse._cpu" else "cuda"] = reason
+        print(f"embedfuse: no {ext.name}: {reason}", file=sys.stderr)
+        return []
+
+    def target(self, ext) -> str:
+        return str(Path(self.get_ext_fullpath(ext.name)).resolve())
+
+    def statements(self, ext, cxx, *, nvcc="", libs="", includes=()) -> list[str]:
+        """What ninja has to do for one module, in its language."""
         import pybind11
 
-        folders = [CSRC / "include", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-        folders += includes
-        includes = " ".join("-I" + shlex.quote(str(f)) for f in folders).replace("$", "$$")
-        # Not build_temp: pip's editable install makes a new one each time, and ninja would start anew.
-        work = ROOT / "build" / sys.implementation.cache_tag / ext.name
-        work.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        objects = {ROOT / source: work / (Path(source).name + ".o") for source in ext.sources}
-        rules = f"""\
-includes = {includes}
-rule cxx
-  command = {cxx} {CXX_FLAGS} $includes -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
-rule nvcc
-  command = {nvcc} {nvcc_flags} $includes -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
-rule link
-  command = {cxx} -shared $in -o $out {libs}
-"""
-        edges = [
-            f"build {escape(obj)}: {'nvcc' if src.suffix == '.cu' else 'cxx'} {escape(src)}"
-            for src, obj in objects.items()
+        python = pybind11.get_include(), sysconfig.get_path("include")
+        folders = [CSRC / "include", CSRC, *python, *includes]
+        options = " ".join("-I" + shlex.quote(str(f)) for f in folders).replace("$", "$$")
+        options += " $optimize -MMD -MF $out.d -c $in -o $out"
+        folder, inputs = self.work / ext.name, []
+        lines = [
+            f"rule {ext.name}.cxx\n  command = {cxx} {CXX_FLAGS} {options}\n  depfile = $out.d",
+            f"rule {ext.name}.nvcc\n  command = {nvcc} {options}\n  depfile = $out.d",
+            f"rule {ext.name}.link\n  command = {cxx} -shared $in -o $out {libs}",
         ]
-        edges.append(f"build {escape(target)}: link {' '.join(map(escape, objects.values()))}")
-        (work / "build.ninja").write_text(rules + "\n".join(edges) + "\n")
-        command = [Path(ninja.BIN_DIR) / "ninja", "-C", work, *(["-v"] if self.verbose > 1 else [])]
-        if subprocess.run(command).returncode != 0:
-            raise BuildError(f"compiling {ext.name} failed; the compiler's messages stand above")
+        for source in map(Path, ext.sources):
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            inputs.append(escape(folder / f"{source.name}.o"))
+            lines.append(f"build {inputs[-1]}: {ext.name}.{rule} {escape(ROOT / source)}")
+            if source.parent.name == "bindings":  # pass numbers on; -O3 of pybind11 takes long
+                lines.append("  optimize = -O1")
+        link = f"build {escape(self.target(ext))}: {ext.name}.link {' '.join(inputs)}"
+        return [*lines, link]
+
+    def ninja(self, *arguments) -> bool:
+        import ninja
+
+        verbose = ["-v"] if self.verbose > 1 else []
+        command = [Path(ninja.BIN_DIR) / "ninja", "-C", self.work, *verbose, *arguments]
+        return subprocess.run(command).returncode == 0
 
 
-def escape(path: Path) -> str:
-    """A path as ninja's build lines want it."""
+def escape(path) -> str:  # as ninja's build lines want it
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def sources(*patterns: str) -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern))
+    """Files of csrc, in the order of the patterns: what takes longest to compile comes first."""
+    found = [p for pattern in patterns for p in sorted(CSRC.glob(pattern))]
+    return [str(p.relative_to(ROOT)) for p in dict.fromkeys(found)]
 
 
 setup(
@@ -188,9 +192,12 @@ setup(
         ),
         "embedfuse.triton_kernels",
     ],
-    package_data={"embedfuse": ["_build.json"], "embedfuse.triton_kernels": ["configs/*.json"]},
+    package_data={
+        "embedfuse": ["_build.json", "py.typed"],
+        "embedfuse.triton_kernels": ["configs/*.json"],
+    },
     ext_modules=[
-        Extension("embedfuse._cpu", sources("cpu/*.cpp", "bindings/cpu_module.cpp")),
+        Extension("embedfuse._cpu", sources(*SLOWEST, "cpu/*.cpp", "bindings/cpu_module.cpp")),
         Extension("embedfuse._cuda", sources("cuda/*.cu", "bindings/cuda_module.cpp")),
     ],
     cmdclass={"build_ext": NinjaBuild},

@@ -1,5 +1,4 @@
 // Python module embedfuse._cpu: takes addresses and writes results there. Checks all that could corrupt memory.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -112,25 +111,23 @@ void lexical_scores(uintptr_t query_weights, uintptr_t query_ids, uintptr_t quer
 
 // One dict {keys[id]: weight} per row, with its entries inserted in the order of `places`. Keys are prefetched, first
 // the pointer and then the object, because those of a large vocabulary do not fit into the caches.
-py::list csr_dicts(const py::list& keys, const py::array_t<int64_t>& indptr,
-                   const py::array_t<int64_t>& token_ids, const py::array_t<double>& weights,
-                   const py::array_t<int64_t>& places) {
-  const int64_t rows = indptr.size() - 1, entries = token_ids.size();
-  const int64_t *bounds = indptr.data(), *ids = token_ids.data();
-  csr("indptr, token_ids", 0, (uintptr_t)ids, (uintptr_t)bounds, rows, entries);
+py::list csr_dicts(const py::list& keys, uintptr_t indptr, int64_t rows, uintptr_t token_ids,
+                   uintptr_t weights, uintptr_t places, int64_t entries) {
+  csr("indptr, token_ids", 0, token_ids, indptr, rows, entries);
+  const int64_t *bounds = (const int64_t*)indptr, *ids = (const int64_t*)token_ids;
   PyObject** key = PySequence_Fast_ITEMS(keys.ptr());
   py::list dicts(rows);
   for (int64_t row = 0; row < rows; ++row) {
     py::dict dict;
     const int64_t first = bounds[row], last = bounds[row + 1];
     for (int64_t n = first; n < last; ++n) {
-      const int64_t i = places.data()[n];
+      const int64_t i = ((const int64_t*)places)[n];
       if (i < first || i >= last) {
         throw py::value_error("order: accepted are the numbers of each row's entries");
       }
       if (n + 32 < entries) __builtin_prefetch(key + ids[n + 32]);
       if (n + 16 < entries) __builtin_prefetch(key[ids[n + 16]], 1);
-      const py::float_ weight(weights.data()[i]);
+      const py::float_ weight(((const double*)weights)[i]);
       const int error = PyDict_SetItem(dict.ptr(), key[ids[i]], weight.ptr());
       if (error) throw py::error_already_set();
     }

@@ -156,7 +156,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attentio
             f"{name}: row {lengths.index(0)} has no token; every row needs one",
         )
     index = None
-    if sum(lengths) != batch * length:
+    if keep is not None and sum(lengths) != batch * length:
         index = keep.flatten().nonzero().squeeze(1)
     (cu_seqlens,) = to_device(device, cu_seqlens_of(lengths))
     return Packed(tuple(lengths), cu_seqlens, (batch, length), index, starts_padded)

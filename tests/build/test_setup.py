@@ -115,7 +115,7 @@ def test_cuda_asked_for_without_nvcc_fails(build, tmp_path):
         EMBEDFUSE_BUILD_CPP="0", EMBEDFUSE_BUILD_CUDA="1", CUDA_HOME=str(tmp_path / "none")
     )
     assert process.returncode != 0
-    assert "EMBEDFUSE_BUILD_CUDA=1, but no nvcc: set CUDA_HOME or extend the PATH" in process.stderr
+    assert "EMBEDFUSE_BUILD_CUDA=1, but no nvcc: set CUDA_HOME or the PATH" in process.stderr
 
 
 def test_cuda_is_left_out_without_nvcc(build, tmp_path):

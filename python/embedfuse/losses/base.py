@@ -84,13 +84,13 @@ class ContrastiveLoss(nn.Module):
                     f"documents: {len(d.vectors)} rows; accepted are as many as queries, {len(q.vectors)}"
                 )
         if self.normalize:
-            q, d, hard = map(normalized, (q, d, hard))
+            q, d, hard = normalized(q), normalized(d), hard and normalized(hard)
         bank = None if self.queue is None else self.queue.rows(d.vectors.dtype)
         with errors_on_all_ranks(self.across, q.vectors.device):
             check_side("bank", bank, q)
         loss = self.per_row(q, d, hard, bank)
         if self.queue is not None and self.training:
-            self.queue.enqueue(d if self.across is None else self._of_all_ranks(d))
+            self.queue.enqueue(d if self.across is None else rows_of_all_ranks(d, self.across))
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
     @abstractmethod
@@ -102,16 +102,17 @@ class ContrastiveLoss(nn.Module):
         """Statistics against the columns of all ranks that take part."""
         return strategy_of(self.across)
 
-    def _of_all_ranks(self, side: Rows) -> Rows:
-        return Rows(*(self.across.gather(part) for part in side))
 
-
-def normalized(side: Rows | None) -> Rows | None:
+def normalized(side: Rows) -> Rows:
     """The side with unit vectors, for the guide too."""
-    if side is None:
-        return None
     guide = None if side.guide is None else _unit_vectors(side.guide)
     return side._replace(vectors=_unit_vectors(side.vectors), guide=guide)
+
+
+def rows_of_all_ranks(side: Rows, ranks: AllGather | Ring) -> Rows:
+    """The rows of all ranks, in the order of ranks; without gradient."""
+    parts = {name: part for name, part in side._asdict().items() if part is not None}
+    return side._replace(**{name: ranks.gather(part) for name, part in parts.items()})
 
 
 def _unit_vectors(x: Tensor) -> Tensor:

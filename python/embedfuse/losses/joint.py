@@ -45,26 +45,25 @@ class GTELoss(ContrastiveLoss):
             if any(s is not None and (s.ids, s.guide) != (None, None) for s in (q, d, hard)):
                 raise ValueError("documents: with ids or a guide; GTELoss knows no false negatives")
         scale = inverse_temperature(self.temperature, q.vectors)
-        strategy, diagonal_excluded = self.strategy, Excluded(diagonal(q))
-        q, d = q.vectors, d.vectors
+        strategy, target = self.strategy, diagonal(q)
+        x, y = q.vectors, d.vectors
         parts = [
-            strategy.pool_statistics(x, y, scale, diagonal_excluded)
-            for x, y in ((q, d), (q, q), (d, q), (d, d))
+            strategy.pool_statistics(*sides, scale, Excluded(target))
+            for sides in ((x, y), (x, x), (y, x), (y, y))
         ]
         if hard is not None:
             rows = hard.vectors.flatten(0, 1)
-            first = 0 if self.across is None else self.across.rank * len(q)
-            numbers = diagonal_excluded.target + first  # in the whole batch
+            first = 0 if self.across is None else self.across.rank * len(x)
+            numbers = target + first  # in the whole batch
             of_query = numbers.repeat_interleave(hard.vectors.shape[1])
             same_row = Excluded(x_keys=numbers, y_keys=of_query)
-            parts.append(strategy.pool_statistics(q, rows, scale))
-            parts.append(strategy.pool_statistics(d, rows, scale, same_row))
+            parts.append(strategy.pool_statistics(x, rows, scale))
+            parts.append(strategy.pool_statistics(y, rows, scale, same_row))
         if bank is not None:
-            parts += [strategy.bank_statistics(x, bank.vectors, scale) for x in (q, d)]
+            parts += [strategy.bank_statistics(side, bank.vectors, scale) for side in (x, y)]
         positive = parts[0].target
         if self.positive_twice:
-            once = torch.ones_like(diagonal_excluded.target)
-            parts.append(Statistics(positive, positive, positive, once))
+            parts.append(Statistics(positive, positive, positive, torch.ones_like(target)))
         return combine(positive, parts).loss
 
 

@@ -1,5 +1,7 @@
 """A loss at several widths of the embedding."""
 
+import functools
+import operator
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -62,14 +64,20 @@ class MatryoshkaLoss(ContrastiveLoss):
             widths = tuple(sorted(self.dims))
             losses = self.loss.per_row(q, d, hard, bank, Matryoshka(widths, self.normalize))
             # Not a product of matrices: autocast would round it to 16 bits.
-            return sum(weight_of[width] * loss for width, loss in zip(widths, losses, strict=True))
-        return sum(
-            weight * self.loss.per_row(*(self._at_width(side, dim) for side in (q, d, hard, bank)))
-            for dim, weight in weight_of.items()
-        )
+            terms = [weight_of[width] * loss for width, loss in zip(widths, losses, strict=True)]
+        else:
+            terms = [
+                weight
+                * self.loss.per_row(
+                    self._at_width(q, dim),
+                    self._at_width(d, dim),
+                    hard and self._at_width(hard, dim),
+                    bank and self._at_width(bank, dim),
+                )
+                for dim, weight in weight_of.items()
+            ]
+        return functools.reduce(operator.add, terms)
 
-    def _at_width(self, side: Rows | None, dim: int) -> Rows | None:
-        if side is None:
-            return None
+    def _at_width(self, side: Rows, dim: int) -> Rows:
         side = side._replace(vectors=side.vectors[..., :dim])
         return normalized(side) if self.normalize else side

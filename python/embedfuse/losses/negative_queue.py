@@ -20,6 +20,10 @@ class NegativeQueue(nn.Module):
         ValueError: for a size below 1.
     """
 
+    vectors: Tensor
+    ids: Tensor | None
+    guide: Tensor | None
+
     def __init__(
         self,
         size: int,
@@ -47,10 +51,12 @@ class NegativeQueue(nn.Module):
         Returns:
             Rows of at most `size` documents.
         """
-        parts = (self.vectors, self.ids, self.guide)
-        vectors, ids, guide = (None if part is None else part[: self.filled] for part in parts)
-        dtype = dtype or vectors.dtype
-        return Rows(vectors.to(dtype), ids, None if guide is None else guide.to(dtype))
+        dtype = dtype or self.vectors.dtype
+        return Rows(
+            self.vectors[: self.filled].to(dtype),
+            None if self.ids is None else self.ids[: self.filled],
+            None if self.guide is None else self.guide[: self.filled].to(dtype),
+        )
 
     @torch.no_grad()
     def enqueue(self, documents: Rows) -> None:

@@ -146,7 +146,7 @@ def _(device, dtype, size):
         rows = {"cpu": 1400, "cuda": 65536}[device]
         x, residual = tensor(rows, 1024), tensor(rows, 1024)
         return [(x, residual, tensor(1024), tensor(1024), 1e-5)]
-    samples = [
+    samples: list[tuple] = [
         (tensor(rows, n), tensor(rows, n), tensor(n), tensor(n), 1e-5)
         for rows, n in ((7, 37), (3, 384), (70, 129), (1, 1024), (5, 1), (0, 16), (2, 8))
     ]

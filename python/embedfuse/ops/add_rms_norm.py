@@ -158,7 +158,7 @@ def _(device, dtype, size):
     if size == "bench":
         rows = {"cpu": 700, "cuda": 65536}[device]
         return [(tensor(rows, 4096), tensor(rows, 4096), tensor(4096), 1e-5)]
-    samples = [
+    samples: list[tuple] = [
         (tensor(rows, n), tensor(rows, n), tensor(n), 1e-6)
         for rows, n in ((7, 37), (3, 384), (70, 129), (1, 1024), (5, 1), (0, 16), (2, 8))
     ]

@@ -28,16 +28,15 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def kernel_takes(op: Op, *tensors: Tensor | None) -> bool:
+def kernel_takes(op: Op, first: Tensor, *others: Tensor | None) -> bool:
     """Whether op has a kernel for these tensors that is faster than torch.
 
     A kernel reads memory by its address: dense tensors of one dtype and device, no subclasses of torch.Tensor
     (quantised weights, say). The first tensor decides the device and dtype; those that are None are skipped.
     """
     # A loop, not all(): a small linear layer is called every few tens of microseconds.
-    first = tensors[0]
     dtype, device = first.dtype, first.device
-    for t in tensors:
+    for t in (first, *others):
         if t is not None and not (
             type(t) in _READABLE
             and t.dtype is dtype

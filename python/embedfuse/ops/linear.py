@@ -47,7 +47,7 @@ def most_rows(dtype: torch.dtype) -> float:
 def linear(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],
-    bias: Tensor | Sequence[Tensor | None] | None = None,
+    bias: Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None = None,
 ) -> Tensor:
     """y = x weight^T + bias, like torch.nn.functional.linear; of several weights, the results side by side.
 
@@ -67,9 +67,10 @@ def linear(
         RuntimeError: where an argument requires a gradient.
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
-    biases = [bias] * len(weights) if bias is None else [bias]
-    if isinstance(bias, (list, tuple)):
+    if isinstance(bias, list | tuple):
         biases = list(bias)
+    else:
+        biases = [None] * len(weights) if bias is None else [bias]
     if not weights or len(biases) != len(weights):
         raise ValueError(
             f"weight: {len(weights)} of them, bias: {len(biases)}; accepted are as many of both, from 1 on"

@@ -162,7 +162,7 @@ def _(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
     weights = weights[..., None]
     # A row of weight 0 is left out, not multiplied: 0 * NaN would be NaN.
     weighted = torch.where(weights != 0, hidden_states.to(weights.dtype) * weights, 0)
-    if sequence is None:
+    if cu_seqlens is None or sequence is None:
         pooled = weighted.sum(1)
     else:
         pooled = weighted.new_zeros(len(cu_seqlens) - 1, hidden_states.shape[1])
@@ -214,12 +214,11 @@ def _native_args(hidden_states, cu_seqlens, attention_mask, pooling, normalize, 
     """Result tensors, and the arguments that both compiled modules take, in their order."""
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
-    packed = cu_seqlens is not None
-    if packed:
+    if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
     if attention_mask is not None:
         attention_mask = attention_mask.contiguous()
-    batch = len(cu_seqlens) - 1 if packed else hidden_states.shape[0]
+    batch = hidden_states.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     hidden = hidden_states.shape[-1]
     out = hidden_states.new_empty(batch, hidden, dtype=out_dtype)
     norm = hidden_states.new_empty(batch, dtype=torch.float32)
@@ -227,8 +226,8 @@ def _native_args(hidden_states, cu_seqlens, attention_mask, pooling, normalize, 
         hidden_states.data_ptr(),
         native.DTYPES[hidden_states.dtype],
         hidden_states.stride(-2),
-        0 if packed else hidden_states.stride(0),
-        cu_seqlens.data_ptr() if packed else 0,
+        hidden_states.stride(0) if cu_seqlens is None else 0,
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         0 if attention_mask is None else attention_mask.data_ptr(),
         0 if attention_mask is None else attention_mask.element_size(),
         batch,

@@ -2,7 +2,7 @@
 checks."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -103,7 +103,11 @@ class NegativeFilter:
         )
 
 
-def as_rows(optional: bool = False, **sides: Tensor | Rows | None) -> list[Rows | None]:
+@overload
+def as_rows(optional: Literal[False] = False, **sides: Tensor | Rows) -> list[Rows]: ...
+@overload
+def as_rows(optional: Literal[True], **sides: Tensor | Rows | None) -> list[Rows | None]: ...
+def as_rows(optional=False, **sides):
     """The sides as Rows; TypeError for others than tensors and Rows, and than None where that is optional."""
     for name, side in sides.items():
         if not isinstance(side, Tensor | Rows) and not (optional and side is None):

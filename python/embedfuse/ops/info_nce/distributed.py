@@ -41,10 +41,8 @@ class _Ranks:
         """The number of this process in the group."""
         return distributed.get_rank(self.group)
 
-    def gather(self, part: Tensor | None) -> Tensor | None:
+    def gather(self, part: Tensor) -> Tensor:
         """The parts of all ranks, end to end in the order of ranks; without gradient."""
-        if part is None:
-            return None
         whole = part.new_empty(self.size, *part.shape)
         distributed.all_gather(list(whole), part.detach().contiguous(), group=self.group)
         return whole.flatten(0, 1)
@@ -121,8 +119,8 @@ class AllGather(_Ranks):
             target = torch.where(target < 0, target, target + self.rank * len(y))
         excluded = excluded._replace(
             target=target,
-            y_keys=self.gather(excluded.y_keys),
-            guide_y=self.gather(excluded.guide_y),
+            y_keys=None if excluded.y_keys is None else self.gather(excluded.y_keys),
+            guide_y=None if excluded.guide_y is None else self.gather(excluded.guide_y),
         )
         return strategy.pool_statistics(x, _Gathered.apply(y, self), scale, excluded, **settings)
 
@@ -189,7 +187,7 @@ class Ring(_Ranks):
                 if receive is not None:
                     of_block += receive()[0]
                 receive = self._pass_on([of_block])
-        return grad_x, receive()[0].to(y.dtype) if for_y else y[:0]
+        return grad_x, y[:0] if receive is None else receive()[0].to(y.dtype)
 
     def _blocks(self, y: Tensor, inputs: tuple) -> Iterator[tuple[Tensor, tuple]]:
         """The y of each rank with the inputs of the ops that follow it, this rank's first."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,7 +109,10 @@ class Csr:
 
     def to(self, device: torch.device | str) -> "Csr":
         """The same rows on another device."""
-        return Csr(*(None if x is None else x.to(device) for x in vars(self).values()))
+        order = None if self.order is None else self.order.to(device)
+        return Csr(
+            self.indptr.to(device), self.token_ids.to(device), self.weights.to(device), order
+        )
 
     def places(self) -> Tensor:
         """(entries,) int64: positions of the entries, row by row, in the order that `dicts` has."""
@@ -150,33 +152,31 @@ class Csr:
             One {str(token_id): weight} per row.
         """
         csr = self.to("cpu")
+        weights, places = csr.weights.detach().double(), csr.places()
+        arrays = [x.contiguous() for x in (csr.indptr, csr.token_ids, weights, places)]
         largest = int(csr.token_ids.max()) if len(csr.token_ids) else 0
         if largest >= 2**20:
-            ids = csr.token_ids.numpy()
-            keys = {token_id: str(token_id) for token_id in np.unique(ids).tolist()}
-            return _dicts(keys, *csr._arrays())
+            keys = {token_id: str(token_id) for token_id in csr.token_ids.unique().tolist()}
+            return _dicts(keys, *arrays)
         try:
             build = native.cpu().csr_dicts
         except native.Unavailable:
-            build = _dicts
-        return build(_keys(largest), *csr._arrays())
-
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        weights = self.weights.detach().double()
-        return tuple(x.numpy() for x in (self.indptr, self.token_ids, weights, self.places()))
+            return _dicts(_keys(largest), *arrays)
+        indptr, *entries = (x.data_ptr() for x in arrays)
+        return build(_keys(largest), indptr, len(csr.indptr) - 1, *entries, len(weights))
 
 
 def _dicts(
     keys: list[str] | dict[int, str],
-    indptr: np.ndarray,
-    token_ids: np.ndarray,
-    weights: np.ndarray,
-    places: np.ndarray,
-):
+    indptr: Tensor,
+    token_ids: Tensor,
+    weights: Tensor,
+    places: Tensor,
+) -> list[dict[str, float]]:
     """`csr_dicts` of the C++ module, for builds without it."""
-    ids, weights = token_ids[places].tolist(), weights[places].tolist()
-    entries = zip(map(keys.__getitem__, ids), weights, strict=True)
-    return [dict(islice(entries, n)) for n in np.diff(indptr).tolist()]
+    ids, values = token_ids[places].tolist(), weights[places].tolist()
+    entries = zip(map(keys.__getitem__, ids), values, strict=True)
+    return [dict(islice(entries, n)) for n in indptr.diff().tolist()]
 
 
 def running_sum(lengths: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def _(device, dtype, size):
             (*documents, *documents, True),
         ]
     queries, documents = csr([3, 0, 8, 130], 200), csr([5, 0, 150, 9], 200)
-    samples = [
+    samples: list[tuple] = [
         (*queries, *documents, False),
         (*queries, *documents, True),
         (*csr([40], 50), *csr([1100, 1, 0], 2000), False),

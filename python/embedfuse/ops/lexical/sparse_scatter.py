@@ -6,6 +6,7 @@ Limits: ids below 2^31; on a GPU the size of a Csr is waited for.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -34,6 +35,26 @@ OP = Op(
 )
 
 
+@overload
+def sparse_scatter(
+    token_weights: Tensor,
+    input_ids: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    excluded: Sequence[int] = (),
+    vocabulary: None = None,
+) -> Csr: ...
+@overload
+def sparse_scatter(
+    token_weights: Tensor,
+    input_ids: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    excluded: Sequence[int] = (),
+    vocabulary: int,
+) -> Tensor: ...
 def sparse_scatter(
     token_weights: Tensor,
     input_ids: Tensor,
@@ -122,8 +143,8 @@ def _kept(
         batch, length = input_ids.shape
         cu_seqlens = torch.arange(batch + 1, device=input_ids.device, dtype=torch.int32) * length
     token_weights, input_ids = token_weights.reshape(-1), input_ids.reshape(-1)
-    found = OP(token_weights.detach(), input_ids, cu_seqlens)
-    return KeptTokens(*found, input_ids, token_weights), cu_seqlens
+    index, counts, order = OP(token_weights.detach(), input_ids, cu_seqlens)
+    return KeptTokens(index, counts, order, input_ids, token_weights), cu_seqlens
 
 
 def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:

@@ -98,13 +98,13 @@ class MaxSim(torch.autograd.Function):
         rows_q = query_spans[pairs[:, 0], :1] + torch.arange(argmax.shape[1], device=q.device)
         rows_d = document_spans[pairs[:, 1], :1] + argmax
         weights = grad[:, None].expand(argmax.shape)
-        entries = [x.flatten() for x in (rows_q, rows_d, weights, argmax >= 0)]
+        entries = (rows_q, rows_d, weights, argmax >= 0)
+        rows_q, rows_d, weights, found = (x.flatten() for x in entries)
         of_q, of_d = _direction(q, ctx.normalize), _direction(d, ctx.normalize)
         grad_q = grad_d = None
         if ctx.needs_input_grad[0]:
-            grad_q = _gradient(q, of_d, *entries, ctx.normalize)
+            grad_q = _gradient(q, of_d, rows_q, rows_d, weights, found, ctx.normalize)
         if ctx.needs_input_grad[2]:
-            rows_q, rows_d, weights, found = entries
             grad_d = _gradient(d, of_q, rows_d, rows_q, weights, found, ctx.normalize)
         return grad_q, None, grad_d, None, None, None, None, None
 

@@ -196,12 +196,12 @@ def _rows(
         return _rows_of_texts(name, x, q)
     if not isinstance(x, Int8):
         x = _as_array(name, x, "tensors, arrays, Int8, and lists of these")
-    _check_side(name, x, x if q is None else q, "(texts, tokens, dim)", 3)
     values, scale = _values_and_scale(x)
+    _check_side(name, x, values if q is None else q, "(texts, tokens, dim)", 3)
     if mask is not None:
         mask = _as_array(f"{name}_mask", mask, "tensors and arrays")
-    rows, *rest = padded_spans(name, values, mask, scale)
-    return [rows], values.shape[1], *rest
+    rows, spans, padded, scale = padded_spans(name, values, mask, scale)
+    return [rows], values.shape[1], spans, padded, scale
 
 
 def _as_array(name: str, x, accepted: str) -> Tensor:
@@ -219,22 +219,19 @@ def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
         else _as_array(f"{name}[{i}]", text, "tensors, arrays and Int8")
         for i, text in enumerate(x)
     ]
-    like = texts[0] if q is None else q
+    like = _values_and_scale(texts[0])[0] if q is None else q
     for i, text in enumerate(texts):
         if isinstance(text, Int8) != isinstance(texts[0], Int8):
             raise ValueError(f"{name}[{i}]: Int8 and others; accepted are all or none")
         _check_side(f"{name}[{i}]", text, like, "(tokens, dim)", 2)
-    rows, scales = (
-        zip(*map(_values_and_scale, texts), strict=True) if texts else ([like[:0]], [None])
-    )
+    parts = [_values_and_scale(text) for text in texts] or [(like[:0], None)]
+    rows = [values for values, _ in parts]
     lengths = [text.shape[0] for text in rows]  # not len(): a tensor's takes microseconds
     ends = torch.tensor([0, *lengths]).cumsum(0)
     spans = torch.stack((ends[:-1], ends[1:]), 1)[: len(texts)].to(like.device)
-    scale = None
-    if scales[0] is not None:
-        scale = torch.cat([s.expand(n) for s, n in zip(scales, lengths, strict=True)])
+    scales = [s.expand(n) for (_, s), n in zip(parts, lengths, strict=True) if s is not None]
     unpadded = torch.zeros(len(texts), dtype=torch.bool, device=like.device)
-    return list(rows), max(lengths), spans, unpadded, scale
+    return rows, max(lengths), spans, unpadded, torch.cat(scales) if scales else None
 
 
 def _values_and_scale(d: Tensor | Int8) -> tuple[Tensor, Tensor | None]:

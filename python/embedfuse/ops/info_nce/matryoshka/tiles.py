@@ -7,7 +7,7 @@ from the widest down the kernel adds their gradients, and each slice of the embe
 the sum over the widths that have it. These are the GEMMs of the largest width alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,12 +26,12 @@ from embedfuse.ops.info_nce.tiles import (
 EPS = 1e-12  # least norm, that of torch.nn.functional.normalize
 
 
-def slices(widths: list[int]) -> list[slice]:
+def slices(widths: Sequence[int]) -> list[slice]:
     """The components that each width adds to the one before."""
     return [slice(*ends) for ends in zip([0, *widths], widths, strict=False)]
 
 
-def inverse_norms(x: Tensor, widths: list[int]) -> Tensor:
+def inverse_norms(x: Tensor, widths: Sequence[int]) -> Tensor:
     """(len(widths), ...) of the first components of x (..., d), fp32 sums (fp64 for fp64 x).
     Differentiable."""
     parts = x[..., : widths[-1]].split([s.stop - s.start for s in slices(widths)], -1)
