@@ -3,7 +3,17 @@
 import importlib
 
 from embedfuse import ops
-from embedfuse.patching import PatchError, Report, embed, patch, patched, report, unpatch, warm_up
+from embedfuse.patching import (
+    PatchError,
+    Report,
+    embed,
+    is_patched,
+    patch,
+    patched,
+    report,
+    unpatch,
+    warm_up,
+)
 from embedfuse.pipeline.presets import PRESETS, Preset
 from embedfuse.registry import BackendError, use_backend
 
@@ -15,6 +25,7 @@ __all__ = [
     "Preset",
     "Report",
     "embed",
+    "is_patched",
     "losses",
     "ops",
     "patch",

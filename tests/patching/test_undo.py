@@ -13,7 +13,7 @@ import torch
 import embedfuse
 from embedfuse.nn import encoder as tower
 from embedfuse.patching.forward import encoder
-from tests.patching.conftest import make_batch, make_model, states
+from tests.patching.encoders import make_batch, make_model, states
 
 
 def snapshot(model) -> dict:
@@ -45,6 +45,20 @@ def assert_unchanged(model, before):
     )
     assert [m.training for m in model.modules()] == before["modes"]
     assert torch.equal(run(model), before["output"])
+
+
+def test_is_patched(model):
+    twin = copy.deepcopy(model)
+    wrapper = torch.nn.Sequential(model)
+    assert not embedfuse.is_patched(model)
+    embedfuse.patch(model)
+    assert embedfuse.is_patched(model)
+    assert embedfuse.is_patched(copy.deepcopy(model))
+    assert not embedfuse.is_patched(twin)
+    assert not embedfuse.is_patched(wrapper)
+    assert not embedfuse.is_patched(None)
+    embedfuse.unpatch(model)
+    assert not embedfuse.is_patched(model)
 
 
 @pytest.mark.parametrize("training", [False, True])

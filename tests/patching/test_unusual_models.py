@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_module
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching.conftest import VOCABULARY, make_batch, make_model, states
+from tests.patching.encoders import VOCABULARY, make_batch, make_model, states
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 

@@ -75,7 +75,7 @@ def sight(rows: int, tokens: int, causal: bool, window: int | None, device) -> d
 
 def runs(queries: Packed, keys: Packed) -> list[tuple[int, int, int]]:
     """(sequences, query rows, keys) for each run of neighbours that agree in both."""
-    pairs = zip(queries.lengths, keys.lengths, strict=True)
+    pairs = zip(queries.lengths_on_host(), keys.lengths_on_host(), strict=True)
     return [(len(list(run)), *pair) for pair, run in groupby(pairs)]
 
 

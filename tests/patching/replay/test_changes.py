@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 import embedfuse
 from embedfuse.nn.graphs import GraphCache
-from tests.patching.conftest import make_model
-from tests.patching.replay.conftest import (
+from tests.patching.encoders import make_model
+from tests.patching.replay.models import (
     TIGHT,
     block_of,
     captures,

@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching.conftest import make_batch, make_model
-from tests.patching.replay.conftest import (
+from tests.patching.encoders import make_batch, make_model
+from tests.patching.replay.models import (
     TIGHT,
     block_of,
     captures,
@@ -53,7 +53,7 @@ def test_hooks_run(pair):
     assert embedfuse.report(model).original_calls
 
 
-def test_foreign_modules_run(pair):
+def test_custom_modules_run(pair):
     """An adapter can be switched off between two calls."""
 
     class Adapter(nn.Module):
@@ -146,7 +146,7 @@ def test_warm_up(pair, pooling):
     if kinds == 2:
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     with torch.no_grad():
-        model.packed_states(batch, pooling)
+        model.packed_states(batch, pooling=pooling)
     assert captures() == before == 6 * kinds
 
 

@@ -49,7 +49,7 @@ class M3Embedder(_ORIGINAL, FlagHolder):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         inner = model.model.model
         if not issubclass(patched_class_of(inner), PackedEncoder):
             raise TypeError(

@@ -24,7 +24,7 @@ class FlagHolder(PatchedWrapper):
         """Why the original has to serve a call with such further arguments."""
         if kwargs:
             return f"called with {', '.join(kwargs)}"
-        if not isinstance(self.held_now(), PackedModel):
+        if not isinstance(self.inner_model_or_none(), PackedModel):
             return "the model inside is not patched"
         return "the model has a hook" if is_hooked(self.model) else None
 

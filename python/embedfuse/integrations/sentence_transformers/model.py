@@ -17,7 +17,6 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from embedfuse.integrations.end_token import EndsTexts
-from embedfuse.ops import pool_normalize
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.forward.packed_model import PackedModel
 from embedfuse.patching.layout import is_hooked
@@ -62,7 +61,7 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         return transformers_model(model)
 
     @classmethod
@@ -95,17 +94,14 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
         pooling, accepted = _POOLINGS[module.pooling_mode], transformer.model_forward_params
         names = _INPUTS if accepted is None else _INPUTS & accepted
         call = {name: input[name] for name in names & input.keys()}
-        found = transformer.model.packed_states(call, pooling, count=False)
+        found = transformer.model.packed_states(call, pooling=pooling)
         if found is None:
             return super().forward(input, **kwargs)
-        states, packed = found
         normalize = (
             bool(rest) and type(rest[0]) is Normalize and rest[0].module_output_name == _VECTOR
         )
         features = dict(input)
-        features[_VECTOR] = pool_normalize(
-            states, cu_seqlens=packed.cu_seqlens, pooling=pooling, normalize=normalize
-        )
+        features[_VECTOR] = found.pool(pooling, normalize)
         for module in rest[normalize:]:
             features = module(features)
         return features
@@ -123,9 +119,10 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
             return f"called with {', '.join(sorted(others))}"
         if kwargs and (taken := kwargs.keys() & set(self.get_model_kwargs())):
             return f"called with {', '.join(sorted(taken))}"
-        for module in modules:
-            if is_hooked(module) or replaced(module, _LIBRARY, "forward"):
-                return f"{type(module).__name__} has a hook or a forward of its own"
+        changed = [m for m in modules if is_hooked(m)]
+        changed += [m for m in modules if replaced(m, _LIBRARY, "forward")]
+        if changed:
+            return f"{type(changed[0]).__name__} has a hook or a forward of its own"
         transformer, pooling, *rest = modules
         # These hooks would not find the tokens among the features.
         if (
