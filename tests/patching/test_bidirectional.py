@@ -62,7 +62,7 @@ def test_pooled_without_the_instruction(model, pooling, side, patched):
         pooling_mask[row, end - k : end] = 1
     embedfuse.patch(model, attention="bidirectional")
     if not patched:
-        model.layers[1].register_forward_hook(lambda *_: None)  # the original serves it
+        model.layers[1].register_forward_hook(lambda *_: None)  # runs on the original forward
     with torch.no_grad():
         found = embedfuse.embed(model, **batch, pooling=pooling, pooling_mask=pooling_mask)
     assert_close(found, torch.stack(expected), **TIGHT)

@@ -1,4 +1,4 @@
-"""What the packed path cannot serve runs on the original forward: right, counted, announced once."""
+"""Refused calls run on the original forward: right, counted, logged once."""
 
 import logging
 

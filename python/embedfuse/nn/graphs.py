@@ -238,7 +238,7 @@ class GraphCache:
         if batch.key not in self._seen:
             self._seen.add(batch.key)
             return None
-        # The buffers serve callers in inference mode and others, so they are no inference tensors.
+        # No inference tensors, because callers outside of inference mode use the buffers too.
         with torch.inference_mode(False), torch.no_grad():
             try:
                 buffers = batch.buffers()

@@ -159,6 +159,19 @@ def has_own_forward(module: nn.Module) -> bool:
     return not (same and forward.__self__ is module)
 
 
+def defined_in(library: str, method) -> bool:
+    """Whether a function was defined in this library, which a wrapper cannot pretend."""
+    return getattr(method, "__globals__", {}).get("__name__", "").split(".")[0] == library
+
+
+def replaced(thing, library: str, *methods: str) -> str | None:
+    """The first of these methods that is not the library's own, on the object or on its class."""
+    for name in methods:
+        if name in vars(thing) or not defined_in(library, getattr(type(thing), name, None)):
+            return name
+    return None
+
+
 def _obstacle_of(module: nn.Module) -> str | None:
     if has_own_forward(module):
         return "has a forward of its own (offloaded, compiled or wrapped)"

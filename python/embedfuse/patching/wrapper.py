@@ -79,16 +79,3 @@ class PatchedWrapper(Patched):
             return self.inner_model(self)
         except TypeError:
             return None
-
-
-def is_of(library: str, method) -> bool:
-    """Whether a function was defined in this library, which a wrapper cannot pretend."""
-    return getattr(method, "__globals__", {}).get("__name__", "").split(".")[0] == library
-
-
-def replaced(thing, library: str, *methods: str) -> str | None:
-    """The first of these methods that is not the library's own, on the object or on its class."""
-    for name in methods:
-        if name in vars(thing) or not is_of(library, getattr(type(thing), name, None)):
-            return name
-    return None

@@ -143,9 +143,7 @@ class EmbeddingPipeline:
         device = self.model.device
         input_ids, packed = end_to_end(sequences, device)
         only_dense = tuple(outputs) == ("dense",) and own is None
-        found = self.model.sequence_states(
-            input_ids, packed, self.pooling if only_dense else None
-        )
+        found = self.model.sequence_states(input_ids, packed, self.pooling if only_dense else None)
         states = found.states
         dense = kept = multi = None
         if "dense" in outputs:

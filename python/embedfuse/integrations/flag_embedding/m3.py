@@ -25,9 +25,9 @@ from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.families import patched_class_of
 from embedfuse.patching.forward.encoder import PackedEncoder
+from embedfuse.patching.layout import replaced
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options
-from embedfuse.patching.wrapper import replaced
 from embedfuse.pipeline.embeddings import Embeddings
 from embedfuse.pipeline.heads import Heads
 from embedfuse.pipeline.pipeline import EmbeddingPipeline

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from embedfuse.integrations.end_token import EndsTexts
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.forward.packed_model import PackedModel
-from embedfuse.patching.layout import is_hooked
+from embedfuse.patching.layout import defined_in, is_hooked, replaced
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options, outlives_patch
-from embedfuse.patching.wrapper import is_of, replaced
 
 _ORIGINAL = sentence_transformers.SentenceTransformer
 _LIBRARY = "sentence_transformers"
@@ -119,8 +118,7 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
             return f"called with {', '.join(sorted(others))}"
         if kwargs and (taken := kwargs.keys() & set(self.get_model_kwargs())):
             return f"called with {', '.join(sorted(taken))}"
-        changed = [m for m in modules if is_hooked(m)]
-        changed += [m for m in modules if replaced(m, _LIBRARY, "forward")]
+        changed = [m for m in modules if is_hooked(m) or replaced(m, _LIBRARY, "forward")]
         if changed:
             return f"{type(changed[0]).__name__} has a hook or a forward of its own"
         transformer, pooling, *rest = modules
@@ -128,7 +126,7 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
         if (
             is_hooked(self)
             or is_hooked(transformer.model)
-            or not is_of(_LIBRARY, _ORIGINAL.forward)
+            or not defined_in(_LIBRARY, _ORIGINAL.forward)
         ):
             return "the model has a hook or a forward of its own"
         if not isinstance(transformer.model, PackedModel):

@@ -43,8 +43,8 @@ from embedfuse.patching.swap import Options, Patched, PatchState, outlives_patch
 class ModelState(PatchState):
     """What a patched transformers model carries too.
 
-    checked: kinds of custom modules that the self-check passed with. failed: those that it failed with, and
-    its error. lock: held while a new layout is made; the self-check, which runs the model, enters it again.
+    checked: kinds of custom modules with which the self-check passed. failed: those with which it failed, and
+    its error. lock: for making a new layout; reentrant, because the self-check runs the model.
     """
 
     layout: Layout | None = None
