@@ -117,7 +117,7 @@ def test_report(model):
     assert set(report.deviations) == {"last_hidden_state", "pooler_output"}
     assert max(report.deviations.values()) < 1e-5
     assert report.memory_bytes == 0
-    assert "memory   +0 bytes" in str(report)
+    assert "memory        +0 bytes" in str(report)
 
 
 @pytest.mark.parametrize("broken", ["positions", "mask", "heads", "norm", "raises"])
@@ -127,9 +127,10 @@ def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
     if broken == "positions":
         original = encoder.PackedEncoder._embed
 
-        def off_by_one(self, packed, tokens):
-            positions = self.position_ids(tokens.input_ids, packed) + 1
-            return original(self, packed, dataclasses.replace(tokens, position_ids=positions))
+        def off_by_one(self, batch):
+            positions = self.position_ids(batch.tokens.input_ids, batch.packed) + 1
+            tokens = dataclasses.replace(batch.tokens, position_ids=positions)
+            return original(self, dataclasses.replace(batch, tokens=tokens))
 
         monkeypatch.setattr(encoder.PackedEncoder, "_embed", off_by_one)
     elif broken == "mask":
