@@ -42,7 +42,7 @@ class RecordedGraphs:
     def __init__(self, device):
         self.device = device
         self.captures = self.replays = self.waits = 0
-        self._turn = threading.Lock()
+        self._running = threading.Lock()
         RecordedGraphs.made.append(self)
 
     def capture(self, forward):
@@ -55,17 +55,17 @@ class RecordedGraphs:
         output.fill_(torch.nan)  # a capture computes nothing
 
         def replay():
-            assert self._turn.locked()
+            assert self._running.locked()
             self.replays += 1
             recorder.replay()
 
         return replay, output
 
     @contextlib.contextmanager
-    def turn(self):
-        assert self._turn.acquire(blocking=False), "two replays at once"
+    def one_at_a_time(self):
+        assert self._running.acquire(blocking=False), "two replays at once"
         yield
-        self._turn.release()
+        self._running.release()
 
     def wait(self):
         self.waits += 1

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from embedfuse.packing import pack, unpadded
+from embedfuse.packing import LengthsUnknown, Packed, end_to_end, pack, pad_right, unpadded
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0]])
 IDS = torch.arange(12).view(3, 4)
@@ -42,6 +43,24 @@ def test_split():
     assert [p.cu_seqlens.tolist() for p in parts] == [[0, 4, 7], [0, 9], [0, 1, 2]]
     assert packed.split(18) == [packed]
     assert pack(IDS[:0], None).split(5)[0].lengths == ()
+
+
+def test_lengths_that_only_the_device_knows():
+    packed = Packed(None, torch.tensor([0, 5, 5, 16], dtype=torch.int32), (1, 16), None)
+    assert (packed.tokens, packed.max_seqlen, packed.sequences) == (16, 16, 3)
+    assert packed.places.tolist() == [*range(5), *range(11)]
+    assert packed.sequence.tolist() == [0] * 5 + [2] * 11
+    with pytest.raises(LengthsUnknown, match="lengths of the texts"):
+        packed.lengths_on_host()
+    with pytest.raises(LengthsUnknown, match="lengths of the texts"):
+        packed.split(8)
+
+
+def test_pad_right():
+    ids, mask = pad_right(*end_to_end([[3, 4], [5], [6, 7, 8]], torch.device("cpu")), 9)
+    assert ids.tolist() == [[3, 4, 9], [5, 9, 9], [6, 7, 8]]
+    assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert mask.dtype == torch.int64
 
 
 def test_gradient_reaches_the_tokens_only():

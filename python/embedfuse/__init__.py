@@ -4,7 +4,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 from embedfuse import ops
-from embedfuse.patching import PatchError, Report, embed, patch, patched, report, unpatch, warm_up
+from embedfuse.patching import (
+    PatchError,
+    Report,
+    embed,
+    is_patched,
+    patch,
+    patched,
+    report,
+    unpatch,
+    warm_up,
+)
 from embedfuse.pipeline.presets import PRESETS, Preset
 from embedfuse.registry import BackendError, use_backend
 
@@ -16,6 +26,7 @@ __all__ = [
     "Preset",
     "Report",
     "embed",
+    "is_patched",
     "losses",
     "ops",
     "patch",

@@ -1,4 +1,4 @@
-"""Packed: the sequences of a padded batch, end to end, and the way back."""
+"""Packed: the sequences of a padded batch laid end to end, and the way back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,22 +7,30 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from embedfuse.transfers import to_device
 
 
+class LengthsUnknown(RuntimeError):
+    """The host asked for lengths that only the device has."""
+
+
 @dataclass(frozen=True)
 class Packed:
-    """Where the tokens of a padded (batch, length) batch lie once the padding is gone.
+    """Where the tokens of a padded (batch, length) batch are once the padding is gone.
 
-    lengths: tokens of each sequence. cu_seqlens: (batch + 1,) int32, their running sum from 0.
-    shape: (batch, length) of the padded batch. index: (tokens,) place of each token in the padded
-    batch read row by row; None when nothing was padded. starts_padded: whether some row begins with
-    padding. ids: (tokens,) token ids on the CPU, where the host made them; None where only the device
-    has them.
+    Attributes:
+        lengths: Tokens of each sequence. None where only the device knows them, as in a CUDA graph, whose
+            sequences change from replay to replay.
+        cu_seqlens: (batch + 1,) int32, the running sum of the lengths from 0.
+        shape: (batch, length) of the padded batch; (1, tokens) of one that was never padded.
+        index: (tokens,) place of each token in the padded batch read row by row; None without padding.
+        starts_padded: Whether some row begins with padding.
+        ids: (tokens,) token ids on the CPU, where the host made them; None where only the device has them.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None
     cu_seqlens: Tensor
     shape: tuple[int, int]
     index: Tensor | None
@@ -35,22 +43,29 @@ class Packed:
 
     @property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        return self.shape[1] if self.lengths is None else sum(self.lengths)
 
     @property
     def max_seqlen(self) -> int:
-        return max(self.lengths, default=0)
+        """The longest length; of unknown lengths their bound, the number of tokens."""
+        return self.shape[1] if self.lengths is None else max(self.lengths, default=0)
+
+    def lengths_on_host(self) -> tuple[int, ...]:
+        """lengths. Raises LengthsUnknown where only the device has them."""
+        if self.lengths is None:
+            raise LengthsUnknown("attention reads the lengths of the texts on the host")
+        return self.lengths
 
     @cached_property
     def sequence(self) -> Tensor:
-        """(tokens,) which sequence each token belongs to."""
+        """(tokens,) number of the sequence that each token belongs to."""
         lengths = self.cu_seqlens.diff().long()
         which = torch.arange(self.sequences, device=lengths.device)
         return which.repeat_interleave(lengths, output_size=self.tokens)
 
     @cached_property
     def columns(self) -> Tensor:
-        """(tokens,) column of each token in the padded batch; its place in the sequence without one."""
+        """(tokens,) column of each token in the padded batch; its place in its sequence without padding."""
         return self.places if self.index is None else self.index % self.shape[1]
 
     @cached_property
@@ -75,7 +90,7 @@ class Packed:
         """Consecutive parts of at most max_tokens tokens each (more where one sequence has more)."""
         parts: list[list[int]] = []
         tokens = 0
-        for length in self.lengths:
+        for length in self.lengths_on_host():
             if not parts or tokens + length > max_tokens:
                 parts.append([])
                 tokens = 0
@@ -87,7 +102,7 @@ class Packed:
 
 
 def unpadded(lengths: list[int], device: torch.device) -> Packed:
-    """Sequences that never were padded; their padded shape is one row."""
+    """Sequences that were never padded; their padded shape is one row."""
     return never_padded(lengths, *to_device(device, cu_seqlens_of(lengths)))
 
 
@@ -102,11 +117,19 @@ def one_each(sequences: int, device: torch.device) -> Packed:
 
 
 def end_to_end(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:
-    """Token ids (tokens,) of sequences that never were padded, and where each lies."""
+    """Token ids (tokens,) of sequences that were never padded, and where each is."""
     ids = torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64, device="cpu")
     lengths = [len(sequence) for sequence in sequences]
     input_ids, cu_seqlens = to_device(device, ids, cu_seqlens_of(lengths))
     return input_ids, never_padded(lengths, cu_seqlens, ids)
+
+
+def pad_right(input_ids: Tensor, packed: Packed, padding_idx: int) -> tuple[Tensor, Tensor]:
+    """Token ids (tokens,) as input_ids and attention_mask (batch, length), padded on the right."""
+    padded = pad_sequence(input_ids.split(packed.lengths), True, padding_idx)
+    lengths = torch.tensor(packed.lengths, device=input_ids.device)[:, None]
+    mask = torch.arange(padded.shape[1], device=input_ids.device) < lengths
+    return padded, mask.long()
 
 
 def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
@@ -115,7 +138,7 @@ def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
 
 
 class Irregular(ValueError):
-    """A batch whose tokens do not stand together in each row. reason: why, whatever the row."""
+    """A batch that cannot be packed. reason: why, without the numbers of this batch."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -123,12 +146,16 @@ class Irregular(ValueError):
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attention_mask") -> Packed:
-    """How to pack a (batch, length) batch; padding may stand on either side of each row.
+    """How to pack a (batch, length) batch; padding may be on either side of each row.
 
-    name: of the mask, in errors.
+    Args:
+        input_ids: (batch, length).
+        attention_mask: (batch, length), nonzero at tokens; None for a batch without padding.
+        name: The mask's name in errors.
 
-    Raises Irregular, a ValueError, for ids that are no batch, a mask of another shape, a row without tokens,
-    or a row with a hole.
+    Raises:
+        Irregular: A ValueError. The ids have other dimensions, the mask another shape, a row no token, or a
+            row padding between tokens.
     """
     if input_ids.dim() != 2:
         shape = tuple(input_ids.shape)
@@ -163,17 +190,14 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attentio
 
 
 def _count(keep: Tensor, name: str) -> tuple[list[int], bool]:
-    """Tokens of each row, and whether some row begins with padding; on a GPU one wait for both.
-
-    Raises for rows whose tokens do not stand together.
-    """
+    """Tokens of each row, and whether some row begins with padding. Waits for a GPU once."""
     if keep.shape[1] == 0:
         return [0] * keep.shape[0], False
-    # A row has as many stretches of tokens as it has tokens whose left neighbour is none.
+    # A row has as many runs of tokens as it has tokens without a token on their left.
     begins = keep.clone()
     begins[:, 1:] &= ~keep[:, :-1]
-    counts, stretches, first = torch.stack((keep.sum(1), begins.sum(1), keep[:, 0])).tolist()
-    for row, n in enumerate(stretches):
+    counts, runs, first = torch.stack((keep.sum(1), begins.sum(1), keep[:, 0])).tolist()
+    for row, n in enumerate(runs):
         if n > 1:
             raise Irregular(
                 f"{name} has a hole, 0 between ones",

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import embedfuse
-from tests.patching.test_bidirectional import open_mask
-from tests.patching.test_decoder import FAMILIES, make_batch, make_model, states
-from tests.patching.test_prefixes import DEEP, batch_of
+from tests.patching.decoders import DEEP, FAMILIES, batch_of, make_model, open_mask
+from tests.patching.encoders import make_batch, states
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

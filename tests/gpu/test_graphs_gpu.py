@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import embedfuse
-from tests.patching import test_decoder as decoders
-from tests.patching.conftest import make_batch, make_model
+from tests.patching import decoders
+from tests.patching.encoders import make_batch, make_model
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(3,), (16,), (5, 9), (20, 3, 11, 1), (1,) * 9, (30, 29, 5), (60, 60), (60,) * 17]

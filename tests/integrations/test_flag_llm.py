@@ -170,14 +170,14 @@ def test_settings_changed_after_patching(folder, original):
 def test_one_packed_forward_and_no_padded_one(model):
     rows = []
     inner = model.model
-    run = type(inner).run_packed
+    run = type(inner).run_layers
 
-    def spy(self, layout, packed, tokens, wanted):
-        rows.append((packed.cu_seqlens[1:] - 1 == wanted).all().item())
-        return run(self, layout, packed, tokens, wanted)
+    def spy(self, batch, wanted):
+        rows.append((batch.packed.cu_seqlens[1:] - 1 == wanted).all().item())
+        return run(self, batch, wanted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(inner), "run_packed", spy)
+        patch.setattr(type(inner), "run_layers", spy)
         with original_forbidden(), counted(inner) as tokens:
             model.encode(TEXTS[:20])
             assert len(tokens) == 1

@@ -33,13 +33,13 @@ def test_the_last_layer_is_pruned(model, monkeypatch):
     embedfuse.patch(model)
     inner = model[0].model
     rows = []
-    run = type(inner).run_packed
+    run = type(inner).run_layers
 
-    def spy(self, layout, packed, tokens, wanted):
-        rows.append((packed.cu_seqlens[:-1].tolist(), wanted.tolist()))
-        return run(self, layout, packed, tokens, wanted)
+    def spy(self, batch, wanted):
+        rows.append((batch.packed.cu_seqlens[:-1].tolist(), wanted.tolist()))
+        return run(self, batch, wanted)
 
-    monkeypatch.setattr(type(inner), "run_packed", spy)
+    monkeypatch.setattr(type(inner), "run_layers", spy)
     model.encode(TEXTS[:5])
     (starts, wanted), *more = rows
     assert not more

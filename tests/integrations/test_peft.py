@@ -7,8 +7,9 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching.conftest import make_model as make_encoder
-from tests.patching.test_decoder import make_batch, make_model
+from tests.patching.decoders import make_model
+from tests.patching.encoders import make_batch
+from tests.patching.encoders import make_model as make_encoder
 
 peft = pytest.importorskip("peft")
 TIGHT = {"rtol": 0, "atol": 2e-5}

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
+from embedfuse.patching.forward import tokens
 from embedfuse.patching.forward.packed_model import PackedModel
 from embedfuse.testing import assert_as_good
 
@@ -48,9 +49,9 @@ def poolings(monkeypatch):
     seen = []
     packed_states = PackedModel.packed_states
 
-    def spy(self, call, pooling=None, count=True):
+    def spy(self, call, packed=None, pooling=None):
         seen.append(pooling)
-        return packed_states(self, call, pooling, count)
+        return packed_states(self, call, packed, pooling)
 
     monkeypatch.setattr(PackedModel, "packed_states", spy)
     return seen
@@ -296,12 +297,9 @@ def test_saved_model_needs_no_embedfuse(model, tmp_path):
 
 
 def test_a_failed_check_rolls_both_back(model, monkeypatch):
-    from embedfuse.integrations.sentence_transformers import model as integration
-
     kinds = [type(m) for m in model.modules()]
-    pool = integration.pool_normalize
-    wrong = {"normalize": False}
-    monkeypatch.setattr(integration, "pool_normalize", lambda x, **kw: pool(x, **{**kw, **wrong}))
+    pool, wrong = tokens.pool_normalize, {"normalize": False}
+    monkeypatch.setattr(tokens, "pool_normalize", lambda x, **kw: pool(x, **{**kw, **wrong}))
     with pytest.raises(embedfuse.PatchError, match="sentence_embedding: the patched forward"):
         embedfuse.patch(model)
     assert [type(m) for m in model.modules()] == kinds

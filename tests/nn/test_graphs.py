@@ -7,15 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embedfuse.nn.graphs import (
-    SEQUENCES,
-    TOKENS,
-    GraphCache,
-    LengthsUnknown,
-    Room,
-    Snapshot,
-    bucket,
-)
+from embedfuse.nn.graphs import SEQUENCES, TOKENS, GraphCache, Snapshot, bucket
+from embedfuse.packing import LengthsUnknown
 from tests.recorded_graphs import RecordedGraphs
 
 
@@ -37,7 +30,7 @@ class Doubling:
             raise self.error
         return self.weight * buffers[0]
 
-    def own(self, output):
+    def cut(self, output):
         return output[: len(self.x)]
 
 
@@ -82,15 +75,6 @@ def test_padding_is_bounded_where_it_costs():
         assert bucket(tokens, 1)[0] - tokens <= bucket(tokens, 1)[0] / 3
     assert list(TOKENS) == sorted(TOKENS)
     assert list(SEQUENCES) == sorted(SEQUENCES)
-
-
-def test_a_room_tells_bounds_and_no_lengths():
-    room = Room(16, torch.tensor([0, 5, 5, 16], dtype=torch.int32))
-    assert (room.tokens, room.max_seqlen, room.sequences) == (16, 16, 3)
-    assert room.places.tolist() == [*range(5), *range(11)]
-    assert room.sequence.tolist() == [0] * 5 + [2] * 11
-    with pytest.raises(LengthsUnknown, match="lengths of the texts"):
-        sum(room.lengths)
 
 
 def test_captured_the_second_time(cache, module):
@@ -162,11 +146,11 @@ def test_a_snapshot_sees(change, module):
     with torch.no_grad():
         module.weight.mul_(2)
         module.load_state_dict(module.state_dict())
-    assert snapshot.holds(modules)
-    assert not snapshot.holds([module])  # another layout
+    assert snapshot.matches(modules)
+    assert not snapshot.matches([module])  # another layout
     with torch.no_grad():
         change(module)
-    assert not snapshot.holds(modules)
+    assert not snapshot.matches(modules)
 
 
 def test_freed_memory_does_not_come_back_as_other_weights(module):
@@ -175,7 +159,7 @@ def test_freed_memory_does_not_come_back_as_other_weights(module):
     snapshot = Snapshot(modules)
     for _ in range(20):
         module.weight.data = torch.randn(4, 4)
-        assert not snapshot.holds(modules)
+        assert not snapshot.matches(modules)
 
 
 def test_changed_modules_start_anew(cache, module):
@@ -245,15 +229,15 @@ def test_lengths_that_only_the_gpu_has_are_no_failure(cache, module, caplog):
     assert (cache.refusal, caplog.records) == ("lengths", [])
 
 
-def test_an_unfit_model_is_asked_once(cache, module):
+def test_a_refused_model_is_asked_once(cache, module):
     modules, asked = [module], []
 
-    def unfit(snapshot):
+    def refuse(snapshot):
         asked.append(snapshot)
         return "quantised"
 
     for _ in range(3):
-        assert cache.run(modules, Doubling(torch.ones(1), module.factor), unfit) is None
+        assert cache.run(modules, Doubling(torch.ones(1), module.factor), refuse) is None
     assert (len(asked), cache.refusal, len(RecordedGraphs.made)) == (1, "quantised", 0)
 
 

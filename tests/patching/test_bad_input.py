@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import embedfuse
-from tests.patching.conftest import PLACES, VOCABULARY, make_batch, make_model
+from tests.patching.encoders import PLACES, VOCABULARY, make_batch, make_model
 
 
 @pytest.mark.parametrize("thing", [nn.Linear(2, 2), "bert", None, object()])

@@ -11,19 +11,13 @@ from transformers import BertConfig, BertModel
 import embedfuse
 from embedfuse.patching.swap import Patched
 from embedfuse.testing import assert_as_good
-from tests.patching.test_decoder import FAMILIES, TIGHT, make_batch, make_model
+from tests.patching.decoders import FAMILIES, TIGHT, make_model, open_mask
+from tests.patching.encoders import make_batch
 
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
     return make_model(request.param)
-
-
-def open_mask(batch, dtype) -> torch.Tensor:
-    """Every token sees all that are no padding; to add to scores."""
-    seen = batch["attention_mask"][:, None, None, :].bool()
-    seen = seen.expand(-1, 1, seen.shape[-1], -1)
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def looking_both_ways(model, batch) -> torch.Tensor:
@@ -68,7 +62,7 @@ def test_pooled_without_the_instruction(model, pooling, side, patched):
         pooling_mask[row, end - k : end] = 1
     embedfuse.patch(model, attention="bidirectional")
     if not patched:
-        model.layers[1].register_forward_hook(lambda *_: None)  # the original serves it
+        model.layers[1].register_forward_hook(lambda *_: None)  # runs on the original forward
     with torch.no_grad():
         found = embedfuse.embed(model, **batch, pooling=pooling, pooling_mask=pooling_mask)
     assert_close(found, torch.stack(expected), **TIGHT)

@@ -14,9 +14,9 @@ from transformers import masking_utils
 
 import embedfuse
 from embedfuse.patching import watch
-from tests.patching import test_decoder as decoders
-from tests.patching.conftest import CLASSIFIERS, FAMILIES, make_batch, make_classifier, make_model
+from tests.patching import decoders
 from tests.patching.edits import CHANGES, attention_of, blocks, first_norm
+from tests.patching.encoders import CLASSIFIERS, FAMILIES, make_batch, make_classifier, make_model
 
 MODELS = {
     **{name: lambda name=name: make_model(name) for name in FAMILIES},
@@ -99,7 +99,7 @@ def test_every_setting(pair):
             tried += 1
     assert tried > 30
     assert_alike(patched, original)
-    assert patched._current_layout().refusal is None
+    assert patched.current_layout().refusal is None
 
 
 def test_lists_of_the_config_edited_in_place(pair):
@@ -174,7 +174,7 @@ def test_replaced_for_all_models(pair):
             assert "was replaced by" in report.refused["forward"]
             assert_alike(twin, original)
         assert_alike(patched, original)
-    assert patched._current_layout().refusal is None
+    assert patched.current_layout().refusal is None
 
 
 def test_a_hook_comes_and_goes(pair):

@@ -12,7 +12,7 @@ import embedfuse
 from embedfuse.patching.forward import classifier
 from embedfuse.patching.forward import encoder as reader
 from embedfuse.testing import assert_as_good
-from tests.patching.conftest import logits, make_batch, make_classifier
+from tests.patching.encoders import logits, make_batch, make_classifier
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 # With five labels 160 numbers: of a few, one rounding error may well be twice another.
@@ -198,8 +198,8 @@ def test_a_wrong_row_is_found_and_rolled_back(model, monkeypatch):
     before = snapshot(model)
     run = reader.PackedEncoder.run
 
-    def last_rows(self, layout, packed, tokens, pooling):
-        return run(self, layout, packed, tokens, "last")
+    def last_rows(self, batch, pooling):
+        return run(self, batch, "last")
 
     monkeypatch.setattr(classifier.PackedClassifier, "run", last_rows)
     with pytest.raises(embedfuse.PatchError, match="logits: the patched forward deviates by"):

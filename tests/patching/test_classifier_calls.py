@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching.conftest import logits, make_batch, make_classifier
+from tests.patching.encoders import logits, make_batch, make_classifier
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 LEFT = "left padding: the classifier reads column 0, where a row has no token"

@@ -1,60 +1,16 @@
-"""Mistral, LLaMA, Qwen2, Qwen3: the original's vectors and gradients, and what the original serves."""
+"""Mistral, LLaMA, Qwen2, Qwen3: vectors and gradients of the original, and what runs on that one."""
 
 import copy
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import (
-    LlamaConfig,
-    LlamaModel,
-    MistralConfig,
-    MistralModel,
-    Qwen2Config,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3Model,
-)
 
 import embedfuse
 from embedfuse.nn import tower
 from embedfuse.testing import assert_as_good
-from tests.patching.conftest import VOCABULARY, exact_states, states
-from tests.patching.conftest import make_batch as padded_batch
-
-TIGHT = {"rtol": 0, "atol": 2e-5}
-BY_LAYER = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
-FAMILIES = {
-    "mistral": (MistralConfig, MistralModel, {"sliding_window": 6}),
-    "llama": (LlamaConfig, LlamaModel, {"attention_bias": True, "mlp_bias": True}),
-    "qwen2": (Qwen2Config, Qwen2Model, BY_LAYER),
-    "qwen3": (Qwen3Config, Qwen3Model, {**BY_LAYER, "head_dim": 16}),
-}
-
-
-def make_model(family: str, **changes):
-    torch.manual_seed(0)
-    config, model, own = FAMILIES[family]
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 80,
-        "max_position_embeddings": 70,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,  # large enough that a wrong position or mask shows
-    }
-    model = model(config(**{**sizes, **own, **changes})).eval()
-    for name, p in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            torch.nn.init.normal_(p, mean=float("norm" in name), std=0.3)
-    return model
-
-
-def make_batch(model, lengths=(20, 3, 11, 1), side="right"):
-    return padded_batch(model, lengths, side)
+from tests.patching.decoders import FAMILIES, TIGHT, make_model
+from tests.patching.encoders import VOCABULARY, exact_states, make_batch, states
 
 
 @pytest.fixture(params=FAMILIES)

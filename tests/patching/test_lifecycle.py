@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 import embedfuse
 from embedfuse.testing import assert_as_good
-from tests.patching.conftest import make_batch, make_model, states
+from tests.patching.encoders import make_batch, make_model, states
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 

@@ -1,4 +1,4 @@
-"""What the packed path cannot serve runs on the original forward: right, counted, announced once."""
+"""Refused calls run on the original forward: right, counted, logged once."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import embedfuse
-from tests.patching.conftest import make_batch, make_model
+from tests.patching.encoders import make_batch, make_model
 
 
 def both(model, call) -> tuple:
@@ -155,7 +155,13 @@ def test_announced_once(model, caplog):
         for _ in range(3):
             model(**make_batch(model), output_hidden_states=True)
     assert [r.getMessage().split(": ", 1)[1] for r in caplog.records] == [
-        "the original forward serves this call: called with output_hidden_states"
+        "this call runs on the original code: called with output_hidden_states"
     ]
     assert embedfuse.report(model).original_calls["called with output_hidden_states"] == 3
-    assert "original forward served 3 calls" in str(embedfuse.report(model))
+    with torch.no_grad():
+        model(**make_batch(model), output_attentions=True)
+    lines = str(embedfuse.report(model)).splitlines()
+    assert lines[-2:] == [
+        "  3 calls on the original code: called with output_hidden_states",
+        "  1 call on the original code: called with output_attentions",
+    ]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import embedfuse
-from tests.patching import test_decoder as decoders
-from tests.patching.conftest import CLASSIFIERS, FAMILIES, make_batch, make_classifier, make_model
+from tests.patching import decoders
+from tests.patching.encoders import CLASSIFIERS, FAMILIES, make_batch, make_classifier, make_model
 
 MODELS = {
     **{name: lambda name=name: make_model(name) for name in FAMILIES},

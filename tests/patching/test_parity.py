@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import embedfuse
 from embedfuse.nn import tower
 from embedfuse.testing import assert_as_good
-from tests.patching.conftest import PLACES, make_batch, make_model, states
+from tests.patching.encoders import PLACES, make_batch, make_model, states
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 

@@ -11,8 +11,16 @@ from torch.testing import assert_close
 import embedfuse
 from embedfuse.nn import prefixes
 from embedfuse.nn.prefixes import PrefixCache
-from tests.patching.test_decoder import FAMILIES, TIGHT, make_model
-from tests.patching.test_prefixes import DEEP, INSTRUCTION, batch_of, embed, texts
+from tests.patching.decoders import (
+    DEEP,
+    FAMILIES,
+    INSTRUCTION,
+    TIGHT,
+    batch_of,
+    embed,
+    make_model,
+    texts,
+)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -9,37 +9,16 @@ from torch.testing import assert_close
 import embedfuse
 from embedfuse.nn import prefixes, tower
 from embedfuse.testing import assert_as_good
-from tests.patching.conftest import VOCABULARY, exact_states, states
-from tests.patching.test_decoder import FAMILIES, TIGHT, make_model
-
-INSTRUCTION = list(range(5, 32))  # 27 tokens
-
-
-def texts(*tails: list[int]) -> list[list[int]]:
-    return [INSTRUCTION + tail for tail in tails]
-
-
-DEEP = [
-    *texts([40, 41, 42, 43], [40, 41, 42, 44, 45], [40, 41], [40, 41], [50], [], [60, 61, 62]),
-    [99],
-    [5, 6, 7],
-    [100, 101, 102, 103],
-]
-
-
-def batch_of(sequences: list[list[int]], side: str = "right") -> dict[str, torch.Tensor]:
-    length = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(sequences):
-        place = slice(len(tokens)) if side == "right" else slice(length - len(tokens), length)
-        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def embed(model, sequences, side="right", pooling="last"):
-    with torch.no_grad():
-        return embedfuse.embed(model, **batch_of(sequences, side), pooling=pooling)
+from tests.patching.decoders import (
+    DEEP,
+    FAMILIES,
+    TIGHT,
+    batch_of,
+    embed,
+    make_model,
+    texts,
+)
+from tests.patching.encoders import VOCABULARY, exact_states, states
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching.conftest import make_batch, make_model
+from tests.patching.encoders import make_batch, make_model
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:

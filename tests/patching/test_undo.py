@@ -13,7 +13,7 @@ import torch
 import embedfuse
 from embedfuse.nn import encoder as tower
 from embedfuse.patching.forward import encoder
-from tests.patching.conftest import make_batch, make_model, states
+from tests.patching.encoders import make_batch, make_model, states
 
 
 def snapshot(model) -> dict:
@@ -45,6 +45,20 @@ def assert_unchanged(model, before):
     )
     assert [m.training for m in model.modules()] == before["modes"]
     assert torch.equal(run(model), before["output"])
+
+
+def test_is_patched(model):
+    twin = copy.deepcopy(model)
+    wrapper = torch.nn.Sequential(model)
+    assert not embedfuse.is_patched(model)
+    embedfuse.patch(model)
+    assert embedfuse.is_patched(model)
+    assert embedfuse.is_patched(copy.deepcopy(model))
+    assert not embedfuse.is_patched(twin)
+    assert not embedfuse.is_patched(wrapper)
+    assert not embedfuse.is_patched(None)
+    embedfuse.unpatch(model)
+    assert not embedfuse.is_patched(model)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -103,7 +117,7 @@ def test_report(model):
     assert set(report.deviations) == {"last_hidden_state", "pooler_output"}
     assert max(report.deviations.values()) < 1e-5
     assert report.memory_bytes == 0
-    assert "memory   +0 bytes" in str(report)
+    assert "memory        +0 bytes" in str(report)
 
 
 @pytest.mark.parametrize("broken", ["positions", "mask", "heads", "norm", "raises"])
@@ -113,9 +127,10 @@ def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
     if broken == "positions":
         original = encoder.PackedEncoder._embed
 
-        def off_by_one(self, packed, tokens):
-            positions = self.position_ids(tokens.input_ids, packed) + 1
-            return original(self, packed, dataclasses.replace(tokens, position_ids=positions))
+        def off_by_one(self, batch):
+            positions = self.position_ids(batch.tokens.input_ids, batch.packed) + 1
+            tokens = dataclasses.replace(batch.tokens, position_ids=positions)
+            return original(self, dataclasses.replace(batch, tokens=tokens))
 
         monkeypatch.setattr(encoder.PackedEncoder, "_embed", off_by_one)
     elif broken == "mask":

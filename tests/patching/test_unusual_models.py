@@ -1,4 +1,4 @@
-"""Models that somebody changed: each gives what the original gives, or the original's error."""
+"""Models that were changed: each gives what the original gives, or the original's error."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_module
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching.conftest import VOCABULARY, make_batch, make_model, states
+from tests.patching.encoders import VOCABULARY, make_batch, make_model, states
 
 TIGHT = {"rtol": 0, "atol": 2e-5}
 
@@ -117,7 +117,7 @@ def test_vocabulary_and_padding_of_the_config_may_lie():
 
 
 def test_position_ids_that_restart(model):
-    """Explicit positions may serve rows longer than the table."""
+    """Explicit positions may be given for rows longer than the table."""
     ids = torch.full((1, 100), 9)
     positions = (torch.arange(100) % 50 + 2)[None]
     with torch.no_grad():

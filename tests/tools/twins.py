@@ -6,9 +6,9 @@ from torch.testing import assert_close
 
 import embedfuse
 from embedfuse.patching.swap import Patched
-from tests.patching.conftest import make_batch
-from tests.patching.conftest import make_model as make_encoder
-from tests.patching.test_decoder import make_model as make_decoder
+from tests.patching.decoders import make_model as make_decoder
+from tests.patching.encoders import make_batch
+from tests.patching.encoders import make_model as make_encoder
 
 MAKERS = {"bert": make_encoder, "mistral": make_decoder, "qwen3": make_decoder}
 LENGTHS = (20, 3, 11, 1)

@@ -4,7 +4,7 @@ from embedfuse.patching.wrapper import PatchedWrapper
 from embedfuse.pipeline.eos import AppendedEnd, append_end, lacks_end, says_add_eos
 from embedfuse.pipeline.presets import find_preset
 
-_END = "tokenizer"  # in Report.repaired and Report.refused
+_END = "tokenizer"  # in Report.repaired and Report.unrepaired
 
 
 class EndsTexts(PatchedWrapper):
@@ -17,13 +17,13 @@ class EndsTexts(PatchedWrapper):
         """Make the tokenizer add the token if it does not. last_token: whether the last token is pooled."""
         report = self._embedfuse.report
         try:
-            if token := missing_end(self.tokenizer, self.held(self).config, last_token):
+            if token := missing_end(self.tokenizer, self.inner_model(self).config, last_token):
                 self._embedfuse_end = append_end(self.tokenizer, token)
                 report.repaired[_END] = (
                     f"added no {token}, which the checkpoint expects after each text"
                 )
         except ValueError as error:
-            report.refused[_END] = str(error)
+            report.unrepaired[_END] = str(error)
 
     def swap_out(self) -> None:
         if self._embedfuse_end is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from embedfuse.integrations.probe import PROBE_TEXTS
 from embedfuse.ops import maxsim_packed
 from embedfuse.patching.check import deviations, evaluating
-from embedfuse.patching.forward.packed_model import on_original
+from embedfuse.patching.forward.admission import on_original
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options, outlives_patch
 from embedfuse.patching.wrapper import PatchedWrapper

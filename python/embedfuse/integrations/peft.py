@@ -11,7 +11,7 @@ from embedfuse.patching.wrapper import PatchedWrapper
 
 class _PatchedPeft(PatchedWrapper):
     @classmethod
-    def held(cls, model: peft.PeftModel) -> nn.Module:
+    def inner_model(cls, model: peft.PeftModel) -> nn.Module:
         return model.get_base_model()
 
     @classmethod

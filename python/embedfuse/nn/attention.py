@@ -102,7 +102,7 @@ def sdpa_mask(rows: int, tokens: int, causal: bool, window: int | None, device) 
 
 def equal_length_groups(queries: Packed, keys: Packed) -> list[tuple[int, int, int]]:
     """(sequences, query rows of each, keys of each) of consecutive sequences with equal lengths."""
-    lengths = zip(queries.lengths, keys.lengths, strict=True)
+    lengths = zip(queries.lengths_on_host(), keys.lengths_on_host(), strict=True)
     return [(len(list(group)), *pair) for pair, group in groupby(lengths)]
 
 

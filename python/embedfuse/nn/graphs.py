@@ -1,9 +1,9 @@
-"""CUDA graphs of a packed forward: batches too small to hide what launching their kernels costs.
+"""CUDA graphs of a packed forward, for batches so small that launching their kernels takes longest.
 
 A graph is captured for a bucket of (tokens, sequences) and replayed on buffers of that size. The tokens
-that a batch leaves free form one more sequence after its own, and sequences that it leaves free have
-length zero: every token belongs to a sequence, so nothing is left unwritten, and attention never looks
-from one sequence into another. What comes of them is never read.
+that a batch leaves unused form one more sequence after its own, and the sequences that it leaves unused have
+length zero. So every token belongs to a sequence, every output is written, and attention never looks from
+one sequence into another. The outputs of unused tokens are never read.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from embedfuse.packing import Packed
+from embedfuse.packing import LengthsUnknown
 
-# So many tokens take an H100 as long in 16 bits as reading the weights does (798 TFLOP/s at 3.0 TB/s), so
-# fewer are no sooner done.
+# An H100 needs as long for the arithmetic of so many tokens in 16 bits as for reading the weights
+# (798 TFLOP/s at 3.0 TB/s): fewer tokens are not faster.
 WEIGHT_BOUND_TOKENS = 256
-# Up to there padding costs next to nothing; beyond, at most a third is padding. Past the last, kernels run
-# longer than it takes to launch them.
+# Up to WEIGHT_BOUND_TOKENS padding costs almost nothing; above, at most a third is padding. Past the last,
+# kernels run longer than it takes to launch them.
 TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
 SEQUENCES = (1, 8, 64)
-# Of the buffers that each graph has to itself. What passes between its kernels lies in a pool that the
-# graphs of a model share, as large as the largest of them needs.
+# Of the buffers that belong to one graph alone. Activations lie in a pool that the graphs of a model share,
+# as large as the largest of them needs.
 MAX_BYTES = 256 * 2**20
 
 logger = logging.getLogger("embedfuse")
@@ -36,15 +36,14 @@ _capturing = threading.Lock()  # torch allows one capture at a time in a process
 
 
 def bucket(tokens: int, sequences: int) -> tuple[int, int] | None:
-    """The smallest (tokens, sequences) that has room for these; None where there is none."""
+    """The smallest bucket that these fit in; None where they fit in none."""
     if not (0 < tokens <= TOKENS[-1] and 0 < sequences <= SEQUENCES[-1]):
         return None
     return TOKENS[bisect_left(TOKENS, tokens)], SEQUENCES[bisect_left(SEQUENCES, sequences)]
 
 
 def buckets(tokens: int, sequences: int) -> list[tuple[int, int]]:
-    """All buckets up to the one that has room for these, the large ones first: later captures fit into
-    the memory that they left."""
+    """All buckets up to the one that these fit in, large ones first: later captures reuse their memory."""
     most_tokens, most_sequences = bucket(tokens, sequences)
     return [
         (t, s)
@@ -54,34 +53,7 @@ def buckets(tokens: int, sequences: int) -> list[tuple[int, int]]:
     ]
 
 
-class LengthsUnknown(RuntimeError):
-    """The forward asked the host for lengths that only the GPU has."""
-
-
-class Room(Packed):
-    """Sequences whose lengths change from replay to replay: only cu_seqlens, on the device, tells them.
-
-    tokens: of all sequences together, and the bound of each.
-    """
-
-    def __init__(self, tokens: int, cu_seqlens: Tensor):
-        # Packed's own would set lengths.
-        vars(self).update(cu_seqlens=cu_seqlens, shape=(1, tokens), index=None, starts_padded=False)
-
-    @property
-    def lengths(self):
-        raise LengthsUnknown("attention reads the lengths of the texts on the host")
-
-    @property
-    def tokens(self) -> int:
-        return self.shape[1]
-
-    @property
-    def max_seqlen(self) -> int:
-        return self.shape[1]
-
-
-class Batch(Protocol):
+class Replayable(Protocol):
     """A batch that a graph may run. key: what its forward depends on besides weights and inputs."""
 
     key: tuple
@@ -93,10 +65,10 @@ class Batch(Protocol):
         """Write the inputs of this batch."""
 
     def forward(self, buffers: tuple[Tensor, ...]) -> Tensor:
-        """The result, of the bucket's size; the host sees nothing of what the buffers hold."""
+        """The output, of the bucket's size. It must not read the buffers' values on the host."""
 
-    def own(self, output: Tensor) -> Tensor:
-        """The rows of a result that are this batch's."""
+    def cut(self, output: Tensor) -> Tensor:
+        """The rows of an output that belong to this batch."""
 
 
 @dataclass(frozen=True)
@@ -113,32 +85,34 @@ class Graph:
 
 
 class CudaGraphs:
-    """Captures forwards on one GPU, and keeps their replays from overlapping, because they share a pool."""
+    """Captures forwards on one GPU. Replays must not overlap, because they share a memory pool."""
 
     device_type = "cuda"
 
     def __init__(self, device: torch.device):
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # One for all, because what one capture frees in the pool serves captures on the same stream alone.
-        # torch deals streams out again and again; few take those of high priority, and what a thread
-        # launched into a stream under capture would be lost.
+        # One stream for all captures, because memory that a capture frees in the pool can be used again on
+        # the same stream only. torch hands out the same streams repeatedly, and a launch of another thread
+        # into a stream under capture would be lost; few ask for a stream of high priority.
         self._side = torch.cuda.Stream(device, priority=-1)
         self._done = torch.cuda.Event()
 
     def capture(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """replay, and the output that it writes. Other threads may use the GPU meanwhile, except for
-        waiting for the whole device (torch.cuda.synchronize)."""
+        """A function that replays the forward, and the output that it writes.
+
+        Other threads may use the GPU meanwhile, but not wait for the whole device (torch.cuda.synchronize).
+        """
         graph, side = torch.cuda.CUDAGraph(), self._side
         with _capturing, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             side.wait_stream(current)
             try:
-                # torch.cuda.graph leaves its stream current where a capture fails to end; this one does not.
+                # After a failed capture torch.cuda.graph leaves its stream current; this context does not.
                 with torch.cuda.stream(side):
                     forward()  # compiles and loads kernels, and raises before a capture has begun
                     # A graph keeps the address of cuBLAS' workspace, which torch shares by stream. Cleared
-                    # before, it is allocated in the graph's own pool; cleared after, nobody else gets it.
+                    # before, it is allocated in the graph's pool; cleared after, no other code uses it.
                     torch._C._cuda_clearCublasWorkspaces()
                     how = {"pool": self._pool, "stream": side, "capture_error_mode": "thread_local"}
                     with torch.cuda.graph(graph, **how):
@@ -149,8 +123,8 @@ class CudaGraphs:
         return graph.replay, output
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """What the current stream gets inside waits for what another stream got inside before."""
+    def one_at_a_time(self) -> Iterator[None]:
+        """Work launched inside waits for all work launched inside before, on any stream."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
@@ -160,15 +134,15 @@ class CudaGraphs:
                 self._done.record(stream)
 
     def wait(self) -> None:
-        """Until the last turn has run."""
+        """Wait on the host for all work launched inside `one_at_a_time`."""
         self._done.synchronize()
 
 
 class Snapshot:
-    """What graphs have baked in of these modules: classes, and where parameters and buffers lie.
+    """What the graphs of these modules depend on: classes, and the addresses of parameters and buffers.
 
-    Values may change in place; replays read them. The memory is held, so that none of it can become
-    that of other weights unnoticed. Of tensors that are not torch's own only the identity is known.
+    Values may change in place; replays read them. The storages are kept alive, so that other weights cannot
+    get the same address. Of tensor subclasses only the identity is compared.
     """
 
     def __init__(self, modules: list[nn.Module]):
@@ -182,30 +156,31 @@ class Snapshot:
         ]
         self.tensors = [tensor for _, _, tensor in self._slots if tensor is not None]
         self._plain = [t for t in self.tensors if type(t) in (Tensor, nn.Parameter)]
-        self._held = [tensor.detach() for tensor in self._plain]
-        self._places = self._look()
+        self._storages = [tensor.detach() for tensor in self._plain]
+        self._addresses = self._read()
 
-    def _look(self) -> tuple[list, ...]:
+    def _read(self) -> tuple[list, ...]:
         reads = (Tensor.data_ptr, Tensor.size, Tensor.stride)
         return [t.dtype for t in self._plain], *(list(map(read, self._plain)) for read in reads)
 
-    def holds(self, modules: list[nn.Module]) -> bool:
+    def matches(self, modules: list[nn.Module]) -> bool:
         return (
             modules is self.modules
             and list(map(type, modules)) == self._kinds
             and all(owner.get(name) is tensor for owner, name, tensor in self._slots)
-            and self._look() == self._places
+            and self._read() == self._addresses
         )
 
 
 class GraphCache:
-    """The graphs of one model; those least lately used go first.
+    """The graphs of one model; the least recently used are dropped first.
 
-    A key is captured the second time it comes: a shape that comes once would only pay. Calls from
+    A key is captured the second time it comes, because one use does not pay for a capture. Calls from
     several threads are safe.
 
-    refusal: why there are no graphs until the modules change. One failed capture is enough: what fails
-    one bucket fails the others, and torch may not give back what a failed capture took.
+    Attributes:
+        refusal: Why there are no graphs until the modules change. One failed capture is enough: what fails
+            for one bucket fails for the others, and torch may not free what a failed capture allocated.
     """
 
     def __init__(self, device_graphs: type = CudaGraphs, max_bytes: int = MAX_BYTES):
@@ -220,18 +195,20 @@ class GraphCache:
     def run(
         self,
         modules: list[nn.Module],
-        batch: Batch,
-        unfit: Callable[[Snapshot], str | None],
+        batch: Replayable,
+        capture_refusal: Callable[[Snapshot], str | None],
     ) -> Tensor | None:
-        """The batch's result, by replay; None where its forward has to run.
+        """The batch's output by replay; None where its forward has to run.
 
-        modules: all that the forward runs; another list is another model. unfit: why a model like the
-        snapshot has no graphs, asked once for each.
+        Args:
+            modules: All that the forward runs; another list counts as another model.
+            batch: What to run.
+            capture_refusal: Says why modules like the snapshot cannot be captured; called once for each.
         """
         with self._lock:
-            if self._snapshot is None or not self._snapshot.holds(modules):
+            if self._snapshot is None or not self._snapshot.matches(modules):
                 self._empty(Snapshot(modules))
-                self.refusal = unfit(self._snapshot)
+                self.refusal = capture_refusal(self._snapshot)
             if self.refusal is not None:
                 return None
             graph = self._graphs.get(batch.key)
@@ -240,13 +217,13 @@ class GraphCache:
             if graph is None:
                 return None
             self._graphs.move_to_end(batch.key)
-            with self._device.turn():
+            with self._device.one_at_a_time():
                 batch.fill(graph.buffers)
                 graph.replay()
-                return batch.own(graph.output).clone()
+                return batch.cut(graph.output).clone()
 
     def forget(self) -> None:
-        """Give back all memory."""
+        """Drop all graphs and free their memory."""
         with self._lock:
             self._empty(None)
 
@@ -257,11 +234,11 @@ class GraphCache:
         self._seen: set[tuple] = set()
         self._snapshot, self._device, self.refusal = snapshot, None, None
 
-    def _capture(self, batch: Batch) -> Graph | None:
+    def _capture(self, batch: Replayable) -> Graph | None:
         if batch.key not in self._seen:
             self._seen.add(batch.key)
             return None
-        # The buffers serve callers in inference mode and others, so they are no inference tensors.
+        # No inference tensors, because callers outside of inference mode use the buffers too.
         with torch.inference_mode(False), torch.no_grad():
             try:
                 buffers = batch.buffers()
@@ -269,7 +246,9 @@ class GraphCache:
                 if self._device is None:
                     self._device = self.device_graphs(buffers[0].device)
                 replay, output = self._device.capture(lambda: batch.forward(buffers))
-            except Exception as error:  # whatever it is, the eager forward tells or serves
+            except (
+                Exception
+            ) as error:  # the eager forward runs instead, and raises what is the call's fault
                 self._empty(self._snapshot)
                 self.refusal = str(error)
                 if not isinstance(error, LengthsUnknown):

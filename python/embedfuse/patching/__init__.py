@@ -1,6 +1,16 @@
-"""patch, unpatch, patched, warm_up, embed: a live model made fast in place, and put back exactly."""
+"""Make a live model faster in place, and undo it exactly."""
 
-from embedfuse.patching.api import embed, patch, patched, report, unpatch, warm_up
+from embedfuse.patching.api import embed, is_patched, patch, patched, report, unpatch, warm_up
 from embedfuse.patching.report import PatchError, Report
 
-__all__ = ["PatchError", "Report", "embed", "patch", "patched", "report", "unpatch", "warm_up"]
+__all__ = [
+    "PatchError",
+    "Report",
+    "embed",
+    "is_patched",
+    "patch",
+    "patched",
+    "report",
+    "unpatch",
+    "warm_up",
+]

@@ -1,4 +1,4 @@
-"""Which class patches which."""
+"""The table of what can be patched: original class -> module of its patched class."""
 
 import importlib
 
@@ -8,7 +8,7 @@ _BERT = "transformers.models.bert.modeling_bert"
 _ROBERTA = "transformers.models.roberta.modeling_roberta"
 _XLM_ROBERTA = "transformers.models.xlm_roberta.modeling_xlm_roberta"
 _MODELS = "transformers.models"
-# Class of the original -> module that has the patched class of the same name.
+# Original class -> module with the patched class, which has the same name.
 PATCHED_CLASSES = {
     f"{_BERT}.BertModel": "embedfuse.patching.models.bert",
     f"{_BERT}.BertForSequenceClassification": "embedfuse.patching.models.bert",

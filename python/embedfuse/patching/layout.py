@@ -1,4 +1,4 @@
-"""Layout: a model's layers as the packed tower sees them, or why its own forward has to run."""
+"""Layout: a model's layers as the packed forward reads them, or why the original forward has to run."""
 
 import sys
 import weakref
@@ -21,66 +21,73 @@ from embedfuse.patching.watch import (
     tables_of,
 )
 
-# transformers' own hooks that the packed path may pass over: the first records only while a call with
-# output_hidden_states runs, and that one goes to the original; the second (gradient checkpointing,
-# PEFT) sits on the word embeddings, which the packed path calls as the module that they are.
+# Hooks of transformers that the packed forward may ignore: the first only records in calls with
+# output_hidden_states, which run on the original forward; the second (gradient checkpointing, PEFT) is
+# registered on the word embeddings, which the packed forward calls as a module.
 _HARMLESS = ("output_capturing_hook", "make_inputs_require_grads")
-# All compute softmax(q k^T scale) v; a name registered by somebody else may compute anything.
+# All compute softmax(q k^T scale) v; a name that others registered may compute anything.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _STOCK = {"transformers", "torch", "huggingface_hub", *sys.stdlib_module_names}
 
 
 class Layout:
-    """layers, or `refusal`: why this model's own forward has to run.
+    """What the packed forward needs to know of a model, as it was when the layout was made.
 
-    modules: all inside the model. foreign: path and module of those that are neither of the model's own file
-    nor layers that are known; where they stand for a layer they are called as the modules that they are.
+    Attributes:
+        layers: The layers to run.
+        refusal: Why the original forward has to run instead; None where the layers may.
+        modules: All modules inside the model.
+        custom_modules: Path and module of those that are neither of the model's modelling file nor known
+            layers of torch and transformers: adapters, quantised layers. They are called as modules.
+        custom_kinds: Path and class of these, and of weights of another class than Parameter.
     """
 
     def __init__(self, model: nn.Module, buffers: tuple[Tensor, ...]):
-        self._model = weakref.ref(model)  # which holds the layout
-        self.watch = Watch(model, model.original, buffers)  # before anything is read
+        self._model = weakref.ref(model)  # the model refers to the layout
+        self.watch = Watch(
+            model, model.original, buffers
+        )  # first, so that no later change is missed
         self.layers: list[EncoderLayer] | list[DecoderLayer] = []
         self.refusal = obstacle(model)
         named = list(model.named_modules())[1:]
         self.modules = [module for _, module in named]
-        own = (model.original.__module__, "transformers.activations")
-        self.foreign = [
+        known = (model.original.__module__, "transformers.activations")
+        self.custom_modules = [
             (path, module)
             for path, module in named
-            if type(module).__module__ not in own and type(module) not in ROW_BY_ROW
+            if type(module).__module__ not in known and type(module) not in ROW_BY_ROW
         ]
         weights = [(n, p) for n, p in model.named_parameters() if type(p) is not nn.Parameter]
-        # Path and class of modules and of weights that may compute anything.
-        self.foreign_kinds = tuple((path, type(it)) for path, it in (*self.foreign, *weights))
+        custom = (*self.custom_modules, *weights)
+        self.custom_kinds = tuple((path, type(thing)) for path, thing in custom)
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether it was made of this model, not of one that this is a copy of."""
+        """Whether the layout was made of this model, not of the one that this is a copy of."""
         return self._model() is model
 
     def is_current(self, model: nn.Module) -> bool:
-        """Whether the model still is as it was when the layout was made of it."""
+        """Whether the model is still as it was when the layout was made."""
         return not self.watch.changed(model)
 
     def one_of_each_kind(self) -> dict[nn.Module, str]:
-        """The first foreign module of each class, and its path; of nested ones the outer."""
+        """The first custom module of each class, and its path; of nested ones the outer."""
         found: dict[type, tuple[nn.Module, str]] = {}
         outer = "\0"
-        for path, module in self.foreign:
+        for path, module in self.custom_modules:
             if not path.startswith(outer):
                 outer = f"{path}."
                 found.setdefault(type(module), (module, path))
         return dict(found.values())
 
     def suspect(self) -> str:
-        """For errors: what inside may compute another thing for packed tokens than for padded ones."""
-        for path, kind in self.foreign_kinds:
+        """For errors: what inside may compute something else for packed tokens than for padded ones."""
+        for path, kind in self.custom_kinds:
             return f"; {path} is a {name_of(kind)}, which may mix rows or round by the batch"
         return ""
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """The first thing about the model that the packed path would not run, whatever its family."""
+    """The first thing in the model that the packed forward would not run, whatever the family."""
     if any(GLOBAL_HOOKS):
         return "a hook on all modules"
     inner = [(path, module) for path, module in model.named_modules() if path]
@@ -105,7 +112,7 @@ def _replaced_method(original: type, kinds: set[type]) -> str | None:
     for kind in {original, *kinds}:
         if _is_stock(kind.__module__):
             for name, method in methods_of(kind, original).items():
-                if not _is_own(method, kind):
+                if not _is_as_written(method, kind):
                     return f"{kind.__name__}.{name} was replaced by {name_of(method)}"
     return None
 
@@ -143,13 +150,26 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody put another forward on this very module (accelerate does, to offload)."""
+    """Whether this module object has another forward than its class (accelerate sets one, to offload)."""
     forward = vars(module).get("forward")
     if forward is None:
         return False
-    # transformers 5.0, and tools that undo theirs, leave the class's own forward behind as an attribute.
-    own = getattr(forward, "__func__", module) is getattr(type(module), "forward", None)
-    return not (own and forward.__self__ is module)
+    # transformers 5.0, and tools that undo theirs, leave the class's forward behind as an attribute.
+    same = getattr(forward, "__func__", module) is getattr(type(module), "forward", None)
+    return not (same and forward.__self__ is module)
+
+
+def defined_in(library: str, method) -> bool:
+    """Whether a function was defined in this library, which a wrapper cannot pretend."""
+    return getattr(method, "__globals__", {}).get("__name__", "").split(".")[0] == library
+
+
+def replaced(thing, library: str, *methods: str) -> str | None:
+    """The first of these methods that is not the library's own, on the object or on its class."""
+    for name in methods:
+        if name in vars(thing) or not defined_in(library, getattr(type(thing), name, None)):
+            return name
+    return None
 
 
 def _obstacle_of(module: nn.Module) -> str | None:
@@ -160,8 +180,8 @@ def _obstacle_of(module: nn.Module) -> str | None:
 
 
 def _is_harmless(hook) -> bool:
-    ours = getattr(hook, "__module__", "").startswith("transformers.")
-    return ours and hook.__qualname__.rsplit(".", 1)[-1] in _HARMLESS
+    stock = getattr(hook, "__module__", "").startswith("transformers.")
+    return stock and hook.__qualname__.rsplit(".", 1)[-1] in _HARMLESS
 
 
 def _is_stock(module: str) -> bool:
@@ -169,7 +189,7 @@ def _is_stock(module: str) -> bool:
 
 
 def _is_code(value) -> bool:
-    """Whether a name of a modelling file stands for something that a forward may call."""
+    """Whether a value of a modelling file is code that a forward may call."""
     if not callable(value) or isinstance(value, (type, ModuleType)):
         return False
     kind = type(value).__module__.split(".")[0]
@@ -179,7 +199,7 @@ def _is_code(value) -> bool:
 def _is_stock_function(function, name: str | None = None, file: str | None = None) -> bool:
     """Whether a function and all that it wraps come from transformers, torch or Python.
 
-    name, file: of a name in a modelling file, which finds functions of models nowhere but there.
+    name, file: Where the function was found, in a modelling file; functions of models have to be from there.
     """
     if isinstance(function, BuiltinFunctionType):
         return True
@@ -195,8 +215,8 @@ def _is_stock_function(function, name: str | None = None, file: str | None = Non
     return True
 
 
-def _is_own(method, kind: type) -> bool:
-    """Whether a method is as its class was written."""
+def _is_as_written(method, kind: type) -> bool:
+    """Whether a method is the one that was written in its class."""
     if isinstance(method, property):
         return True
     method = getattr(method, "__func__", method)  # of a staticmethod or classmethod

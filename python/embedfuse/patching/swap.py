@@ -1,23 +1,19 @@
-"""How a live object becomes a patched one: its class is swapped for a subclass of the same name.
+"""How a live object is patched: its class is swapped for a subclass of the same name.
 
-A recipe declares `class BertModel(PackedEncoder, modeling_bert.BertModel)`. Name and module are those
-of the original, so whatever goes by them (save_pretrained, transformers' own registries) goes on as
-before, like hooks, parameters and isinstance. Undoing it is swapping back.
+A patched class is `class BertModel(PackedEncoder, modeling_bert.BertModel)`. Name and module are those of
+the original, so code that reads them (save_pretrained, transformers' registries) works as before, and so do
+hooks, parameters and isinstance. To unpatch is to swap the class back.
 """
 
 import copyreg
 import functools
-import threading
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
-from embedfuse.nn.graphs import GraphCache
-from embedfuse.nn.prefixes import PrefixCache
 from embedfuse.patching.families import patched_class
-from embedfuse.patching.layout import Layout
 from embedfuse.patching.report import Report
 
 REUSES = ("off", "batch", "stream")
@@ -25,7 +21,7 @@ REUSES = ("off", "batch", "stream")
 
 @dataclass(frozen=True)
 class Options:
-    """What `patch` was asked for; its docstring has the meanings."""
+    """The options of `patch`; its docstring has the meanings."""
 
     attention: str | None = None
     reuse_prefixes: str = "batch"
@@ -46,18 +42,33 @@ class Options:
             )
 
 
+@dataclass(eq=False)
+class PatchState:
+    """What every patched object carries. Copies and pickles get report and options, and nothing else."""
+
+    report: Report
+    options: Options
+
+    def __getstate__(self):
+        return {"report": self.report.without_calls(), "options": self.options}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+
 class PatchedType(ABCMeta):
-    """Class of the patched classes: called, one makes a plain object of its original."""
+    """Class of the patched classes: to call one makes an object of its original."""
 
     def __call__(cls, *args, **kwargs):
         return cls.original(*args, **kwargs)
 
 
 class Patched(metaclass=PatchedType):
-    """Mixin of every patched object. `original` is the class that it had."""
+    """Mixin of every patched object. original: the class that it had."""
 
     original: type
-    _embedfuse: "PatchState"
+    state_class: type[PatchState] = PatchState
+    _embedfuse: PatchState
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -65,7 +76,7 @@ class Patched(metaclass=PatchedType):
             cls.__module__ = cls.original.__module__
 
     def __reduce_ex__(self, protocol):
-        # Pickle and deepcopy would look for this class under the original's name.
+        # Pickle and deepcopy look a class up by its name, which is the original's.
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return (_new_patched, (self.original,), *state)
 
@@ -79,7 +90,7 @@ class Patched(metaclass=PatchedType):
         """Put back what install changed."""
 
     def check_options(self, options: Options) -> None:
-        """Raise ValueError where others are asked for than those that this was patched with."""
+        """Raise ValueError for other options than those that this was patched with."""
         if options not in (Options(), self._embedfuse.options):
             raise ValueError(
                 f"model: patched before with {self._embedfuse.options}, now {options}; unpatch it first"
@@ -95,7 +106,7 @@ class Patched(metaclass=PatchedType):
 
     @classmethod
     def swap_in(cls, model, report: Report, options: Options) -> None:
-        model._embedfuse = PatchState(report, options)
+        model._embedfuse = cls.state_class(report, options)
         model.__class__ = cls
 
     def swap_out(self) -> None:
@@ -109,8 +120,10 @@ class Patched(metaclass=PatchedType):
 
 
 def outlives_patch(method: Callable) -> Callable:
-    """A patched class's method that tools may have kept, as accelerate keeps `model.forward` when it wraps
-    it: once the object is put back, it is the original's."""
+    """Make a patched class's method the original's once the object is unpatched.
+
+    Tools may have kept the method, as accelerate keeps `model.forward` when it wraps it.
+    """
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
@@ -128,31 +141,8 @@ def _new_patched(original: type) -> Patched:
 
 
 def _reduced_class(cls: PatchedType):
-    # Under its name stands the original.
+    # By its name the original would be found.
     return (patched_class, (cls.original,)) if "original" in cls.__dict__ else cls.__qualname__
 
 
 copyreg.pickle(PatchedType, _reduced_class)
-
-
-class PatchState:
-    """What a patched model carries. Copies and pickles take report and options, no layout, cache or graph."""
-
-    def __init__(self, report: Report, options: Options):
-        self.report = report
-        self.options = options
-        self.layout: Layout | None = None
-        # Classes of foreign modules that the self-check has passed with, and failed with, for what reason.
-        self.trusted: tuple = ()
-        self.distrusted: dict[tuple, str] = {}
-        self.prefixes = PrefixCache()
-        self.graphs = GraphCache()
-        self.cache: dict = {}  # what an integration builds once per object
-        self.patched_before = False  # of a holder: whether the model inside was
-        self.lock = threading.RLock()  # the self-check of a new layout runs the model
-
-    def __getstate__(self):
-        return {"report": self.report.without_calls(), "options": self.options}
-
-    def __setstate__(self, state):
-        self.__init__(**state)

@@ -1,4 +1,4 @@
-"""Watch: what the forward of a model depends on, and whether all of it still is what it was."""
+"""Watch: what the forward of a model depends on, and whether any of it has changed."""
 
 import functools
 import sys
@@ -13,7 +13,7 @@ from embedfuse import native
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
-# What the packed forward computes in place of these, which people replace (SageAttention's recipe).
+# The packed forward computes these itself; people replace them (SageAttention's README does).
 TORCH_FUNCTIONS = {
     name: vars(F)[name]
     for name in (
@@ -25,7 +25,7 @@ TORCH_FUNCTIONS = {
         "silu",
     )
 }
-# torch's layers that leave each row to itself; others of its modules may not.
+# torch's layers that compute each row from that row alone; its other modules may not.
 ROW_BY_ROW = (
     *(nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.ModuleList, nn.Identity),
     *(nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid),
@@ -33,20 +33,26 @@ ROW_BY_ROW = (
 
 
 class Watch:
-    """What a model's forward depends on, beside its input and the values of its parameters.
+    """What a model's forward depends on, apart from its input and the values of its parameters.
 
-    Watched are the values of the config; of every module inside its class, its children, its hooks and
-    whether it has a forward of its own; the settings of modules of the modelling file, and the methods of
-    their classes; the names of that file, the functions that it finds attention and masks in, and torch's
-    that it calls; and the buffers that are asked for. All of these, read or not, so that no family can forget
-    one. What a tower looks at in every call is not watched: settings of torch's own layers, parameters, and
-    the training flag. A hook that is written into a table by hand, without a handle, is not seen.
+    Watched are
+
+    - the values of the config;
+    - of every module inside: its class, children and hooks, and whether it has a forward of its own;
+    - of modules of the modelling file: their settings, and the methods of their classes;
+    - the names of that file, the tables where it looks up attention and masks, and the functions of torch
+      that it calls;
+    - the buffers that are asked for.
+
+    All of these are watched whether they are read or not, so that no family can forget one. Not watched is
+    what every call reads anyway: settings of torch's layers, parameters, and the training flag. A hook that
+    is written into a table by hand, without a handle, is not seen.
     """
 
     def __init__(self, model: nn.Module, original: type, buffers: tuple[Tensor, ...] = ()):
         inner = list(model.modules())[1:]
-        own = [m for m in inner if type(m).__module__ == original.__module__]
-        # The model is looked at and not held: it would keep itself alive.
+        stock = [m for m in inner if type(m).__module__ == original.__module__]
+        # No reference to the model itself, which would keep itself alive.
         self._of_model = len(vars(model)), dict(_settings(vars(model)))
         self._handles, self._inner = RemovableHandle.next_id, inner
         self._hooks = self._hook_tables()
@@ -55,15 +61,15 @@ class Watch:
         children = [t for m in (model, *inner) if type(t := m._modules) is dict]
         tables = [*map(vars, inner), *filter(None, children), *names]
         slots = [
-            *((vars(m), name, value) for m in own for name, value in _settings(vars(m))),
+            *((vars(m), name, value) for m in stock for name, value in _settings(vars(m))),
             *((vars(m), "forward", vars(m)["forward"]) for m in inner if "forward" in vars(m)),
-            *_slots((*children, *(m._buffers for m in (model, *own)), *names)),
+            *_slots((*children, *(m._buffers for m in (model, *stock)), *names)),
             *((vars(F), name, vars(F)[name]) for name in TORCH_FUNCTIONS),
         ]
         owners, keys, values = zip(*slots, strict=True)
         classes, sizes = tuple(map(type, inner)), tuple(map(len, tables))
         self._objects = tuple(inner), classes, tuple(tables), sizes, owners, keys, values
-        self._classes = [vars(kind) for kind in {original, *map(type, own)}]
+        self._classes = [vars(kind) for kind in {original, *map(type, stock)}]
         self._class_sizes = list(map(len, self._classes))
         self._methods = [
             (vars(kind), name)
@@ -71,7 +77,7 @@ class Watch:
             for name in methods_of(kind, original)
         ]
         self._code = [table[name] for table, name in self._methods]
-        configs = [c for m in (model, *own) if hasattr(c := vars(m).get("config"), "__dict__")]
+        configs = [c for m in (model, *stock) if hasattr(c := vars(m).get("config"), "__dict__")]
         self._configs = [
             vars(c) for c in dict(zip(map(id, configs), configs, strict=True)).values()
         ]
@@ -80,7 +86,7 @@ class Watch:
         self._versions = [buffer._version for buffer in self._buffers]
 
     def changed(self, model: nn.Module) -> bool:
-        """model: the one that this was made of."""
+        """Whether the model, from which this was made, is another now."""
         attributes, (size, settings) = vars(model), self._of_model
         return (
             len(attributes) != size
@@ -94,7 +100,7 @@ class Watch:
         )
 
     def _hooks_changed(self) -> bool:
-        # torch gives each hook a handle with the next number: without new numbers there are no new hooks.
+        # Each new hook gets a handle with the next number: without new numbers there are no new hooks.
         handles = RemovableHandle.next_id
         if handles != self._handles:
             tables = self._hook_tables()
@@ -102,7 +108,7 @@ class Watch:
                 return True
             if sum(map(len, tables)) != sum(len(hooks) for _, hooks in self._hooked):
                 return True
-            self._handles = handles  # of hooks elsewhere
+            self._handles = handles  # the new hooks are on other models
         return any(list(table.values()) != hooks for table, hooks in self._hooked)
 
     def _hook_tables(self) -> list[dict]:
@@ -116,10 +122,10 @@ _NO_HOOKS: dict = {}
 
 
 def tables_of(original: type) -> list[tuple[str, dict]]:
-    """What a modelling file finds by name, and where: its own names, attention functions, masks."""
+    """Where a modelling file looks names up: its own names, attention functions, masks."""
     names = vars(sys.modules[original.__module__])
     found = [(original.__module__, names)]
-    masks = sys.modules.get("transformers.masking_utils")  # imported by whoever has a model
+    masks = sys.modules.get("transformers.masking_utils")  # imported with any model
     masks = getattr(masks, "ALL_MASK_ATTENTION_FUNCTIONS", None)
     for registry in (names.get("ALL_ATTENTION_FUNCTIONS"), masks):
         if hasattr(registry, "_global_mapping"):
@@ -129,8 +135,8 @@ def tables_of(original: type) -> list[tuple[str, dict]]:
 
 
 def methods_of(kind: type, original: type) -> dict[str, object]:
-    """What of a class's own code the packed forward takes the place of: all of the modelling file's, the
-    forward of layers that are known; nothing of foreign ones, which are called."""
+    """The methods of a class that the packed forward replaces: all of a class of the modelling file, the
+    forward of known layers, none of custom modules, which are called."""
     if kind is nn.Module:
         return {"__call__": vars(kind)["__call__"]}
     if kind.__module__ == original.__module__:
@@ -145,12 +151,12 @@ _WRAPPED = (staticmethod, classmethod, property)
 def differ(values: list[dict], others: list[dict]) -> bool:
     try:
         return values != others
-    except (RuntimeError, ValueError):  # tensors and arrays, which do not say yes or no
+    except (RuntimeError, ValueError):  # tensors and arrays do not compare to one bool
         return True
 
 
 def _settings(attributes: dict) -> Iterator[tuple[str, object]]:
-    """A module's attributes that say how it computes."""
+    """The attributes that say how a module computes."""
     for name, value in attributes.items():
         if not name.startswith("_") and name != "training":
             yield name, value
@@ -164,7 +170,7 @@ def _slots(tables: Iterable[dict]) -> Iterator[tuple[dict, str, object]]:
 
 
 def _copied(value):
-    """Containers are copied, because edits in place count too; what they hold stays what it is."""
+    """Containers are copied, because edits in place count too; their other values are not."""
     if type(value) is dict:
         return {name: _copied(item) for name, item in value.items()}
     return [_copied(item) for item in value] if type(value) is list else value
@@ -179,7 +185,7 @@ def _comparison() -> Callable[..., bool]:
 
 
 def _unchanged(objects, classes, dicts, lengths, owners, keys, values) -> bool:
-    """As csrc/bindings/watch.h."""
+    """The same as csrc/bindings/watch.h."""
     return (
         tuple(map(type, objects)) == classes
         and tuple(map(len, dicts)) == lengths

@@ -1,39 +1,53 @@
-"""Objects that hold a transformers model: patched together with it."""
+"""PatchedWrapper: an object of another library around a transformers model, patched together with it."""
 
 import weakref
 from abc import abstractmethod
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from embedfuse.patching.families import patched_class_of
 from embedfuse.patching.report import Report
-from embedfuse.patching.swap import Options, Patched
+from embedfuse.patching.swap import Options, Patched, PatchState
 
-# In PatchState.cache: the model that install found; the holder may hold another since.
-_HELD = "held"
+
+@dataclass(eq=False)
+class WrapperState(PatchState):
+    """What a patched wrapper carries too.
+
+    inner: the model that was patched with it; another may have taken its place since. inner_was_patched:
+    whether it already was. cache: what an integration builds once for each object.
+    """
+
+    inner: weakref.ref | None = None
+    inner_was_patched: bool = False
+    cache: dict = field(default_factory=dict)
 
 
 class PatchedWrapper(Patched):
-    """Mixin of a patched object that holds a transformers model and has it patched too.
+    """Mixin of a patched object around a transformers model, which is patched too.
 
-    A holder of a model that was patched before leaves it patched when it is put back.
+    A model that was patched before the wrapper stays patched when the wrapper is unpatched.
     """
+
+    state_class = WrapperState
+    _embedfuse: WrapperState
 
     @classmethod
     @abstractmethod
-    def held(cls, model) -> nn.Module:
-        """The transformers model inside. TypeError for what cannot be patched."""
+    def inner_model(cls, model) -> nn.Module:
+        """The transformers model inside. TypeError for one that cannot be patched."""
 
     @classmethod
     @abstractmethod
     def wrap(cls, model, report: Report, options: Options) -> None:
-        """swap_in `model`, whose held model is patched, and compare its results before and after."""
+        """swap_in `model`, whose inner model is patched, and compare its results before and after."""
 
     @classmethod
     def install(cls, model, options: Options) -> Report:
-        inner = cls.held(model)
-        patched_before = isinstance(inner, Patched)
-        if patched_before:
+        inner = cls.inner_model(model)
+        was_patched = isinstance(inner, Patched)
+        if was_patched:
             inner.check_options(options)
             report = inner._embedfuse.report
         else:
@@ -43,37 +57,25 @@ class PatchedWrapper(Patched):
         except BaseException:
             if isinstance(model, Patched):
                 model.swap_out()
-            if not patched_before:
+            if not was_patched:
                 inner.uninstall()
             raise
         report.original_calls.clear()  # those of the comparison
-        model._embedfuse.patched_before = patched_before
-        model._embedfuse.cache[_HELD] = weakref.ref(inner)
+        model._embedfuse.inner_was_patched = was_patched
+        model._embedfuse.inner = weakref.ref(inner)
         return report
 
     def uninstall(self) -> None:
-        held = self._embedfuse.cache.get(_HELD, self.held_now)  # a copy has no cache
-        inner = held()
-        if isinstance(inner, Patched) and not self._embedfuse.patched_before:
+        state = self._embedfuse
+        # A copy's state does not know its inner model.
+        inner = self.inner_model_or_none() if state.inner is None else state.inner()
+        if isinstance(inner, Patched) and not state.inner_was_patched:
             inner.uninstall()
         self.swap_out()
 
-    def held_now(self) -> nn.Module | None:
-        """The model inside; None where it has become one that cannot be patched."""
+    def inner_model_or_none(self) -> nn.Module | None:
+        """The model inside now; None where it is one that cannot be patched."""
         try:
-            return self.held(self)
+            return self.inner_model(self)
         except TypeError:
             return None
-
-
-def is_of(library: str, method) -> bool:
-    """Whether a function is the library's own: no wrapper can copy where it was defined."""
-    return getattr(method, "__globals__", {}).get("__name__", "").split(".")[0] == library
-
-
-def replaced(thing, library: str, *methods: str) -> str | None:
-    """The first of these methods that is not the library's own, on the object or on its class."""
-    for name in methods:
-        if name in vars(thing) or not is_of(library, getattr(type(thing), name, None)):
-            return name
-    return None

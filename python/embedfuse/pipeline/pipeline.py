@@ -12,6 +12,7 @@ from embedfuse.ops.lexical.sparse_scatter import KeptTokens, kept_tokens
 from embedfuse.ops.lexical.weights import token_weights
 from embedfuse.packing import Packed, end_to_end
 from embedfuse.patching.forward.packed_model import PackedModel
+from embedfuse.patching.forward.tokens import PackedStates
 from embedfuse.patching.layout import is_hooked
 from embedfuse.pipeline.batches import TokenBudget, delayed, prefetch_map
 from embedfuse.pipeline.embeddings import OUTPUTS, BatchVectors, Vectors
@@ -154,21 +155,12 @@ class EmbeddingPipeline:
         device = self.model.device
         input_ids, packed = end_to_end(sequences, device)
         only_dense = tuple(outputs) == ("dense",) and counts is None
-        states, pooled = self.model.sequence_states(
-            input_ids, packed, self.pooling if only_dense else None
-        )
+        found = self.model.sequence_states(input_ids, packed, self.pooling if only_dense else None)
+        states = found.states
         dense = kept = multi = None
         if "dense" in outputs:
-            rows, pooled = (
-                (states, pooled) if counts is None else last_tokens(states, packed, counts)
-            )
-            dense = pool_normalize(
-                rows[:, : self.dimensions],
-                cu_seqlens=pooled.cu_seqlens,
-                pooling=self.pooling,
-                normalize=self.normalize,
-                out_dtype=dtype,
-            )
+            pooled = found if counts is None else PackedStates(*last_tokens(states, packed, counts))
+            dense = pooled.pool(self.pooling, self.normalize, self.dimensions, dtype)
         if "sparse" in outputs:
             kept = self._lexical(states, input_ids, packed)
         if "multi" in outputs:

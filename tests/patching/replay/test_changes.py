@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 import embedfuse
 from embedfuse.nn.graphs import GraphCache
-from tests.patching.conftest import make_model
-from tests.patching.replay.conftest import (
+from tests.patching.encoders import make_model
+from tests.patching.replay.models import (
     TIGHT,
     block_of,
     captures,
@@ -155,13 +155,13 @@ def test_patch_checks_its_graphs(monkeypatch):
 
 
 def test_moving_frees_as_it_goes():
-    """A graph that held the old weights meanwhile would need room for all of them twice."""
+    """A graph that kept the old weights alive meanwhile would need memory for all of them twice."""
     model, _ = pair_of("bert")
     for _ in range(2):
         pooled(model, (9, 3))
-    held = []
-    model._apply(lambda t: (held.append(graphs(model)._snapshot is not None), t.clone())[1])
-    assert not any(held)
+    alive = []
+    model._apply(lambda t: (alive.append(graphs(model)._snapshot is not None), t.clone())[1])
+    assert not any(alive)
 
 
 def test_precision_of_fp32_is_seen():

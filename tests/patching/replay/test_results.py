@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 import embedfuse
-from tests.patching import test_decoder as decoders
-from tests.patching.conftest import make_batch, make_classifier, make_model
-from tests.patching.replay.conftest import (
+from tests.patching import decoders
+from tests.patching.encoders import make_batch, make_classifier, make_model
+from tests.patching.replay.models import (
     SHAPES,
     TIGHT,
     captures,

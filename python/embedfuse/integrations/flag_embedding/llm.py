@@ -30,7 +30,7 @@ class BaseLLMEmbedder(_ORIGINAL, EndsTexts, FlagWrapper):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         inner = model.model
         if not issubclass(patched_class_of(inner), PackedDecoder):
             kind = type(inner).__name__

@@ -27,9 +27,9 @@ from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.families import patched_class_of
 from embedfuse.patching.forward.encoder import PackedEncoder
+from embedfuse.patching.layout import replaced
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options
-from embedfuse.patching.wrapper import replaced
 from embedfuse.pipeline.embeddings import Embeddings
 from embedfuse.pipeline.heads import Heads
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
@@ -51,7 +51,7 @@ class M3Embedder(_ORIGINAL, FlagWrapper):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         inner = model.model.model
         if not issubclass(patched_class_of(inner), PackedEncoder):
             raise TypeError(

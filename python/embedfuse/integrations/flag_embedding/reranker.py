@@ -25,7 +25,7 @@ class BaseReranker(_ORIGINAL, FlagWrapper):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         inner = model.model
         if not issubclass(patched_class_of(inner), PackedClassifier):
             kind = type(inner).__name__

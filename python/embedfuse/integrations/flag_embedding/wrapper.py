@@ -25,7 +25,7 @@ class FlagWrapper(PatchedWrapper):
         """Why the original runs a call with these further arguments; None where it does not."""
         if kwargs:
             return f"called with {', '.join(kwargs)}"
-        if not isinstance(self.held_now(), PackedModel):
+        if not isinstance(self.inner_model_or_none(), PackedModel):
             return "the model inside is not patched"
         return "the model has a hook" if is_hooked(self.model) else None
 

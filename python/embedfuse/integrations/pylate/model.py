@@ -12,7 +12,7 @@ class ColBERT(LateInteractionModel, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         if type(model[0]) is not Transformer:
             raise TypeError(
                 f"model: its first module is {type(model[0]).__name__}; accepted is Transformer"

@@ -15,7 +15,7 @@ class CrossEncoder(PatchedWrapper, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         return transformers_model(model)
 
     @classmethod

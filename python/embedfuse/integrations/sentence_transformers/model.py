@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from embedfuse.integrations.end_token import EndsTexts
 from embedfuse.integrations.probe import PROBE_TEXTS
-from embedfuse.ops import pool_normalize
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.forward.packed_model import PackedModel
-from embedfuse.patching.layout import is_hooked
+from embedfuse.patching.layout import defined_in, is_hooked, replaced
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options, outlives_patch
-from embedfuse.patching.wrapper import is_of, replaced
 
 _ORIGINAL = sentence_transformers.SentenceTransformer
 _LIBRARY = "sentence_transformers"
@@ -58,7 +56,7 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         return transformers_model(model)
 
     @classmethod
@@ -91,17 +89,14 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
         pooling, accepted = _POOLINGS[module.pooling_mode], transformer.model_forward_params
         names = _INPUTS if accepted is None else _INPUTS & accepted
         call = {name: input[name] for name in names & input.keys()}
-        found = transformer.model.packed_states(call, pooling, count=False)
+        found = transformer.model.packed_states(call, pooling=pooling)
         if found is None:
             return super().forward(input, **kwargs)
-        states, packed = found
         normalize = (
             bool(rest) and type(rest[0]) is Normalize and rest[0].module_output_name == _VECTOR
         )
         features = dict(input)
-        features[_VECTOR] = pool_normalize(
-            states, cu_seqlens=packed.cu_seqlens, pooling=pooling, normalize=normalize
-        )
+        features[_VECTOR] = found.pool(pooling, normalize)
         for module in rest[normalize:]:
             features = module(features)
         return features
@@ -119,15 +114,15 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
             return f"called with {', '.join(sorted(others))}"
         if kwargs and (taken := kwargs.keys() & set(self.get_model_kwargs())):
             return f"called with {', '.join(sorted(taken))}"
-        for module in modules:
-            if is_hooked(module) or replaced(module, _LIBRARY, "forward"):
-                return f"{type(module).__name__} has a hook or a forward of its own"
+        changed = [m for m in modules if is_hooked(m) or replaced(m, _LIBRARY, "forward")]
+        if changed:
+            return f"{type(changed[0]).__name__} has a hook or a forward of its own"
         transformer, pooling, *rest = modules
         # Their hooks would miss the token embeddings among the features.
         if (
             is_hooked(self)
             or is_hooked(transformer.model)
-            or not is_of(_LIBRARY, _ORIGINAL.forward)
+            or not defined_in(_LIBRARY, _ORIGINAL.forward)
         ):
             return "the model has a hook or a forward of its own"
         if not isinstance(transformer.model, PackedModel):

@@ -14,7 +14,7 @@ class MultiVectorEncoder(LateInteractionModel, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
-    def held(cls, model: _ORIGINAL) -> nn.Module:
+    def inner_model(cls, model: _ORIGINAL) -> nn.Module:
         return transformers_model(model)
 
     @classmethod

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.decoder import DecoderLayer, decode
-from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS, Room
+from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS
 from embedfuse.nn.linear import is_inference
 from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
-from embedfuse.patching.check import Probe, check_ids, table_size
+from embedfuse.patching.check import Probe
 from embedfuse.patching.forward.packed_model import PackedModel
-from embedfuse.patching.forward.tokens import Tokens
+from embedfuse.patching.forward.tokens import Batch, check_ids, table_size
 from embedfuse.patching.layout import Layout, not_stock
 from embedfuse.patching.swap import REUSES
 
@@ -26,11 +26,11 @@ _PROBE_TOKENS = 64  # at least as long as any text of the probe
 class PackedDecoder(PackedModel):
     """A causal tower without its head, run once over whole texts: no cache is read or made.
 
-    `past_key_values` of the output is None unless a call asks for it with use_cache=True, which the
-    original serves; config.use_cache, true by default, does not count as asking.
+    `past_key_values` of the output is None unless a call asks for it with use_cache=True, which runs on the
+    original forward; config.use_cache, true by default, does not count as asking.
     """
 
-    # The tower takes a sequence's last row alone: its attention counts query rows from the end.
+    # Only the last row of a sequence can run alone: attention counts query rows from the end.
     pruned_poolings = ("last",)
     attentions = ("bidirectional",)
     reuses = REUSES
@@ -42,23 +42,22 @@ class PackedDecoder(PackedModel):
         return Probe.random(config.vocab_size, padding_idx, _PROBE_TOKENS, model.device)
 
     def longest_sequence(self) -> int:
-        """Tokens that the model was made for."""
         return self.config.max_position_embeddings
 
-    def takes_rows(self, path: str) -> bool:
+    def runs_packed(self, path: str) -> bool:
         return path.startswith(("embed_tokens", "layers."))
 
     def read_layers(self) -> list[DecoderLayer]:
         return [self._read_layer(i, block) for i, block in enumerate(self._blocks())]
 
-    def refusal(self) -> str | None:
-        if reason := not_stock(self, self._assumed()):
+    def model_refusal(self) -> str | None:
+        if reason := not_stock(self, self._stock_modules()):
             return reason
         config, blocks = self.config, self._blocks()
         if config._attn_implementation == "eager" and self.norm.weight.dtype == torch.float64:
             return "eager attention in float64, whose softmax is float32"
         causal = getattr(config, "is_causal", True) and all(b.self_attn.is_causal for b in blocks)
-        if not causal and not self._both_ways:
+        if not causal and not self._bidirectional:
             return "the model is configured to look ahead (is_causal is false)"
         for i, block in enumerate(blocks):
             attention, heads = block.self_attn, config.num_attention_heads
@@ -78,7 +77,7 @@ class PackedDecoder(PackedModel):
     def _blocks(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]
 
-    def _assumed(self) -> Iterator[tuple[str, nn.Module]]:
+    def _stock_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Path and module of all whose class has to be transformers' own."""
         yield "norm", self.norm
         yield "rotary_emb", self.rotary_emb
@@ -99,8 +98,8 @@ class PackedDecoder(PackedModel):
             qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
             head_dim=attention.head_dim,
             scale=attention.scaling,
-            causal=not self._both_ways,
-            window=None if self._both_ways else self.window(index),
+            causal=not self._bidirectional,
+            window=None if self._bidirectional else self.window(index),
             attention=attention,
             dropout=attention.attention_dropout,
             query_norm=getattr(attention, "q_norm", None),
@@ -113,55 +112,53 @@ class PackedDecoder(PackedModel):
         )
 
     def window(self, layer: int) -> int | None:
-        """Keys that a token sees in this layer, its own the last; None: all before it."""
+        """Keys that a token sees in this layer, its own among them; None: all up to its own."""
         types = getattr(self.config, "layer_types", None)
         return self.config.sliding_window if types and types[layer] == "sliding_attention" else None
 
-    def _unserved(self, call: dict) -> str | None:
+    def batch_refusal(self, call: dict, packed: Packed) -> str | None:
         if call.get("position_ids") is not None and call.get("attention_mask") is None:
             return "position_ids without attention_mask: each restart begins a text of its own"
-        return super()._unserved(call)
+        return None
 
-    def check_tokens(self, tokens: Tokens, packed: Packed) -> None:
-        check_ids(tokens.input_ids, packed, table_size(self.embed_tokens))
-
-    def packed_states(self, call: dict, pooling: str | None = None, count: bool = True):
-        # Weights are about to change, and fused optimisers count up no version.
+    def admit(self, call: dict, packed: Packed | None = None) -> tuple[Batch | None, str | None]:
+        # Weights are about to change, and fused optimisers do not increase their version.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._embedfuse.prefixes.forget()
-        return super().packed_states(call, pooling, count)
+        return super().admit(call, packed)
 
-    def run_packed(
-        self, layout: Layout, packed: Packed, tokens: Tokens, rows: Tensor | None
-    ) -> Tensor:
+    def check_tokens(self, batch: Batch) -> None:
+        check_ids(batch, table_size(self.embed_tokens))
+
+    def run_layers(self, batch: Batch, rows: Tensor | None) -> Tensor:
+        packed, tokens = batch.packed, batch.tokens
         x = self.embed_tokens(tokens.input_ids)
         if tokens.position_ids is None:
-            # Of all columns, as the original: some rotary modules look at the largest position. Tokens
-            # take that of their place in the text, because only differences of positions count.
+            # Of all columns, as in the original: some rotary modules read the largest position. A token
+            # gets the angle of its place in the text, because only differences of positions count.
             length = packed.max_seqlen if packed.index is None else packed.shape[1]
             columns = torch.arange(length, device=x.device)
             angles = [t[0][packed.places] for t in self.rotary_emb(x, columns[None])]
         else:
             angles = [t[0] for t in self.rotary_emb(x, tokens.position_ids[None])]
-        # They hold each angle twice, once for either half of a head.
+        # They hold each angle twice, once for each half of a head.
         cos, sin = (t[:, : t.shape[1] // 2] for t in angles)
-        shared = self._shared_steps(layout, packed, tokens, x, rows)
-        return decode(layout.layers, self.norm, x, cos, sin, packed, rows, shared)
+        shared = self._shared_steps(batch, x, rows)
+        return decode(batch.layout.layers, self.norm, x, cos, sin, packed, rows, shared)
 
-    def _shared_steps(
-        self, layout: Layout, packed: Packed, tokens: Tokens, x: Tensor, rows: Tensor | None
-    ) -> Iterator[Step] | None:
-        """How to run prefixes that texts share once; None where every token has to run."""
+    def _shared_steps(self, batch: Batch, x: Tensor, rows: Tensor | None) -> Iterator[Step] | None:
+        """Steps that run prefixes which texts share once; None where every token has to run."""
         state = self._embedfuse
+        layout, packed, tokens = batch.layout, batch.packed, batch.tokens
         reuse = state.options.reuse_prefixes
         if (
             reuse == "off"
-            or self._both_ways
+            or self._bidirectional
             or not is_inference(x)
             or tokens.position_ids is not None
         ):
             return None
-        if isinstance(packed, Room):  # see replays
+        if packed.lengths is None:  # in a CUDA graph, see replays
             return None
         if any(layer.dropout and layer.attention.training for layer in layout.layers):
             return None
@@ -177,13 +174,13 @@ class PackedDecoder(PackedModel):
     def replays(self, packed: Packed, bucket_tokens: int) -> bool:
         if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH:
             return False
-        # Reading the weights takes as long as WEIGHT_BOUND_TOKENS do: below, a prefix run once saves nothing.
-        alone = packed.sequences == 1 or packed.tokens <= WEIGHT_BOUND_TOKENS
-        return alone or self._both_ways or self._embedfuse.options.reuse_prefixes == "off"
+        # Up to WEIGHT_BOUND_TOKENS the time is that of reading the weights: to share a prefix saves nothing.
+        small = packed.sequences == 1 or packed.tokens <= WEIGHT_BOUND_TOKENS
+        return small or self._bidirectional or self._embedfuse.options.reuse_prefixes == "off"
 
     def _stamp(self, layout: Layout) -> tuple | None:
-        """What the keys of a given prefix depend on; None where that is more than can be told."""
-        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or layout.foreign:
+        """What the keys of a prefix depend on, as a value to compare; None where that cannot be listed."""
+        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or layout.custom_modules:
             return None
         parameters = [p for m in layout.modules for p in m._parameters.values() if p is not None]
         buffers = [b for m in layout.modules for b in m._buffers.values() if b is not None]
@@ -197,16 +194,16 @@ class PackedDecoder(PackedModel):
         return tuple((t.data_ptr(), t._version, t.dtype) for t in known)
 
     @property
-    def _both_ways(self) -> bool:
+    def _bidirectional(self) -> bool:
         return self._embedfuse.options.attention == "bidirectional"
 
-    def run_original(self, call: dict):
+    def original_forward(self, call: dict):
         mask, input_ids = call.get("attention_mask"), call.get("input_ids")
-        if self._both_ways and (mask is None or mask.dim() == 2):
+        if self._bidirectional and (mask is None or mask.dim() == 2):
             embeds = call.get("inputs_embeds")
             batch, length = (embeds if input_ids is None else input_ids).shape[:2]
             call = {**call, "attention_mask": self._open_mask(mask, batch, length)}
-        return super().run_original(call)
+        return super().original_forward(call)
 
     def _open_mask(self, mask: Tensor | None, batch: int, length: int) -> Tensor:
         """(batch, 1, length, length) to add to scores: every token sees all that are no padding."""

@@ -17,7 +17,7 @@ class RobertaPositions(PackedEncoder):
         tokens = super().tokens_of(call, packed)
         if tokens.position_ids is not None or not packed.starts_padded:
             return tokens
-        # Before a text, ids that the mask leaves out count too, where they are not the padding token.
+        # Ids that the mask leaves out before a text count too, unless they are the padding token.
         padding_idx = self.base_model.embeddings.padding_idx
         counted = call["input_ids"] != padding_idx
         positions = packed.pack(counted.cumsum(1) * counted + padding_idx)
