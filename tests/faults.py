@@ -155,7 +155,7 @@ def run_here(tree: Path, fault: dict, output: str) -> None:
     command = ["-x", "-q", "-p", "no:cacheprovider", *shlex.split(fault["tests"])]
     if fault.get("interpreter"):
         os.environ["TRITON_INTERPRET"] = "1"
-        command += ["-p", "interpret.triton_only"]
+        command += ["-p", "tests.interpret.triton_only"]
     if "unit" in fault:
         os.environ["EMBEDFUSE_CPU_ISA"] = "avx2"
     sys.exit(int(pytest.main(command)))

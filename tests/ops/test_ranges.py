@@ -3,12 +3,14 @@
 import pytest
 
 import embedfuse
-from embedfuse import config
 from range_checks import CHECKS
+from tests.isas import isas_of
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name != "bias_gelu"])
-@pytest.mark.parametrize("isa", config.CPU_ISAS)
+@pytest.mark.parametrize(
+    ("name", "isa"),
+    [(name, isa) for name in CHECKS if name != "bias_gelu" for isa in isas_of(name)],
+)
 def test_cpp(name, isa, use_isa):
     use_isa(isa)
     with embedfuse.use_backend("cpp"):
