@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-# Folders whose files take minutes: where several processes share the files, these begin first.
+try:
+    from xdist.scheduler import LoadFileScheduling
+except ImportError:
+    LoadFileScheduling = object
+
+# Folders that take minutes: where several processes share the files, these begin first.
 LONGEST = ("aot", "interpret", "build", "examples")
+# Of these any process may take any test; elsewhere a file is one process's, for what its tests share.
+SPLIT = ("tests/aot/", "tests/interpret/")
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +23,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+class LongFilesSplit(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.startswith(SPLIT) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return LongFilesSplit(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

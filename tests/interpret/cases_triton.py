@@ -9,6 +9,7 @@ from embedfuse.triton_kernels import info_nce_fused, tuned
 from embedfuse import testing
 from embedfuse.ops.info_nce.op import BACKWARD, FORWARD, MASKS, make_inputs
 from embedfuse.ops.pool_normalize import POOLINGS
+from embedfuse.ops.varlen_attention import OP as ATTENTION
 from embedfuse.registry import OPS, use_backend
 from tests import pool_normalize_checks as checks
 
@@ -53,6 +54,22 @@ def test_samples_with_another_config(name):
         for args in OPS[name].make_samples("cpu", torch.float16, "test"):
             testing.assert_close_to_reference(OPS[name], args, "triton")
     assert asked
+
+
+# Around the blocks of rows and of keys; fp32 reads its heads in slices.
+ROWS = (1, 15, 16, 17, 33, 63, 64, 65, 129)
+LENGTHS = [(torch.float16, rows) for rows in ROWS] + [(torch.float32, 17), (torch.float32, 65)]
+
+
+@pytest.mark.parametrize(("dtype", "rows"), LENGTHS, ids=str)
+def test_varlen_attention_lengths(dtype, rows):
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([0, rows, rows + 3], dtype=torch.int32)
+    q, k, v = (torch.randn(rows + 3, 2, 20, generator=generator).to(dtype) for _ in range(3))
+    testing.assert_close_to_reference(ATTENTION, (q, k, v, ends, ends, 0.3, False, None), "triton")
+    two = torch.tensor([0, 1, 3], dtype=torch.int32)
+    args = (q[:3], k, v, two, ends, 0.3, False, None)
+    testing.assert_close_to_reference(ATTENTION, args, "triton")
 
 
 # 18 blocks of rows are two groups; parts=1: a launch for each of three tiles.

@@ -9,22 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CASES = [f"tests/interpret/cases_{name}.py" for name in ("triton", "maxsim", "ranges")]
+# The hand-worked cases of each op, which otherwise run on the CPU's backends.
+KERNELS = [kernel.stem for kernel in sorted((ROOT / "triton_kernels").glob("[!_]*.py"))]
+BY_HAND = [path for name in KERNELS if (path := ROOT / f"tests/ops/test_{name}.py").exists()]
+MAXSIM = [path for path in BY_HAND if path.stem == "test_maxsim"]
+FILES = {
+    "samples": ["cases_triton.py"],
+    "maxsim": ["cases_maxsim.py", *MAXSIM],
+    "by hand": ["cases_ranges.py", *(path for path in BY_HAND if path not in MAXSIM)],
+}
 
 
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize("part", FILES)
+def test_triton_kernels_in_the_interpreter(part):
     pytest.importorskip("triton")
-    # The hand-worked cases of each op, which otherwise run on the CPU's backends.
-    names = [kernel.name for kernel in sorted((ROOT / "triton_kernels").glob("[!_]*.py"))]
-    by_hand = [f"tests/ops/test_{name}" for name in names]
-    by_hand = [path for path in by_hand if (ROOT / path).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "interpret.triton_only"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.interpret.triton_only"]
     # Where cu_seqlens lies on a GPU its values are not checked, and no kernel here has threads.
-    command += ["-k", "not errors and not threads", *CASES, *by_hand]
+    command += ["-k", "not errors and not threads"]
+    command += [Path(__file__).parent / file for file in FILES[part]]
+    paths = filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")))
     result = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )

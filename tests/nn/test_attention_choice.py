@@ -224,6 +224,8 @@ def test_why_flash_attention_3_does_not_load(gpu, monkeypatch, tmp_path):
     gpu((9, 0))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    # Two files of one size and one second would share their compiled code.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     name = FLASH_ATTENTION_3.name
     assert cuda_refusals(F16, 64)[name] == "flash_attn_interface is not installed"
     for content, reason in (

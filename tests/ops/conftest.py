@@ -36,6 +36,22 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(params=["cpp"])
+def kernel(request):
+    """A backend that is held to the reference, forced; in Triton's interpreter "triton"."""
+    if request.param == "cpp":
+        request.getfixturevalue("cpu_module")
+    with embedfuse.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpp"])  # a parameter, so that it is part of the test's name
+def cpp(request, cpu_module):
+    """The C++ backend, forced, for what it alone has: registers, tiles, threads."""
+    with embedfuse.use_backend("cpp"):
+        yield request.param
+
+
 @pytest.fixture
 def restore_threads():
     before = torch.get_num_threads()

@@ -34,10 +34,10 @@ def test_is_layer_norm_of_the_sum(backend):
 
 @pytest.mark.parametrize("hidden", [1, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_widths_around_a_register(backend, hidden, dtype):
+def test_widths_around_a_register(cpp, hidden, dtype):
     x, residual = randn(70, hidden, dtype=dtype), randn(70, hidden, seed=1, dtype=dtype)
     weight, bias = randn(hidden, seed=2, dtype=dtype), randn(hidden, seed=3, dtype=dtype)
-    testing.assert_close_to_reference(OP, (x, residual, weight, bias, 1e-12), backend)
+    testing.assert_close_to_reference(OP, (x, residual, weight, bias, 1e-12), cpp)
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e5])

@@ -58,11 +58,11 @@ def test_rounded_where_transformers_rounds(backend, dtype):
 
 @pytest.mark.parametrize("hidden", [1, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_widths_around_a_register(backend, hidden, dtype):
+def test_widths_around_a_register(cpp, hidden, dtype):
     x, residual = randn(70, hidden, dtype=dtype), randn(70, hidden, seed=1, dtype=dtype)
     weight = randn(hidden, seed=2, dtype=dtype)
-    testing.assert_close_to_reference(OP, (x, residual, weight, 1e-6), backend)
-    testing.assert_close_to_reference(OP, (x, None, weight, 1e-6), backend)
+    testing.assert_close_to_reference(OP, (x, residual, weight, 1e-6), cpp)
+    testing.assert_close_to_reference(OP, (x, None, weight, 1e-6), cpp)
 
 
 def test_heads_of_a_product(backend):

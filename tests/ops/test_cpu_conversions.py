@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import embedfuse
-from embedfuse import config
 from embedfuse.ops import pool_normalize
+from tests.isas import isas_of
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
-@pytest.fixture(params=config.CPU_ISAS)
+@pytest.fixture(params=isas_of("pool_normalize"))
 def convert(request, use_isa):
     use_isa(request.param)
 

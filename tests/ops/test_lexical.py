@@ -251,13 +251,12 @@ def random_csr(lengths, vocabulary, seed):
 
 # One query and many documents, and many queries: which of them threads share.
 @pytest.mark.parametrize(("queries", "documents"), [(1, 400), (40, 30)])
-def test_scores_large_enough_for_threads(backend, queries, documents, restore_threads):
+def test_scores_large_enough_for_threads(cpp, queries, documents, restore_threads):
     args = (*random_csr([90] * queries, 3000, 0), *random_csr([300] * documents, 3000, 1), False)
-    testing.assert_close_to_reference(SCORES, args, backend)
-    if backend == "cpp":
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(SCORES(*args))
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
+    testing.assert_close_to_reference(SCORES, args, cpp)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(SCORES(*args))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -24,9 +24,9 @@ def test_values_by_hand(backend):
 # 1 to 24 rows: one tile or several; 1,001 columns: threads, and a last tile of one.
 @pytest.mark.parametrize("rows", range(1, 25))
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_every_tile_height_on_several_threads(backend, rows, dtype):
+def test_every_tile_height_on_several_threads(cpp, rows, dtype):
     args = (tensor(rows, 301, dtype=dtype), [tensor(1001, 301, dtype=dtype, seed=1)], [None])
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 # Above FEW_ROWS: one to three registers of rows in a block, whole and part blocks; an odd depth has no
@@ -34,31 +34,31 @@ def test_every_tile_height_on_several_threads(backend, rows, dtype):
 @pytest.mark.parametrize("rows", [25, 31, 33, 48, 49, 97, 150])
 @pytest.mark.parametrize("depth", [300, 301])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_blocks_of_rows_on_several_threads(backend, rows, depth, dtype):
+def test_blocks_of_rows_on_several_threads(cpp, rows, depth, dtype):
     args = (tensor(rows, depth, dtype=dtype), [tensor(1001, depth, dtype=dtype, seed=1)], [None])
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 @pytest.mark.parametrize("rows", [5, 30])
 @pytest.mark.parametrize("depth", [0, 1, 2, 7, 8, 15, 16, 17, 31, 33, 255, 256, 257, 512, 514])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_depths_around_a_register_and_a_stretch_of_sums(backend, rows, depth, dtype):
+def test_depths_around_a_register_and_a_stretch_of_sums(cpp, rows, depth, dtype):
     shapes = ((rows, depth), (9, depth), (4, depth))
     x, *weights = (tensor(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
     args = (x, weights, [tensor(9, dtype=dtype, seed=4), None])
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 33])
-def test_columns_around_a_tile(backend, columns):
+def test_columns_around_a_tile(cpp, columns):
     args = (tensor(30, 40), [tensor(columns, 40, seed=1)], [tensor(columns, seed=2)])
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
-def test_rows_that_are_rearranged_in_several_passes(backend):
+def test_rows_that_are_rearranged_in_several_passes(cpp):
     # 8,192 columns of x: about 130 rows at a time.
     args = (tensor(300, 8192), [tensor(20, 8192, seed=1)], [tensor(20, seed=2)])
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 # Few rows and many; one thread's columns end within a weight.

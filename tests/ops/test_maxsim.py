@@ -136,11 +136,11 @@ def test_packed_is_padded(backend):
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 32, 33, 48, 49, 100])
 @pytest.mark.parametrize("depth", [64, 65])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_query_lengths_on_several_threads(backend, rows, depth, dtype):
+def test_query_lengths_on_several_threads(cpp, rows, depth, dtype):
     q, d = tensor(rows, depth, dtype=dtype), tensor(2200, depth, dtype=dtype, seed=1)
     spans = torch.tensor([[0, 700], [700, 701], [701, 2200], [3, 90]])
     args = (q, torch.tensor([[0, rows]]), [d], spans, None, None, None, False, rows)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 def test_more_queries_than_a_group_on_threads(backend):
@@ -203,14 +203,14 @@ def test_rerank_of_views_and_its_gradient(backend):
         torch.testing.assert_close(d.grad, plain.grad)
 
 
-def test_offsets_past_31_bits(backend):
+def test_offsets_past_31_bits(kernel):
     # 4 GiB of addresses; only the pages that the spans touch become memory.
     x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 40), (2**31, 1))
     x.copy_(tensor(2, 40, dtype=torch.float16))
     spans = torch.tensor([[1, 2]])
     q = tensor(3, 40, dtype=torch.float16, seed=1)
     args = (q, torch.tensor([[0, 3]]), [x], spans, None, None, None, True, 3)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, kernel)
 
 
 # Not the reference: torch's GEMM may round by its number of threads.

@@ -134,19 +134,18 @@ def test_offsets_past_31_bits(backend, strides):
 @pytest.mark.parametrize(
     "lengths", [[8192], [1, 0, 300, 900, 0, 2, 77, 0]], ids=["one long", "ragged"]
 )
-def test_batches_large_enough_for_threads(backend, dtype, pooling, lengths, restore_threads):
+def test_batches_large_enough_for_threads(cpp, dtype, pooling, lengths, restore_threads):
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(int(ends[-1]), 205, generator=generator).to(dtype)
     args = (x, ends, None, pooling, True, torch.float32)
-    testing.assert_close_to_reference(OP, args, backend)
-    if backend == "cpp":
-        assert_thread_count_changes_no_bit(args)
+    testing.assert_close_to_reference(OP, args, cpp)
+    assert_thread_count_changes_no_bit(args)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     padded = x.new_zeros(*mask.shape, 205)
     padded[mask] = x
     args = (padded, None, mask, pooling, False, dtype)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 def assert_thread_count_changes_no_bit(args):

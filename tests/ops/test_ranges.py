@@ -3,12 +3,11 @@
 import pytest
 
 import embedfuse
-from embedfuse import config
+from tests.isas import isas_of
 from tests.range_checks import CHECKS
 
 
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("isa", config.CPU_ISAS)
+@pytest.mark.parametrize(("name", "isa"), [(name, isa) for name in CHECKS for isa in isas_of(name)])
 def test_cpp(name, isa, use_isa):
     use_isa(isa)
     with embedfuse.use_backend("cpp"):

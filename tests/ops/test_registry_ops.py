@@ -6,14 +6,9 @@ import pytest
 import torch
 
 import embedfuse
-from embedfuse import config, testing
+from embedfuse import testing
 from embedfuse.registry import OPS
-
-# (backend, ISA): the C++ kernels once per instruction set that they are compiled for.
-CPP = [("cpp", isa) for isa in config.CPU_ISAS]
-VERSIONS = [("reference", None), *CPP]
-BACKENDS = [("reference", None), ("cpp", None)]
-
+from tests.isas import isas_of
 
 # torch's GEMM takes part, which rounds by its number of threads: the same bits each time, by one number.
 TORCH_GEMM = (
@@ -24,8 +19,21 @@ TORCH_GEMM = (
 )
 
 
-def per_op(versions):
-    params = [(op, *version) for op in OPS.values() for version in versions]
+def reference(op):
+    return [(op, "reference", None)]
+
+
+def cpp(op):
+    return [(op, "cpp", None)]
+
+
+def every_isa(op):
+    """The C++ kernels once per instruction set that they are compiled for."""
+    return [(op, "cpp", isa) for isa in isas_of(op.name)]
+
+
+def per_op(*versions):
+    params = [version for op in OPS.values() for of_op in versions for version in of_op(op)]
     ids = ["-".join(filter(None, (op.name, backend, isa))) for op, backend, isa in params]
     return pytest.mark.parametrize("version", params, indirect=True, ids=ids)
 
@@ -58,9 +66,9 @@ def assert_same(got, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-# Not the reference: it is what the others are held to.
+# Not the reference: it is what the others are held to. Outputs are poisoned, so all are written.
 @per_dtype
-@per_op(CPP)
+@per_op(every_isa)
 def test_numerics(version, dtype):
     op, backend = version
     for args in op.make_samples("cpu", dtype, "test"):
@@ -68,8 +76,8 @@ def test_numerics(version, dtype):
 
 
 @per_dtype
-@per_op(VERSIONS)
-def test_outputs_are_fully_written(version, dtype):
+@per_op(reference)
+def test_the_reference_writes_all_outputs(version, dtype):
     op, _ = version
     for args in op.make_samples("cpu", dtype, "test"):
         plain = testing.run(op, args)
@@ -80,7 +88,7 @@ def test_outputs_are_fully_written(version, dtype):
 
 # Not the reference: torch's own kernels do not promise it.
 @per_dtype
-@per_op(CPP)
+@per_op(every_isa)
 def test_thread_count_changes_no_bit(version, dtype, restore_threads):
     op, _ = version
     for args in op.make_samples("cpu", dtype, "test"):
@@ -91,7 +99,7 @@ def test_thread_count_changes_no_bit(version, dtype, restore_threads):
 
 
 @per_dtype
-@per_op(BACKENDS)
+@per_op(cpp)
 def test_concurrent_calls(version, dtype):
     op, backend = version
     samples = op.make_samples("cpu", dtype, "test")
@@ -107,8 +115,16 @@ def test_concurrent_calls(version, dtype):
                 assert_same(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@per_op(BACKENDS)
+# Each in one dtype: test_numerics compares dtypes and shapes of the two in all.
+OPCHECKED = [(*reference(op)[0], torch.bfloat16) for op in OPS.values()]
+OPCHECKED += [(*cpp(op)[0], torch.float32) for op in OPS.values()]
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype"),
+    [pytest.param(case[:3], case[3], id=f"{case[0].name}-{case[1]}") for case in OPCHECKED],
+    indirect=["version"],
+)
 def test_opcheck(version, dtype):
     op, _ = version
     # Every fifth: samples vary in a period of three, and a check takes 0.3 s.
@@ -118,7 +134,8 @@ def test_opcheck(version, dtype):
             torch.library.opcheck(op.overload, args)
 
 
-@per_op(BACKENDS)
+# By inductor: test_inductor.py.
+@per_op(cpp)
 def test_compiled_call_is_the_eager_one(version):
     op, _ = version
     for args in op.make_samples("cpu", torch.float32, "test")[::5]:
@@ -127,14 +144,3 @@ def test_compiled_call_is_the_eager_one(version):
             lambda *args, op=op: testing.run(op, args), fullgraph=True, backend="aot_eager"
         )
         assert_same(compiled(*args), testing.run(op, args))
-
-
-@per_op([("cpp", None)])
-def test_inductor(version):
-    op, _ = version
-    args = op.make_samples("cpu", torch.float32, "test")[0]
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda *args: [2 * y for y in outputs(testing.run(op, args))], fullgraph=True
-    )
-    assert_same(tuple(compiled(*args)), tuple(2 * y for y in outputs(testing.run(op, args))))

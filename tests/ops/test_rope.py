@@ -56,9 +56,9 @@ def test_is_that_of_transformers(backend, dtype):
 
 @pytest.mark.parametrize("half", [1, 7, 8, 9, 15, 16, 17, 31, 33, 64])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_widths_around_a_register(backend, half, dtype):
+def test_widths_around_a_register(cpp, half, dtype):
     args = randn(20, 3, 2 * half, dtype=dtype), *angles(20, half, dtype)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 def test_a_slice_of_a_product_and_nothing_else(backend):

@@ -36,9 +36,9 @@ def test_far_from_zero(backend, columns):
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_widths_around_a_register(backend, columns, dtype):
+def test_widths_around_a_register(cpp, columns, dtype):
     args = randn(20, 2 * columns, dtype=dtype).chunk(2, 1)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
 def test_the_halves_of_a_product(backend):

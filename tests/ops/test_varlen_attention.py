@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from embedfuse import config, testing
+from embedfuse import testing
 from embedfuse.ops import varlen_attention
 from embedfuse.ops.varlen_attention import OP
+from tests.isas import isas_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -70,14 +71,14 @@ def test_without_keys(backend):
 # One register of query rows, one block of them, and one block of keys, each one less and one more.
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 129, 1030])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_lengths(backend, rows, dtype):
+def test_lengths(cpp, rows, dtype):
     args = random_args([rows, 3], [rows, 3], (2, 20), dtype)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
     args = random_args([1, 2], [rows, 3], (2, 20), dtype)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, cpp)
 
 
-@pytest.mark.parametrize("isa", config.CPU_ISAS)
+@pytest.mark.parametrize("isa", isas_of("varlen_attention"))
 @pytest.mark.parametrize("head_dim", [1, 3, 4, 5, 8, 15, 16, 17, 32, 63, 64, 80, 96, 128, 255, 256])
 def test_head_dims(use_isa, isa, head_dim):
     use_isa(isa)
@@ -85,7 +86,7 @@ def test_head_dims(use_isa, isa, head_dim):
     testing.assert_close_to_reference(OP, args, "cpp")
 
 
-@pytest.mark.parametrize("isa", config.CPU_ISAS)
+@pytest.mark.parametrize("isa", isas_of("varlen_attention"))
 def test_exp_is_accurate_to_rounding(use_isa, isa):
     """Two keys with scores 0 and x <= 0 and values 0 and 1: e^x / (1 + e^x)."""
     use_isa(isa)
@@ -103,7 +104,7 @@ def test_exp_is_accurate_to_rounding(use_isa, isa):
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("size", [1.0, 300.0])
-def test_running_maximum(backend, order, size):
+def test_running_maximum(kernel, order, size):
     """Scores of up to 300 over several key blocks: e^300 is no fp32 number."""
     key = torch.linspace(-1, 1, 200)[:, None, None] * size
     if order == "falling":
@@ -118,7 +119,7 @@ def test_running_maximum(backend, order, size):
         False,
         None,
     )
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, kernel)
 
 
 def test_nan_stays_in_its_sequence(backend):
@@ -195,11 +196,11 @@ def test_the_last_query_row_has_the_position_of_the_last_key(backend):
 
 
 @pytest.mark.parametrize("more", [1, 33])
-def test_rows_before_their_last_keys_with_three_heads_each(backend, more):
+def test_rows_before_their_last_keys_with_three_heads_each(kernel, more):
     """Blocks of 64 rows end amid a token's heads; its own key is the first of a block of keys."""
     q, k, v, *rest = random_args([70], [70 + more], (3, 8))
     args = (q, k[:, :1], v[:, :1], *rest[:3], True, None)
-    testing.assert_close_to_reference(OP, args, backend)
+    testing.assert_close_to_reference(OP, args, kernel)
 
 
 def test_groups_of_heads_share_keys(backend):
@@ -209,7 +210,7 @@ def test_groups_of_heads_share_keys(backend):
     assert found.flatten().tolist() == [2, 2, 20, 20]
 
 
-@pytest.mark.parametrize("isa", config.CPU_ISAS)
+@pytest.mark.parametrize("isa", isas_of("varlen_attention"))
 @pytest.mark.parametrize("window", [None, 1, 2, 15, 64, 65, 100, 500])
 @pytest.mark.parametrize(
     ("rows", "keys"), [(150, 150), (1, 150), (20, 150), (65, 64), (70, 3), (64, 128), (17, 17)]
