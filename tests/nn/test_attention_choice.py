@@ -16,7 +16,7 @@ from embedfuse.nn.attention import KERNEL, SDPA, VARLEN, attention, choose, cuda
 from embedfuse.nn.flash import FLASH_ATTENTION_3, TORCH_VARLEN
 from embedfuse.ops.varlen_attention import varlen_attention
 from embedfuse.packing import unpadded
-from embedfuse.patching.forward.packed_model import attention_in_force
+from embedfuse.patching.forward.packed_model import attention_in_use
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
@@ -265,10 +265,10 @@ def test_report_names_what_runs(gpu):
     gpu((9, 0), fa3)
     layout = SimpleNamespace(layers=[SimpleNamespace(head_dim=64)])
     model = SimpleNamespace(device=torch.device("cuda", 0), dtype=F16)
-    assert attention_in_force(model, layout) == ["attention by FlashAttention-3"]
+    assert attention_in_use(model, layout) == ["attention by FlashAttention-3"]
     gpu((8, 0))
-    assert attention_in_force(model, layout) == ["attention by torch.nn.attention.varlen"]
+    assert attention_in_use(model, layout) == ["attention by torch.nn.attention.varlen"]
     model.dtype = F32
-    assert attention_in_force(model, layout) == ["attention by varlen_attention in Triton"]
+    assert attention_in_use(model, layout) == ["attention by varlen_attention in Triton"]
     model.device = CPU
-    assert attention_in_force(model, layout) == []
+    assert attention_in_use(model, layout) == []
