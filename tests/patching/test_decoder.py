@@ -1,4 +1,4 @@
-"""Mistral, LLaMA, Qwen2, Qwen3: the original's vectors and gradients, and what runs on the original forward."""
+"""Mistral, LLaMA, Qwen2, Qwen3: the original's vectors and gradients, and the refused calls."""
 
 import copy
 
