@@ -126,9 +126,10 @@ def end_to_end(sequences: list[list[int]], device: torch.device) -> tuple[Tensor
 
 def pad_right(input_ids: Tensor, packed: Packed, padding_idx: int) -> tuple[Tensor, Tensor]:
     """Token ids (tokens,) as input_ids and attention_mask (batch, length), padded on the right."""
-    padded = pad_sequence(input_ids.split(packed.lengths), True, padding_idx)
-    lengths = torch.tensor(packed.lengths, device=input_ids.device)[:, None]
-    mask = torch.arange(padded.shape[1], device=input_ids.device) < lengths
+    lengths = packed.lengths_on_host()
+    padded = pad_sequence(list(input_ids.split(lengths)), True, padding_idx)
+    ends = torch.tensor(lengths, device=input_ids.device)[:, None]
+    mask = torch.arange(padded.shape[1], device=input_ids.device) < ends
     return padded, mask.long()
 
 
