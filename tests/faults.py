@@ -24,7 +24,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 300  # after which tests hang
+SECONDS = 300  # for the tests of a fault
 # Triton reads whether to interpret when it is imported, which the second line does.
 FOR_ALL = ("pytest", "torch")
 WITHOUT_INTERPRETER = (
@@ -95,9 +95,9 @@ def build(tree: Path) -> None:
 def outcome_of(tree: Path, fault: dict) -> str:
     with applied(tree, fault):
         code, text = run(tree, fault)
-    if code not in (0, 1, None):
+    if code not in (0, 1):
         print(text)
-    return {0: "MISSED", 1: "caught", None: "caught"}.get(code, "BROKEN")  # None: hung
+    return {0: "MISSED", 1: "caught", None: "not done"}.get(code, "BROKEN")
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""Kept prefixes on a simulated GPU: which stream waits for which, and how long memory is held."""
+"""Kept prefixes: how much of a text they give; on a simulated GPU, which stream waits for which, and how long
+memory is held."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from embedfuse.nn.prefixes import PrefixCache, shared_steps
+from embedfuse.nn.prefixes import Prefix, PrefixCache, longest, shared_steps
 from embedfuse.packing import end_to_end
 
 GPU = torch.device("cuda", 0)
@@ -101,3 +103,13 @@ def test_on_the_cpu_no_stream_is_asked_for(monkeypatch):
     for last in (40, 41, 42):
         found = call(cache, [[*INSTRUCTION, last]], None, torch.Tensor)
     assert found == [[*INSTRUCTION, 42]]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [([1, 2, 3, 4], 3), ([1, 2, 3], 2), ([1, 2, 3, 4, 5], 4)]
+)
+def test_the_last_token_of_a_text_is_left_to_run(text, tokens):
+    prefix = Prefix(np.array([1, 2, 3, 4]))
+    found = longest([prefix], np.array(text), 0)
+    assert found[0] is prefix
+    assert found[1] == tokens
