@@ -20,41 +20,33 @@ def aligned(x: torch.Tensor) -> bool:
     return all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
 
 
-def different_launches() -> list:
-    """(launch, its chips) by kernel and config, without those that Triton compiles to the same code: it sees
-    divisibility and no shapes. Both 16-bit types take the same registers (benchmarks/results/aot.json)."""
+def distinct_launches() -> list:
+    """(launch, chip) of all that compiles differently: Triton sees divisibility, and no shapes.
+
+    On a launch's first chip in every run, on the others marked slow.
+    """
     found = {}
     for chip in sorted(CHIPS, key=lambda chip: CHIPS[chip].block_shared):
         for module in kernel_modules():
             for launch in launches(module, chip):
                 source, options = launch.source()
                 code = source.signature, source.constants, source.attrs, options
-                code = repr(code).replace("fp16", "bf16"), aligned(launch.args[0])
-                config = launch.name(), launch.dtype().replace("fp16", "bf16"), str(launch.config())
-                found.setdefault(config, {}).setdefault(code, (launch, []))[1].append(chip)
-    groups = [list(group.values()) for group in found.values()]
-    return [pytest.param(group, id=str(group[0][0])) for group in groups]
+                key = launch.name(), repr(code), aligned(launch.args[0])
+                found.setdefault(key, {}).setdefault(chip, launch)
+    return [
+        pytest.param(launch, chip, id=f"{launch}-{chip}", marks=[pytest.mark.slow] if i else [])
+        for launch_of in found.values()
+        for i, (chip, launch) in enumerate(launch_of.items())
+    ]
 
 
-def compile_and_check(launch, chip: str) -> tuple[int, bool]:
-    """Registers, and whether other chips need no look: they take at most 37 more where there is no product of
-    matrices (benchmarks/results/aot.json)."""
+@pytest.mark.parametrize(("launch", "chip"), distinct_launches())
+def test_compiles_without_spills_and_narrow_loads(launch, chip):
     compiled = launch.compile(chip)
     used = resources(compiled)
-    assert used["shared"] <= CHIPS[chip].block_shared, f"{launch} on {chip}"
-    assert 0 < used["registers"] <= 255, f"{launch} on {chip}"
-    assert used["spilled"] == 0, f"{launch} on {chip}: {used['spilled']} bytes of registers spilled"
+    assert used["shared"] <= CHIPS[chip].block_shared
+    assert 0 < used["registers"] <= 255
+    assert used["spilled"] == 0, f"{used['spilled']} bytes of registers spilled"
     if aligned(launch.args[0]):
         # Triton falls back to loads of one element, in silence, when it cannot follow an address.
-        assert not re.search(r"ld\.global[.\w:]*\.b16", compiled.asm["ptx"]), f"{launch} on {chip}"
-    half = used["registers"] <= 128 and used["shared"] <= CHIPS[chip].block_shared // 2
-    return used["registers"], half and "tt.dot" not in compiled.asm["ttir"]
-
-
-@pytest.mark.parametrize("group", different_launches())
-def test_compiles_without_spills_and_narrow_loads(group):
-    """All on their first chip; on the others the one that takes most."""
-    found = [(*compile_and_check(launch, chips[0]), launch, chips) for launch, chips in group]
-    _, little, launch, chips = max(found, key=lambda one: one[0])
-    for chip in () if little else chips[1:]:
-        compile_and_check(launch, chip)
+        assert not re.search(r"ld\.global[.\w:]*\.b16", compiled.asm["ptx"])
