@@ -221,8 +221,7 @@ def update(inputs, first, sigmoid, maximum, sums, total, count, factor):
     """Launcher over a tile of scores, whose first column has the number `first`.
 
     inputs: scores to guide_limit, in the order of the kernel's parameters. maximum, sums, total, count:
-        (rows,)
-    running statistics, which are updated. factor: (rows,) or None.
+    running statistics (rows,), which are updated. factor: (rows,) or None.
     """
     _launch(update_kernel, UPDATE, inputs, first, sigmoid, maximum, sums, total, count, factor)
 

@@ -73,9 +73,8 @@ def cuda_seconds(call: Callable, repeats: int = 20, before: Callable = lambda: N
     """
     call()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda._sleep(
-        2 * 10**7
-    )  # about 10 ms, so that launches are queued before the GPU needs them
+    # About 10 ms, so that launches are queued before the GPU needs them.
+    torch.cuda._sleep(2 * 10**7)
     for start, end in events:
         before()
         start.record()

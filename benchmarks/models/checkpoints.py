@@ -72,9 +72,8 @@ def write_bge_m3_files(folder: Path, sizes: dict = FULL) -> Path:
     hidden = sizes["hidden_size"]
     _write_tokenizer(folder, sizes)
     colbert, sparse = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
-    nn.init.constant_(
-        sparse.bias, 0.5
-    )  # most tokens then have a positive weight, as in the published model
+    # Most tokens then have a positive weight, as in the published model.
+    nn.init.constant_(sparse.bias, 0.5)
     torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
     torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
     _write_json(folder / "modules.json", _MODULES)

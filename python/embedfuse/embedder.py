@@ -255,9 +255,8 @@ class Embedder:
             ValueError: As `encode`.
         """
         dtype = _array_dtype(array_dtype)
-        self._pipeline.check(
-            texts, outputs
-        )  # here, because a generator would check at the first part
+        # Not in parts(), which would check when the first part is taken.
+        self._pipeline.check(texts, outputs)
         prompt = self.preset.prompt if prompt is None else prompt
 
         def parts() -> Iterator[Embeddings]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from embedfuse import losses
+from embedfuse import losses, ops
 from embedfuse.losses import NegativeQueue
 from embedfuse.ops import Rows
 
@@ -115,3 +115,22 @@ def test_every_loss_takes_one(backend, name):
     assert q.grad.abs().max() > 0
     assert len(queue.rows().vectors) == 10
     assert "queue.vectors" in loss.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (losses.InfoNCE, {}),
+        (losses.GISTLoss, {"between_queries": False, "between_documents": False}),
+    ],
+)
+def test_guide_of_another_dtype_than_the_vectors(kind, options):
+    """The queue's guide gets the dtype of the documents' guide, not that of their vectors."""
+    queue = NegativeQueue(5, 8, guide_dim=4)
+    loss = kind(0.1, normalize=False, queue=queue, reduction="none", **options)
+    guides = [batch(seed, width=4).bfloat16() for seed in range(2)]
+    q, d = Rows(batch(0), None, guides[0]), Rows(batch(1), None, guides[1])
+    loss(q, d)
+    bank = Rows(d.vectors, None, d.guide)
+    wanted = ops.info_nce(q, d, bank=bank, temperature=0.1).loss
+    torch.testing.assert_close(loss(q, d), wanted)

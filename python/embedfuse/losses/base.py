@@ -86,6 +86,8 @@ class ContrastiveLoss(nn.Module):
         if self.normalize:
             q, d, hard = normalized(q), normalized(d), hard and normalized(hard)
         bank = None if self.queue is None else self.queue.rows(d.vectors.dtype)
+        if bank is not None and bank.guide is not None and d.guide is not None:
+            bank = bank._replace(guide=bank.guide.to(d.guide.dtype))
         with errors_on_all_ranks(self.across, q.vectors.device):
             check_side("bank", bank, q)
         loss = self.per_row(q, d, hard, bank)

@@ -72,9 +72,9 @@ class Qwen3Loss(ContrastiveLoss):
     + sum_{j != i} m_ij (e^s(q_i, q_j) + e^s(d_i, d_j) + e^s(q_i, d_j)), s = cos / temperature, with the hard
     negatives h of the row.
 
-    m_ij = 0 where the score is above that of (q_i, d_i) by more than margin, or d_j is d_i by their ids. In
-    the first and the third sum that score is s(q_i, h_ik) and s(q_i, q_j) temperature, for (d_i, d_j) it is
-    the one of (q_i, d_j). The documents of the queue are in the third sum. The report names no temperature.
+    m = 0 where the cosine is above that of (q_i, d_i) by more than margin, or the document is d_i by its id.
+    The cosine is that of the pair itself, but for (d_i, d_j) it is that of (q_i, d_j). The documents of the
+    queue are negatives as the d_j of (q_i, d_j). The report names no temperature.
     Source: Qwen3-Embedding, arXiv 2506.05176.
 
     Args:

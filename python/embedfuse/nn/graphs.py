@@ -246,9 +246,8 @@ class GraphCache:
                 if self._device is None:
                     self._device = self.device_graphs(buffers[0].device)
                 replay, output = self._device.capture(lambda: batch.forward(buffers))
-            except (
-                Exception
-            ) as error:  # the eager forward runs instead, and raises what is the call's fault
+            # Whatever it is: the eager forward runs instead, and raises what is the call's fault.
+            except Exception as error:
                 self._empty(self._snapshot)
                 self.refusal = str(error)
                 if not isinstance(error, LengthsUnknown):

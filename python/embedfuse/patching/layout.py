@@ -44,9 +44,8 @@ class Layout:
 
     def __init__(self, model: nn.Module, buffers: tuple[Tensor, ...]):
         self._model = weakref.ref(model)  # the model refers to the layout
-        self.watch = Watch(
-            model, model.original, buffers
-        )  # first, so that no later change is missed
+        # First, so that no later change is missed.
+        self.watch = Watch(model, model.original, buffers)
         self.layers: list[EncoderLayer] | list[DecoderLayer] = []
         self.refusal = obstacle(model)
         named = list(model.named_modules())[1:]

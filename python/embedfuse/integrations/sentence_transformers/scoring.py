@@ -56,8 +56,7 @@ def maxsim(
         a: Queries: a list of (tokens, dim), or a padded (queries, tokens, dim), as tensors or arrays.
         b: Documents, in the same forms.
         a_mask: (queries, tokens), nonzero at tokens. None takes all rows of a list, and of a padded tensor
-            those
-            that are not all zeros.
+            those that are not all zeros.
         b_mask: (documents, tokens), likewise.
         chunk_elements: Has no effect.
         length_normalize: Divide each score by the number of tokens of its query (MeanMaxSim).

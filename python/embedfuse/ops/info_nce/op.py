@@ -24,8 +24,8 @@ _INPUTS = (
 #   statistic  log sum_j e^z_ij  | sigmoid: sum_j softplus(z_ij)      (rows,) fp32
 #   total      sum_j z_ij        | sigmoid: sum_j sigmoid(z_ij)       (rows,) fp32
 #   count      how many                                               (rows,) int64
-#   mean       sum_j w_ij y_j, w_ij = e^(z_ij - statistic) | sigmoid(z_ij)   (rows, d) fp32; (0, d) unless
-# `mean`
+#   mean       sum_j w_ij y_j, w_ij = e^(z_ij - statistic) | sigmoid(z_ij)   (rows, d) fp32
+# The last is (0, d) unless `mean`.
 FORWARD = Op(
     f"info_nce_forward({_INPUTS}, bool mean) -> (Tensor, Tensor, Tensor, Tensor)",
     "InfoNCE and sigmoid losses, without storing logits",
@@ -33,8 +33,8 @@ FORWARD = Op(
 )
 
 # G_ij = g_statistic_i w_ij + g_total_i where j counts for i, g_target_i where j is the target, else 0.
-# w as in FORWARD. Returns G y (rows, d) fp32, (0, d) unless for_x, and G^T x (columns, d) in y's dtype, (0,
-# d) unless for_y.
+# w as in FORWARD. Returns G y (rows, d) fp32, (0, d) unless for_x, and G^T x (columns, d) in y's dtype,
+# (0, d) unless for_y.
 BACKWARD = Op(
     f"info_nce_backward({_INPUTS}, Tensor statistic, Tensor g_statistic, Tensor g_total, Tensor g_target, "
     "bool for_x, bool for_y) -> (Tensor, Tensor)",

@@ -18,10 +18,12 @@ TILE = {"cpu": (1024, 1024), "cuda": (4096, 2048)}
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of scores and what decides which of them count; tensors as in op.py, of the rows and columns of
-    this tile. `target` counts columns of the whole matrix, `first` is the tile's first column. x_factor
-    (rows,),
-    y_factor (columns,): what `scores` are still to be multiplied by."""
+    """A tile of scores and what decides which of them count.
+
+    Tensors are as in op.py, of the rows and columns of this tile. `target` counts columns of the whole
+    matrix, `first` is the tile's first column. x_factor (rows,), y_factor (columns,): what `scores` are still
+    to be multiplied by.
+    """
 
     x: Tensor
     y: Tensor
@@ -46,9 +48,8 @@ class TileKernels:
 
     multiply(x, y, out): out = x y^T, the scores.
     update(tile, maximum, sum, total, count, factor) adds a tile to the running statistics of the rows; sums
-    are
-        relative to the running maximum. Where factor is given, the tile becomes the weights relative to the
-        new maximum, and factor what earlier weights are to be multiplied by.
+        are relative to the running maximum. Where factor is given, the tile becomes the weights relative to
+        the new maximum, and factor what earlier weights are to be multiplied by.
     gradient(tile, statistic, g_statistic, g_total, g_target, into=None): the tile becomes G. With into (rows,
         columns) it becomes G times the scores, and the gradient of the products is added to `into`.
     """

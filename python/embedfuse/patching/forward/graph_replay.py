@@ -116,9 +116,8 @@ def warm(model: nn.Module, tokens: int, sequences: int, pooling: str | None) -> 
             f"warm_up: called under autocast on {device.type}; accepted is a call without, because graphs "
             "run without"
         )
-    kinds = 1 + (
-        getattr(model.config, "type_vocab_size", 1) > 1
-    )  # some tokenizers give token types
+    # Some tokenizers give token types.
+    kinds = 1 + (getattr(model.config, "type_vocab_size", 1) > 1)
     for most_tokens, most_sequences in buckets(tokens, sequences):
         n = min(most_tokens, most_sequences)
         packed = unpadded([most_tokens // n + (i < most_tokens % n) for i in range(n)], device)
