@@ -80,7 +80,7 @@ def explained(package: str) -> Iterator[None]:
     except ImportError as error:
         if package in EXTRAS and version(package) is None:
             extra = EXTRAS[package]
-            raise ImportError(
+            raise type(error)(
                 f"{error}: pip install 'embedfuse[{extra}]'", name=error.name
             ) from error
         statuses = {p: p.status() for p in PAIRS if p.package == package}
