@@ -32,7 +32,7 @@ class Pair:
     def status(self) -> str:
         """Whether the installed releases work together: "yes", or why not."""
         installed, other = version(self.package), version(self.other)
-        if None in (installed, other):
+        if installed is None or other is None:
             return f"{self.package if installed is None else self.other} is not installed"
         if installed not in SpecifierSet(self.releases, prereleases=True):
             return f"{self.package} is {installed}: not tried"

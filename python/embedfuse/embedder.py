@@ -1,17 +1,19 @@
 """Embedder: load an embedding model and encode texts, without padding and without batch sizes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from embedfuse.ops import Csr, lexical_scores, maxsim
 from embedfuse.ops.checks import as_tensor
 from embedfuse.patching import Report, patch, report, warm_up
 from embedfuse.patching.families import patched_class_of
+from embedfuse.patching.forward.packed_model import PackedModel
 from embedfuse.patching.swap import Options
 from embedfuse.pipeline.checkpoint import read_preset
 from embedfuse.pipeline.embeddings import Embeddings, Vectors
@@ -91,15 +93,18 @@ class Embedder:
         tokenize = TextTokenizer(load_tokenizer(model, self.preset, strict, hub))
         torch_dtype = getattr(torch, dtype)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        transformer = load_model(model, torch_dtype, hub).requires_grad_(False).to(device)
-        self._patch(transformer, reuse_prefixes)
+        loaded = load_model(model, torch_dtype, hub).requires_grad_(False).to(device)
+        transformer = self._patch(loaded, reuse_prefixes)
+        pooling, normalize = self.preset.pooling, self.preset.normalize
+        assert pooling is not None  # read_preset fills both
+        assert normalize is not None
         hidden_size = transformer.config.hidden_size
         self._pipeline = EmbeddingPipeline(
             transformer,
             tokenize,
             load_heads(model, hidden_size, device, torch_dtype, **hub),
-            pooling=self.preset.pooling,
-            normalize=self.preset.normalize,
+            pooling=pooling,
+            normalize=normalize,
             dimensions=dimensions,
             llm2vec=LLM2VecTokenizer(tokenize, self.preset) if self.preset.wraps else None,
         )
@@ -111,21 +116,23 @@ class Embedder:
         if not 3 <= self.max_length <= longest:
             raise ValueError(f"max_length={max_length}: accepted is 3 to {longest}")
 
-    def _patch(self, transformer, reuse_prefixes: str) -> None:
+    def _patch(self, transformer: nn.Module, reuse_prefixes: str) -> PackedModel:
         bidirectional = self.preset.attention == "bidirectional"
         can_stream = not bidirectional and "stream" in patched_class_of(transformer).reuses
         if reuse_prefixes == "stream" and not can_stream:
             reuse_prefixes = "batch"
         attention = "bidirectional" if bidirectional else None
         patch(transformer, attention=attention, reuse_prefixes=reuse_prefixes)
+        assert isinstance(transformer, PackedModel)  # its class now
+        return transformer
 
     @property
-    def model(self):
+    def model(self) -> Any:
         """The patched transformers model."""
         return self._pipeline.model
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         """The transformers tokenizer."""
         return self._pipeline.tokenize.tokenizer
 
@@ -260,10 +267,10 @@ class Embedder:
         prompt = self.preset.prompt if prompt is None else prompt
 
         def parts() -> Iterator[Embeddings]:
-            total = len(texts) if hasattr(texts, "__len__") else None
+            total = len(texts) if isinstance(texts, Sized) else None
             with tqdm(total=total, unit="text", disable=not show_progress) as bar:
                 call = (texts, outputs, self.max_length, dtype, bar.update)
-                yield from map(Vectors.numpy, self._pipeline.stream(*call, prompt=prompt))
+                yield from map(Vectors.numpy, self._pipeline.stream(*call, prompt=prompt or ""))
 
         return parts()
 
@@ -336,8 +343,8 @@ class Embedder:
         Returns:
             The score.
         """
-        query, passage = (as_tensor(x)[None].float() for x in (query, passage))
-        return maxsim(query, passage, reduction="mean").item()
+        q, p = (as_tensor(x)[None].float() for x in (query, passage))
+        return maxsim(q, p, reduction="mean").item()
 
 
 def _array_dtype(name: str) -> torch.dtype:

@@ -140,11 +140,12 @@ class Op:
         implementations: besides the reference, in order of preference.
     """
 
+    _reference: Callable
+
     def __init__(self, schema: str, meaning: str = "", *, differentiable: bool = False):
         self.schema, self.meaning, self.differentiable = schema, meaning, differentiable
         self.name = schema.split("(")[0]
         self.implementations: list[Implementation] = []
-        self._reference: Callable | None = None
         self._chosen: dict[tuple, Callable] = {}
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")

@@ -51,16 +51,16 @@ class ToHost:
 
         None stays None. Tensors on the host are returned as they are.
         """
-        if self._stream is None:
+        stream = self._stream
+        if stream is None:
             return lambda: tensors
-        device = self._stream.device
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         # The tensors were made in inference mode; outside of it torch may refuse to mark them.
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            copies = tuple(None if t is None else self._copy(t) for t in tensors)
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            copies = tuple(None if t is None else _copy(t, stream) for t in tensors)
         # blocking: the waiting thread sleeps, so that the tokenizer's thread can use its core.
         done = torch.cuda.Event(blocking=True)
-        done.record(self._stream)
+        done.record(stream)
 
         def wait() -> tuple[Tensor | None, ...]:
             done.synchronize()
@@ -68,10 +68,11 @@ class ToHost:
 
         return wait
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        copy = pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)
-        return copy
+
+def _copy(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    copy = pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)
+    return copy
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

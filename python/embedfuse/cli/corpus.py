@@ -43,7 +43,9 @@ def stdlib_pairs() -> tuple[tuple[str, str], ...]:
     return tuple((query, document) for document, query in found.items())
 
 
-def _functions(node: ast.AST, path: str) -> Iterator[tuple[str, ast.AST]]:
+def _functions(
+    node: ast.AST, path: str
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.ClassDef, *_FUNCTIONS)):
             name = f"{path}.{child.name}"

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from embedfuse.patching.swap import Options, Patched
 from embedfuse.patching.wrapper import PatchedWrapper
 
 
-def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch") -> Report:
+def patch(model: Any, *, attention: str | None = None, reuse_prefixes: str = "batch") -> Report:
     """Make a live model faster, in place: same calls, same vectors.
 
     Padding is dropped before the first layer. Positions of `last_hidden_state` that attention_mask leaves out
@@ -61,7 +62,7 @@ def patch(model, *, attention: str | None = None, reuse_prefixes: str = "batch")
     return patched_class_of(model).install(model, options)
 
 
-def unpatch(model) -> None:
+def unpatch(model: Any) -> None:
     """Undo `patch`: class, parameters and outputs are as before, bit for bit.
 
     Args:
@@ -74,7 +75,7 @@ def unpatch(model) -> None:
     model.uninstall()
 
 
-def is_patched(model) -> bool:
+def is_patched(model: object) -> bool:
     """Whether `patch` was applied to this object and not undone.
 
     Args:
@@ -84,7 +85,7 @@ def is_patched(model) -> bool:
 
 
 @contextlib.contextmanager
-def patched(model, **options) -> Iterator[Report]:
+def patched(model: Any, **options: Any) -> Iterator[Report]:
     """Context manager: `patch` on entry, `unpatch` on exit. A model that was patched before stays patched.
 
     Args:
@@ -106,7 +107,7 @@ def patched(model, **options) -> Iterator[Report]:
             unpatch(model)
 
 
-def report(model) -> Report:
+def report(model: Any) -> Report:
     """The Report of a patched model, kept up to date.
 
     Args:
@@ -119,7 +120,9 @@ def report(model) -> Report:
     return model._embedfuse.report
 
 
-def warm_up(model, *, tokens: int = 512, sequences: int = 8, pooling: str | None = None) -> int:
+def warm_up(
+    model: Any, *, tokens: int = 512, sequences: int = 8, pooling: str | None = None
+) -> int:
     """Capture the CUDA graphs for small batches before the first of these come.
 
     Otherwise the second call of each bucket of (tokens, sequences) captures its graph, and takes some tenths
@@ -146,7 +149,8 @@ def warm_up(model, *, tokens: int = 512, sequences: int = 8, pooling: str | None
         )
     while isinstance(model, PatchedWrapper):
         model = model.inner_model(model)
-    return warm(model, tokens, sequences, pooling if pooling in model.pruned_poolings else None)
+    pruned = pooling in model.pruned_poolings  # pyright: ignore[reportOperatorIssue] # a PackedModel
+    return warm(model, tokens, sequences, pooling if pruned else None)
 
 
 def embed(
@@ -177,9 +181,9 @@ def embed(
         TypeError: Another model.
         ValueError: A mask of another shape, or a row without tokens or with padding between tokens.
     """
-    model = patched_class_of(model).tower(model)
+    tower: nn.Module = patched_class_of(model).tower(model)
     call = {"input_ids": input_ids, "attention_mask": attention_mask}
-    mask = attention_mask
+    mask, pooled = attention_mask, None
     if pooling_mask is not None:
         if pooling_mask.shape != input_ids.shape:
             raise ValueError(
@@ -188,17 +192,17 @@ def embed(
             )
         mask = pooling_mask if attention_mask is None else attention_mask * pooling_mask
         pooled = pack(input_ids, mask, "pooling_mask")
-    if isinstance(model, PackedModel):
-        found = model.packed_states(call, pooling=pooling if pooling_mask is None else None)
+    if isinstance(tower, PackedModel):
+        found = tower.packed_states(call, pooling=pooling if pooling_mask is None else None)
         if found is not None:
-            if pooling_mask is not None:
+            if mask is not None and pooled is not None:
                 found = PackedStates(found.states[found.packed.pack(mask) != 0], pooled)
             return found.pool(pooling, normalize)
     pack(input_ids, attention_mask)  # for its errors
-    states = model(**call, return_dict=True).last_hidden_state
+    states = tower(**call, return_dict=True).last_hidden_state
     return pool_normalize(states, attention_mask=mask, pooling=pooling, normalize=normalize)
 
 
-def _require_patched(model) -> None:
+def _require_patched(model: object) -> None:
     if not is_patched(model):
         raise ValueError(f"model: this {type(model).__name__} is not patched")

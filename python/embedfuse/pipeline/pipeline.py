@@ -69,7 +69,7 @@ class EmbeddingPipeline:
         outputs: Sequence[str],
         max_length: int,
         dtype: torch.dtype = torch.float32,
-        advance: Callable[[int], None] = lambda texts: None,
+        advance: Callable[[int], object] = lambda texts: None,
         max_batch_tokens: int | None = None,
         prompt: str = "",
         on_host: bool = True,

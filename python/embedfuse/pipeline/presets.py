@@ -100,14 +100,14 @@ class Preset:
                 "with other unsafe_dtypes"
             )
 
-    def prompt_of_query(self, instruction: str | None) -> str:
+    def prompt_of_query(self, instruction: str | None) -> str | None:
         """The text to put before a query.
 
         Args:
             instruction: one sentence that describes the task; None: the preset's query_prompt.
 
         Returns:
-            The prompt.
+            The prompt; None if the preset says nothing.
 
         Raises:
             ValueError: An instruction for a model that takes none, or an empty one.
@@ -125,8 +125,8 @@ class Preset:
             )
         return self.instruction_prompt.replace(INSTRUCTION, instruction)
 
-    def prompt_of_document(self) -> str:
-        """The text to put before a passage."""
+    def prompt_of_document(self) -> str | None:
+        """The text to put before a passage; None if the preset says nothing."""
         return self.prompt if self.document_prompt is None else self.document_prompt
 
 

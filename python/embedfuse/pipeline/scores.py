@@ -34,7 +34,7 @@ def score_pairs(
     weights: Sequence[float],
     max_query_length: int,
     max_passage_length: int,
-    advance: Callable[[int], None] = lambda pairs: None,
+    advance: Callable[[int], object] = lambda pairs: None,
     max_batch_tokens: int | None = None,
 ) -> dict[str, list[float]]:
     """FlagEmbedding's scores of (query, passage) pairs, under its keys.

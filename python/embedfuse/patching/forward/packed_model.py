@@ -20,6 +20,7 @@ import inspect
 import threading
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,10 @@ class PackedModel(Patched):
     state_class = ModelState
     _embedfuse: ModelState
     _argument_names: tuple[str, ...]
+    # Of the transformers model.
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
     # Poolings for which run_layers takes `rows`.
     pruned_poolings: tuple[str, ...] = ("cls", "last")
     # Accepted values of Options: attention next to the model's own, and reuse_prefixes.
