@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/train_contrastive.py --output out --lora 8  # several
 
 The pairs are those of Python's standard library, a twentieth of them held out: recall@1 among these is
-measured before and after. Needs pip install 'embedfuse[train]'.
+measured before and after. Needs the extra train: pip install '.[train]' in a clone.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Fine-tune with SentenceTransformerTrainer and the drop-in loss, which stores no scores.
 
 python examples/train_sentence_transformer.py [MODEL [STEPS]], MODEL a hub name or a folder.
+Needs pip install 'sentence-transformers[train]'.
 """
 
 import builtins

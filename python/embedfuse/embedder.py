@@ -1,5 +1,6 @@
 """Embedder: load an embedding model and encode texts, without padding and without batch sizes."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from numbers import Integral
 from typing import Any
@@ -70,7 +71,7 @@ class Embedder:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         dtype: str = "float32",
         device: str | torch.device | None = None,
@@ -88,6 +89,7 @@ class Embedder:
             raise TypeError(
                 f"dimensions={dimensions!r}: accepted is a whole number, or None for all"
             )
+        model = os.fspath(model)
         self.preset = read_preset(model, hub, preset)
         self.preset.check_dtype(dtype)
         tokenize = TextTokenizer(load_tokenizer(model, self.preset, strict, hub))

@@ -33,7 +33,7 @@ def test_patch_sentence_transformer(capsys):
     before, after = examples.patch_sentence_transformer.main(MINILM)
     assert len(before) == 64
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)
-    assert "fused    6 layers without padding" in capsys.readouterr().out
+    assert "fused         6 layers without padding" in capsys.readouterr().out
 
 
 def test_rerank_cross_encoder(reranker_folder, capsys):

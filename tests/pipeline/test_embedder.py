@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +170,9 @@ def test_a_model_that_the_packed_forward_refuses_gives_the_same(m3_folder, embed
     for name, expected in tensors(embedder.encode(texts, ALL), VOCABULARY).items():
         torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
     assert sum(hooked.report.original_calls.values()) > 0
+
+
+def test_model_may_be_a_path(m3_folder):
+    texts = ["a text"]
+    found, expected = (Embedder(name).encode(texts).dense for name in (Path(m3_folder), m3_folder))
+    np.testing.assert_array_equal(found, expected)

@@ -192,12 +192,12 @@ def embed(
             )
         mask = pooling_mask if attention_mask is None else attention_mask * pooling_mask
         pooled = pack(input_ids, mask, "pooling_mask")
-    if isinstance(tower, PackedModel):
-        found = tower.packed_states(call, pooling=pooling if pooling_mask is None else None)
-        if found is not None:
-            if mask is not None and pooled is not None:
-                found = PackedStates(found.states[found.packed.pack(mask) != 0], pooled)
-            return found.pool(pooling, normalize)
+    wanted = pooling if pooled is None else None
+    found = tower.packed_states(call, pooling=wanted) if isinstance(tower, PackedModel) else None
+    if found is not None:
+        if mask is not None and pooled is not None:
+            found = PackedStates(found.states[found.packed.pack(mask) != 0], pooled)
+        return found.pool(pooling, normalize)
     pack(input_ids, attention_mask)  # for its errors
     states = tower(**call, return_dict=True).last_hidden_state
     return pool_normalize(states, attention_mask=mask, pooling=pooling, normalize=normalize)
