@@ -1,5 +1,7 @@
 """`embedfuse bench`: a row for each sample and backend, or the reason why there is no time."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -79,3 +81,12 @@ def test_samples_are_described():
         "scalar",
         "64",
     ]
+
+
+@pytest.mark.parametrize("name", ["report", "aot", "tune"])
+def test_programs_of_0_1(name, capfd, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert main(["bench", name, "--help"]) == 0
+    out, err = capfd.readouterr()
+    assert f"usage: python -m benchmarks {name}" in out
+    assert f"embedfuse bench {name} has moved to python -m benchmarks {name};" in err

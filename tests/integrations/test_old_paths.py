@@ -168,6 +168,7 @@ def test_new_paths_give_no_warning(library, statement, request):
         ("pylate", "pylate", "pylate"),
         ("sentence_transformers", "sentence_transformers.losses", "sentence-transformers"),
         ("sentence_transformers", "sentence_transformers.scoring", "sentence-transformers"),
+        ("sentence_transformers", "multi_vector_encoder", "sentence-transformers"),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(library, path, extra, fresh, monkeypatch):

@@ -1,5 +1,8 @@
 """Public names of 0.1 that moved still work, and say what to use instead."""
 
+import pickle
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -38,3 +41,23 @@ def test_both_names_at_once():
 def test_other_names():
     with pytest.raises(AttributeError, match="no attribute 'relu'"):
         ops.relu()
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("csr", "Csr", "Csr"),
+        ("int8", "Int8", "Int8"),
+        ("info_nce_inputs", "FalseNegatives", "FalseNegatives"),
+        ("info_nce_inputs", "Rows", "Rows"),
+        ("info_nce_ranks", "AllGather", "AllGather"),
+        ("info_nce_ranks", "Ring", "Ring"),
+        ("info_nce_prefixes", "Prefixes", "Matryoshka"),
+    ],
+)
+def test_objects_that_were_pickled(module, old, new, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"embedfuse.ops.{module}", raising=False)
+    with pytest.warns(DeprecationWarning, match=f"ops.{module} has moved to") as caught:
+        found = pickle.loads(f"cembedfuse.ops.{module}\n{old}\n.".encode())
+    assert found is getattr(ops, new)
+    assert caught[0].filename == __file__

@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from embedfuse.cli.moved import MOVED, run_moved
+
 COMMANDS = {
     "doctor": "what this machine has, and which backend runs which op, or why not",
     "demo": "time a real model on real text, unpatched and patched",
@@ -15,6 +17,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"] and argv[1:2] and argv[1] in MOVED:
+        return run_moved(argv[1:])
     parser = argparse.ArgumentParser(prog="embedfuse", description="Embedding models, made fast.")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, meaning in COMMANDS.items():

@@ -50,6 +50,9 @@ __all__ = [
     "varlen_attention",
 ]
 
+# Modules of 0.1 are found in old_paths/, until 0.3.
+__path__ += [f"{folder}/old_paths" for folder in __path__]
+
 
 def __getattr__(name: str):
     if name not in DEPRECATED:

@@ -14,3 +14,6 @@ __all__ = [
     "unpatch",
     "warm_up",
 ]
+
+# Modules of 0.1 are found in old_paths/, until 0.3.
+__path__ += [f"{folder}/old_paths" for folder in __path__]

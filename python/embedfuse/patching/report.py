@@ -48,6 +48,9 @@ class Report:
         """As before any call: a copy counts its own, and a hash of the model does not change by calls."""
         return replace(self, original_calls=Counter(), graphs=Report.graphs)
 
+    def __setstate__(self, state):
+        vars(self).update({"unrepaired": {}, **state})  # reports of 0.1 have no unrepaired
+
     def __str__(self) -> str:
         lines = [f"{self.model}: patched"]
         lines += [f"  fused         {what}" for what in self.fused]

@@ -5,7 +5,7 @@
 `patch` finds the classes of patched models by itself.
 """
 
-from embedfuse.integrations.old_paths import moved
+from embedfuse.deprecation import moved
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """Old path of embedfuse.integrations.sentence_transformers.scoring."""
 
-from embedfuse.integrations.old_paths import warn_moved
+from embedfuse.deprecation import warn_moved
+from embedfuse.integrations.sentence_transformers import scoring  # noqa: F401 - its error names the extra
 from embedfuse.integrations.sentence_transformers.multi_vector import *  # noqa: F403
 from embedfuse.integrations.sentence_transformers.scoring import *  # noqa: F403
 

@@ -19,7 +19,7 @@ PyLate 1.6 asks for sentence-transformers 5.3. With 6.2 its functions and losses
 there MultiVectorEncoder loads the same checkpoints.
 """
 
-from embedfuse.integrations.old_paths import moved
+from embedfuse.deprecation import moved
 from embedfuse.integrations.pylate.scores import (
     ColBERTScores,
     colbert_kd_scores,
