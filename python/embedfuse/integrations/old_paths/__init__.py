@@ -1,1 +1,1 @@
-"""Modules of embedfuse.integrations in 0.1 that have moved. They work until 0.3, with a DeprecationWarning."""
+"""Modules of embedfuse.integrations that 0.1 had. They work until 0.3, with a DeprecationWarning."""
