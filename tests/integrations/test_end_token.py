@@ -52,7 +52,7 @@ def test_repaired_and_undone(mistral, caplog):
     assert report.repaired == {
         "tokenizer": "added no </s>, which the checkpoint expects after each text"
     }
-    assert "  repaired tokenizer: added no </s>" in str(report)
+    assert "  repaired      tokenizer: added no </s>" in str(report)
     assert caplog.text.count("adds no </s>") == 1
     found = model.encode(TEXTS)
     np.testing.assert_allclose(found, vectors(mistral, 2), rtol=0, atol=2e-5)

@@ -110,9 +110,9 @@ def in_a_process(jobs: list[tuple], answers) -> None:
     poolings = []
     run = PackedModel.run
 
-    def spy(self, layout, packed, tokens, pooling):
+    def spy(self, batch, pooling):
         poolings.append(pooling)
-        return run(self, layout, packed, tokens, pooling)
+        return run(self, batch, pooling)
 
     PackedModel.run = spy
     for model, name, items in jobs:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedfuse.nn.prefixes import Prefix, PrefixCache, longest, shared_steps
+from embedfuse.nn.prefixes import Prefix, PrefixCache, longest_prefix, shared_steps
 from embedfuse.packing import end_to_end
 
 GPU = torch.device("cuda", 0)
@@ -110,6 +110,6 @@ def test_on_the_cpu_no_stream_is_asked_for(monkeypatch):
 )
 def test_the_last_token_of_a_text_is_left_to_run(text, tokens):
     prefix = Prefix(np.array([1, 2, 3, 4]))
-    found = longest([prefix], np.array(text), 0)
+    found = longest_prefix([prefix], np.array(text), 0)
     assert found[0] is prefix
     assert found[1] == tokens

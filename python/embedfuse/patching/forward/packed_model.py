@@ -19,6 +19,7 @@ import functools
 import inspect
 import threading
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,7 @@ class PackedModel(Patched):
     config: Any
     device: torch.device
     dtype: torch.dtype
+    __call__: Callable[..., Any]
     # Poolings for which run_layers takes `rows`.
     pruned_poolings: tuple[str, ...] = ("cls", "last")
     # Accepted values of Options: attention next to the model's own, and reuse_prefixes.
