@@ -187,12 +187,16 @@ def _is_stock(module: str) -> bool:
     return module.split(".")[0] in _STOCK
 
 
+# typing_extensions: Python 3.10 has no typing.Unpack.
+_NO_CODE = ("transformers", "typing", "typing_extensions", "collections")
+
+
 def _is_code(value) -> bool:
     """Whether a value of a modelling file is code that a forward may call."""
     if not callable(value) or isinstance(value, (type, ModuleType)):
         return False
     kind = type(value).__module__.split(".")[0]
-    return isinstance(value, FunctionType) or kind not in ("transformers", "typing", "collections")
+    return isinstance(value, FunctionType) or kind not in _NO_CODE
 
 
 def _is_stock_function(function, name: str | None = None, file: str | None = None) -> bool:
