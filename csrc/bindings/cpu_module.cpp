@@ -9,7 +9,9 @@
 #include "cpu/dispatch.h"
 #include "cpu/lexical.h"
 #include "cpu/pool_normalize_common.h"
+#include "cpu/program.h"
 #include "embedfuse/parallel.h"
+#include "bindings/cpu_program.h"
 #include "bindings/watch.h"
 
 namespace py = pybind11;
@@ -50,23 +52,13 @@ void pool_normalize(uintptr_t hidden_states, int dtype, int64_t row_stride, int6
   cpu_kernels().pool_normalize(args, (float*)scratch);
 }
 
-// parts: for each weight its address, the address of its bias or 0, and its number of columns.
 void linear(uintptr_t x, const std::vector<int64_t>& parts, int dtype, int64_t rows, int64_t depth,
-            int64_t x_stride, uintptr_t out, bool few_rows) {
-  std::vector<LinearPart> weights;
-  int64_t columns = 0;
-  for (size_t i = 0; i + 2 < parts.size(); i += 3) {
-    weights.push_back({(const void*)parts[i], (const void*)parts[i + 1], parts[i + 2], columns});
-    columns += parts[i + 2];
-  }
-  const LinearArgs args{(const void*)x, weights.data(), int64_t(weights.size()),
-                        dtype,          rows,           columns,
-                        depth,          x_stride,       (void*)out};
-  if (few_rows) return cpu_kernels().linear_few_rows(args);
-  // Reused by later calls (a few MB): new pages in every call would cost as much as the arithmetic.
-  static thread_local std::vector<float> scratch;
-  scratch.resize(std::max<size_t>(scratch.size(), cpu_kernels().linear_scratch(args)));
-  cpu_kernels().linear(args, scratch.data());
+            int64_t x_stride, bool gelu, uintptr_t out, bool few_rows) {
+  const std::vector<LinearPart> weights = linear_parts(parts);
+  const int64_t columns = weights.back().first + weights.back().columns;
+  run_linear({(const void*)x, weights.data(), int64_t(weights.size()), dtype, rows, columns, depth,
+              x_stride, gelu, (void*)out},
+             few_rows);
 }
 
 void token_weights(uintptr_t hidden_states, uintptr_t weight, uintptr_t bias, int dtype,
@@ -350,6 +342,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("silu_mul", &silu_mul, py::call_guard<py::gil_scoped_release>());
   m.def("info_nce_update", &info_nce_update, py::call_guard<py::gil_scoped_release>());
   m.def("info_nce_gradient", &info_nce_gradient, py::call_guard<py::gil_scoped_release>());
+  bind_program(m);
   m.def("unchanged", &unchanged);
   m.def("set_thread_pool", &set_thread_pool);
   m.def("supported_isas", &supported_isas);

@@ -98,7 +98,8 @@ void linear_block(const LinearArgs& a, const LinearPart& part, const float* pack
     for (int c = 0; c < Vec::N; ++c) square[c] = Vec::load(sums + c * kBlockRows + v * Vec::N);
     transpose(square);
     for (int r = 0; r < Vec::N && v * Vec::N + r < rows; ++r) {
-      const Vec result = square[r] + Vec::load(bias);
+      Vec result = square[r] + Vec::load(bias);
+      if (a.gelu) result = gelu(result);
       T* out = (T*)a.out + (row + v * Vec::N + r) * a.columns + part.first + column;
       if (columns == Vec::N) {
         result.store(out);

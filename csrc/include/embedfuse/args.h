@@ -39,6 +39,7 @@ struct LinearArgs {
   int dtype;
   int64_t rows, columns, depth;  // columns: of all parts together
   int64_t x_stride;
+  bool gelu;  // whether out is the GELU of the sums
   void* out;  // (rows, columns)
 };
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
-from embedfuse.nn.linear import is_inference, linear
+from embedfuse.nn.linear import is_inference, linear, linear_gelu
+from embedfuse.nn.program import Columns, Program, Programs, Unfit, columns_of
 from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
 from embedfuse.ops.checks import kernel_takes
@@ -40,7 +41,10 @@ class EncoderLayer:
     def __call__(
         self, x: Tensor, packed: Packed, inference: bool, rows: Tensor | None = None
     ) -> Tensor:
-        """The layer on x (tokens, hidden); if `rows` is given, its output for those tokens only."""
+        """The layer on x (tokens, hidden); if `rows` is given, its output for those tokens only.
+
+        record() lists the same calls.
+        """
         projections = project(self.qkv, x, rows, inference)
         query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in projections)
         queries = None
@@ -54,12 +58,93 @@ class EncoderLayer:
         return add_norm(self.norm2, self.dropout2, linear(self.down, y, inference), x, inference)
 
 
+    def record(self, program: Program, x: Columns, out: Columns, at: "Buffers") -> None:
+        """The calls of __call__ in inference, with out for all rows or for the picked ones."""
+        for module in (self.block, self.attention, self.dropout1, self.dropout2):
+            program.reads(module, training=False)
+        if any(type(dropout) is not nn.Dropout for dropout in (self.dropout1, self.dropout2)):
+            raise Unfit
+        if at.picked is None:
+            program.linear(self.qkv, x, at.qkv)
+        else:
+            program.pick(x, at.picked)
+            program.linear(self.qkv[:1], at.picked, at.query)
+            program.linear(self.qkv[1:], x, at.qkv)
+            x = at.picked
+        width = columns_of(self.qkv[0])
+        heads = width // self.head_dim
+        program.calls.attention(
+            *(at.query, at.key, at.value),
+            *(heads, heads, self.head_dim, self.scale, False, 0),
+            at.context,
+        )
+        program.linear([self.out], at.context, at.projected)
+        program.add_layer_norm(self.norm1, at.projected, x, at.normed)
+        reads_exact_gelu(program, self.activation)
+        program.linear([self.up], at.normed, at.inner, gelu=True)
+        program.linear([self.down], at.inner, at.projected)
+        program.add_layer_norm(self.norm2, at.projected, at.normed, out)
+
+
+@dataclass
+class Buffers:
+    """What a layer keeps in a program, of all rows or of the picked ones."""
+
+    picked: Columns | None  # the layer's input
+    query: Columns
+    key: Columns
+    value: Columns
+    qkv: Columns  # all three, or key and value
+    context: Columns  # attention's result
+    projected: Columns
+    normed: Columns
+    inner: Columns
+
+    @classmethod
+    def of(cls, program: Program, layer: EncoderLayer, per_sequence: bool) -> "Buffers":
+        width, hidden, inner = map(columns_of, (layer.qkv[0], layer.out, layer.up))
+        picked = query = None
+        if per_sequence:
+            picked = program.buffer(hidden, per_sequence=True)
+            query = program.buffer(width, per_sequence=True)
+        qkv = program.buffer((2 if per_sequence else 3) * width)
+        first = qkv[1]
+        parts = [(qkv[0], i * width) for i in range(3)]
+        query, key, value = (query, *parts[:2]) if per_sequence else parts
+        return cls(
+            picked,
+            query,
+            key,
+            value,
+            qkv,
+            program.buffer(width, per_sequence=per_sequence),
+            program.buffer(hidden, per_sequence=per_sequence),
+            program.buffer(hidden, per_sequence=per_sequence),
+            program.buffer(inner, per_sequence=per_sequence, over=qkv),
+        )
+
+
+def record(layers: list[EncoderLayer], program: Program, picked: bool) -> None:
+    """The calls of encode_step, from embeddings to the states of all tokens or of the picked ones."""
+    if not layers:
+        raise Unfit
+    hidden = columns_of(layers[0].out)
+    x = program.buffer(hidden, external=True)
+    out = program.buffer(hidden, per_sequence=picked, external=True)
+    between = program.buffer(hidden)
+    at = Buffers.of(program, layers[0], per_sequence=False)
+    for layer in layers[:-1]:
+        layer.record(program, x, between, at)
+        x = between
+    if picked:
+        at = Buffers.of(program, layers[-1], per_sequence=True)
+    layers[-1].record(program, x, out, at)
+
+
 def activate(activation: nn.Module, up: nn.Module, x: Tensor, inference: bool) -> Tensor:
-    y = linear(up, x, inference)
-    # In place only on a tensor that we made: a module may return one that it still uses.
     if inference and type(up) is nn.Linear and is_exact_gelu(activation):
-        return torch.ops.aten.gelu_(y)
-    return activation(y)
+        return linear_gelu(up, x)
+    return activation(linear(up, x, inference))
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:
@@ -68,6 +153,13 @@ def is_exact_gelu(activation: nn.Module) -> bool:
     if type(activation) is nn.GELU:
         return activation.approximate == "none"
     return type(activation) is GELUActivation and activation.act is F.gelu
+
+
+def reads_exact_gelu(program: Program, activation: nn.Module) -> None:
+    if not is_exact_gelu(activation):
+        raise Unfit
+    setting = {"approximate": "none"} if type(activation) is nn.GELU else {"act": F.gelu}
+    program.reads(activation, **setting)
 
 
 def add_norm(
@@ -96,7 +188,11 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def encode(
-    layers: list[EncoderLayer], x: Tensor, packed: Packed, rows: Tensor | None = None
+    layers: list[EncoderLayer],
+    x: Tensor,
+    packed: Packed,
+    rows: Tensor | None = None,
+    programs: Programs | None = None,
 ) -> Tensor:
     """Hidden states after the last layer.
 
@@ -104,24 +200,33 @@ def encode(
         layers: the layers, first to last.
         x: (tokens, hidden) embeddings.
         packed: the sequences of x.
-        rows: (batch,) int64, one token of each sequence in order (its first or last, for example), if
+        rows: (batch,), one token of each sequence in order (its first or last, for example), if
             only their states are needed. The last layer then computes keys and values for all tokens and
             everything else for these.
+        programs: of these layers; None runs op by op.
 
     Returns:
         (tokens, hidden), or (batch, hidden) if `rows` is given.
     """
+    program = None if programs is None else programs.for_call(x, rows is not None)
     inference = is_inference(x)
     states = [
-        encode_step(layers, x[tokens], step, inference, step_rows)
+        encode_step(layers, x[tokens], step, inference, step_rows, program)
         for tokens, step, step_rows in split_into_steps(x, packed, rows)
     ]
     return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def encode_step(
-    layers: list[EncoderLayer], x: Tensor, packed: Packed, inference: bool, rows: Tensor | None
+    layers: list[EncoderLayer],
+    x: Tensor,
+    packed: Packed,
+    inference: bool,
+    rows: Tensor | None,
+    program: Program | None,
 ) -> Tensor:
+    if program is not None:
+        return program.run_on([x], x.new_empty(len(x if rows is None else rows), x.shape[1]), packed, rows)
     for layer in layers:
         layer_rows = rows if layer is layers[-1] else None
         call = partial(layer, packed=packed, inference=inference, rows=layer_rows)

@@ -23,6 +23,14 @@ def linear(module: nn.Module, x: Tensor, inference: bool) -> Tensor:
     return F.linear(x, module.weight, module.bias)
 
 
+def linear_gelu(module: nn.Linear, x: Tensor) -> Tensor:
+    """GELU of module(x), in inference."""
+    if linear_takes(x, module):
+        return LINEAR(x, [module.weight], [module.bias], True)
+    # In place: the tensor is ours.
+    return torch.ops.aten.gelu_(F.linear(x, module.weight, module.bias))
+
+
 def linears(modules: tuple[nn.Module, ...], x: Tensor, inference: bool) -> tuple[Tensor, ...]:
     """module(x) for each module, computed by one kernel call if the kernel can read all of them."""
     fusible = inference and all(type(m) is nn.Linear for m in modules)

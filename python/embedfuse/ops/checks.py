@@ -28,6 +28,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether a kernel may read x by its address: strided, and no subclass of torch.Tensor (quantised, say)."""
+    return type(x) in _READABLE and x.layout is torch.strided
+
+
 def kernel_takes(op: Op, first: Tensor, *others: Tensor | None) -> bool:
     """Whether op has a kernel for these tensors that is faster than torch.
 
@@ -38,10 +43,7 @@ def kernel_takes(op: Op, first: Tensor, *others: Tensor | None) -> bool:
     dtype, device = first.dtype, first.device
     for t in (first, *others):
         if t is not None and not (
-            type(t) in _READABLE
-            and t.dtype is dtype
-            and t.device == device
-            and t.layout is torch.strided
+            is_dense(t) and t.dtype is dtype and t.device == device
         ):
             return False
     return op.accelerates(first)

@@ -1,6 +1,6 @@
 """Linear layers on the CPU that read the model's weights where they are: no packed copy, nothing goes stale.
 
-Formula: y = x weight^T + bias.
+Formula: y = x weight^T + bias, or its GELU.
 Limits: the kernel runs on the CPU alone; no gradient; faster than torch up to most_rows(dtype) rows.
 """
 
@@ -16,7 +16,7 @@ from embedfuse.registry import Cost, Op
 
 # Several weights in one call: x is rearranged once, and the threads start once.
 OP = Op(
-    "linear(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor",
+    "linear(Tensor x, Tensor[] weights, Tensor?[] biases, bool gelu=False) -> Tensor",
     "linear layers with a common input, for inference on few rows",
 )
 
@@ -48,16 +48,19 @@ def linear(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],
     bias: Tensor | list[Tensor | None] | tuple[Tensor | None, ...] | None = None,
+    *,
+    gelu: bool = False,
 ) -> Tensor:
     """y = x weight^T + bias, like torch.nn.functional.linear; of several weights, the results side by side.
 
-    Sums are fp32. No gradient: for inference.
+    Sums and their GELU are fp32. No gradient: for inference.
 
     Args:
         x: (rows, depth), float16, bfloat16, float32 or float64.
         weight: (columns, depth), of x's dtype and device; or several of them.
         bias: (columns,), of x's dtype and device, or None. With several weights one for each, or None for
             none.
+        gelu: whether y becomes y Phi(y), where Phi is the normal distribution (GELU, arXiv 1606.08415).
 
     Returns:
         (rows, columns of all weights), of x's dtype.
@@ -82,7 +85,7 @@ def linear(
             "x, weight, bias: one requires a gradient, which linear has not; "
             "call it under torch.no_grad()"
         )
-    return OP(x, weights, biases)
+    return OP(x, weights, biases, gelu)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -97,20 +100,21 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 @OP.reference
-def _(x, weights, biases):
+def _(x, weights, biases, gelu=False):
     parts = [torch.nn.functional.linear(x, *part) for part in zip(weights, biases, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return torch.nn.functional.gelu(y) if gelu else y
 
 
 @OP.fake
-def _(x, weights, biases):
+def _(x, weights, biases, gelu=False):
     return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
 
 def _load_cpp():
     kernel = native.cpu().linear
 
-    def run(x, weights, biases):
+    def run(x, weights, biases, gelu=False):
         if x.stride(-1) != 1:
             x = x.contiguous()
         rows, depth = x.shape
@@ -129,6 +133,7 @@ def _load_cpp():
             rows,
             depth,
             x.stride(0),
+            gelu,
             out.data_ptr(),
             rows <= FEW_ROWS,
         )
@@ -168,11 +173,13 @@ def _(device, dtype, size):
     samples.append((wide[:5, 20:60], [tensor(6, 40), tensor(9, 40)], [None, tensor(9)]))
     samples.append((tensor(4, 12), [tensor(12, 9).t()], [None]))
     samples.append((tensor(20, 12).t(), [tensor(9, 20)], [tensor(9)]))
+    samples.append((3 * tensor(9, 64), [9 * tensor(37, 64)], [tensor(37)], True))
+    samples.append((3 * tensor(50, 64), [9 * tensor(37, 64), 9 * tensor(5, 64)], [None, None], True))
     return samples
 
 
 @OP.cost
-def _(x, weights, biases):
+def _(x, weights, biases, gelu=False):
     read = [t for t in (x, *weights, *biases) if t is not None]
     columns = sum(len(weight) for weight in weights)
     return Cost(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
+from embedfuse.nn.program import Programs
 from embedfuse.patching.watch import (
     GLOBAL_HOOKS,
     HOOKS,
@@ -35,6 +36,7 @@ class Layout:
 
     Attributes:
         layers: The layers to run.
+        programs: What runs the layers on the CPU in one call.
         refusal: Why the original forward has to run instead; None where the layers may.
         modules: All modules inside the model.
         custom_modules: Path and module of those that are neither of the model's modelling file nor known
@@ -47,6 +49,7 @@ class Layout:
         # First, so that no later change is missed.
         self.watch = Watch(model, model.original, buffers)
         self.layers: list[EncoderLayer] | list[DecoderLayer] = []
+        self.programs: Programs | None = None
         self.refusal = obstacle(model)
         named = list(model.named_modules())[1:]
         self.modules = [module for _, module in named]

@@ -3,11 +3,13 @@
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm
+from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm, record
+from embedfuse.nn.program import Programs
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe
 from embedfuse.patching.forward.packed_model import PackedModel
@@ -122,7 +124,11 @@ class PackedEncoder(PackedModel):
         check_ids(batch, table_size(tables.word_embeddings))
 
     def run_layers(self, batch: Batch, rows: Tensor | None) -> Tensor:
-        return encode(batch.layout.layers, self._embed(batch), batch.packed, rows)
+        layout = batch.layout
+        return encode(layout.layers, self._embed(batch), batch.packed, rows, layout.programs)
+
+    def make_programs(self, layers: list[EncoderLayer]) -> Programs:
+        return Programs(partial(record, layers))
 
     def _embed(self, batch: Batch) -> Tensor:
         tables, tokens = self.base_model.embeddings, batch.tokens

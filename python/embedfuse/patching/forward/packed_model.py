@@ -31,6 +31,7 @@ from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.nn.graphs import GraphCache
 from embedfuse.nn.prefixes import PrefixCache
+from embedfuse.nn.program import Programs
 from embedfuse.packing import Irregular, Packed, one_each, pack, pad_right
 from embedfuse.patching.check import Probe, check_loaded, parameter_bytes, self_check
 from embedfuse.patching.forward.admission import UNREPORTED, call_refusal
@@ -93,6 +94,10 @@ class PackedModel(Patched):
     @abstractmethod
     def read_layers(self) -> list[EncoderLayer] | list[DecoderLayer]:
         """The model's layers, wherever it keeps their modules."""
+
+    def make_programs(self, layers: list) -> Programs | None:
+        """What runs these layers on the CPU in one call."""
+        return None
 
     @abstractmethod
     def runs_packed(self, path: str) -> bool:
@@ -286,6 +291,7 @@ class PackedModel(Patched):
             layout.refusal = self.model_refusal()
         if layout.refusal is None:
             layout.layers = self.read_layers()
+            layout.programs = self.make_programs(layout.layers)
         return layout
 
     def _checked(self, layout: Layout) -> Layout:

@@ -1,0 +1,163 @@
+#include "cpu/program.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/dispatch.h"
+#include "embedfuse/dtype.h"
+
+namespace embedfuse {
+
+namespace {
+
+constexpr int64_t kLine = 64;  // bytes; no two buffers share a line of the cache
+
+int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+Program::Program(int dtype, int64_t few_rows) : dtype_(dtype), few_rows_(few_rows) {}
+
+int Program::buffer(int64_t columns, bool per_sequence, bool external, int over) {
+  buffers_.push_back({columns, per_sequence, external, over});
+  return int(buffers_.size()) - 1;
+}
+
+int64_t Program::Run::rows(Columns x) const {
+  return program.buffers_[x.buffer].per_sequence ? batch.sequences : batch.tokens;
+}
+
+char* Program::Run::at(Columns x) const {
+  return x.buffer < 0 ? nullptr : arena.begin[x.buffer] + x.first * element_size(program.dtype_);
+}
+
+void Program::linear(Columns x, std::vector<LinearPart> parts, int64_t depth, bool gelu,
+                     Columns out) {
+  calls_.push_back([=, parts = std::move(parts)](const Run& run) {
+    const int64_t rows = run.rows(x);
+    run_linear({run.at(x), parts.data(), int64_t(parts.size()), dtype_, rows, run.stride(out), depth,
+                run.stride(x), gelu, run.at(out)},
+               rows <= few_rows_);
+  });
+}
+
+void Program::add_layer_norm(Columns x, Columns residual, const void* weight, const void* bias,
+                             float eps, Columns out) {
+  calls_.push_back([=](const Run& run) {
+    cpu_kernels().add_layer_norm({run.at(x), run.at(residual), weight, bias, dtype_, run.rows(out),
+                                  run.stride(out), run.stride(x), run.stride(residual), eps,
+                                  run.at(out)});
+  });
+}
+
+void Program::add_rms_norm(Columns x, Columns residual, const void* weight, int64_t heads,
+                           int64_t hidden, float eps, Columns normed, Columns summed) {
+  calls_.push_back([=](const Run& run) {
+    const HeadsArg added = residual.buffer < 0 ? HeadsArg{} : run.heads(residual, hidden);
+    cpu_kernels().add_rms_norm({run.heads(x, hidden), added, weight, dtype_, run.rows(x), heads,
+                                hidden, eps, run.at(normed), run.at(summed)});
+  });
+}
+
+void Program::rope(Columns x, Columns cos, Columns sin, int64_t heads, int64_t head_dim) {
+  calls_.push_back([=](const Run& run) {
+    cpu_kernels().rope({run.heads(x, head_dim), run.at(cos), run.at(sin), dtype_, run.rows(x), heads,
+                        head_dim, run.stride(cos), run.stride(sin)});
+  });
+}
+
+void Program::silu_mul(Columns gate, Columns up, int64_t columns, Columns out) {
+  calls_.push_back([=](const Run& run) {
+    cpu_kernels().silu_mul({run.at(gate), run.at(up), dtype_, run.rows(gate), columns,
+                            run.stride(gate), run.stride(up), run.at(out)});
+  });
+}
+
+void Program::attention(Columns query, Columns key, Columns value, VarlenAttentionArgs shape,
+                        Columns out) {
+  calls_.push_back([=](const Run& run) {
+    VarlenAttentionArgs args = shape;
+    args.query = run.heads(query, args.head_dim);
+    args.key = run.heads(key, args.head_dim);
+    args.value = run.heads(value, args.head_dim);
+    args.dtype = dtype_;
+    args.batch = run.batch.sequences;
+    args.cu_seqlens_k = run.batch.cu_seqlens;
+    const bool picked = buffers_[query.buffer].per_sequence;
+    args.cu_seqlens_q = picked ? run.arena.cu_picked.data() : args.cu_seqlens_k;
+    args.out = run.at(out);
+    cpu_kernels().varlen_attention(args);
+  });
+}
+
+void Program::pick(Columns x, int64_t columns, Columns out) {
+  const int64_t bytes = columns * element_size(dtype_);
+  calls_.push_back([=](const Run& run) {
+    const int64_t from = run.stride(x) * element_size(dtype_);
+    const int64_t to = run.stride(out) * element_size(dtype_);
+    for (int64_t i = 0; i < run.batch.sequences; ++i) {
+      std::memcpy(run.at(out) + i * to, run.at(x) + run.batch.picked[i] * from, bytes);
+    }
+  });
+}
+
+void Program::run(const std::vector<uintptr_t>& external, const Batch& batch) {
+  std::unique_ptr<Arena> arena;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!idle_.empty()) {
+      arena = std::move(idle_.back());
+      idle_.pop_back();
+    }
+  }
+  if (!arena) arena = std::make_unique<Arena>();
+  place(*arena, external, batch);
+  for (const auto& call : calls_) call({*this, *arena, batch});
+  const std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(arena));
+}
+
+void Program::place(Arena& arena, const std::vector<uintptr_t>& external,
+                    const Batch& batch) const {
+  const auto owner = [&](size_t i) { return buffers_[i].over < 0 ? i : size_t(buffers_[i].over); };
+  std::vector<int64_t> sizes(buffers_.size());
+  for (size_t i = 0; i < buffers_.size(); ++i) {
+    const Buffer& buffer = buffers_[i];
+    if (buffer.external) continue;
+    const int64_t rows = buffer.per_sequence ? batch.sequences : batch.tokens;
+    const int64_t size = rows * buffer.columns * element_size(dtype_);
+    sizes[owner(i)] = std::max(sizes[owner(i)], (size + kLine - 1) / kLine * kLine);
+  }
+  std::vector<int64_t> offsets;
+  int64_t bytes = kLine;
+  for (const int64_t size : sizes) {
+    offsets.push_back(bytes);
+    bytes += size;
+  }
+  if (int64_t(arena.memory.size()) < bytes) {
+    arena.memory = {};  // before, so that two do not exist at a time
+    arena.memory.resize(bytes);
+  }
+  const uintptr_t memory = uintptr_t(arena.memory.data());
+  const uintptr_t aligned = memory / kLine * kLine;
+  arena.begin.clear();
+  size_t given = 0;
+  for (size_t i = 0; i < buffers_.size(); ++i) {
+    const uintptr_t begin = buffers_[i].external ? external[given++] : aligned + offsets[owner(i)];
+    arena.begin.push_back((char*)begin);
+  }
+  for (int64_t i = int64_t(arena.cu_picked.size()); i <= batch.sequences; ++i) {
+    arena.cu_picked.push_back(int32_t(i));
+  }
+}
+
+void run_linear(const LinearArgs& args, bool few_rows) {
+  if (few_rows) return cpu_kernels().linear_few_rows(args);
+  // Reused by later calls (a few MB): new pages in every call would cost as much as the arithmetic.
+  static thread_local std::vector<float> scratch;
+  const size_t wanted = cpu_kernels().linear_scratch(args);
+  if (scratch.size() < wanted) scratch.resize(wanted);
+  cpu_kernels().linear(args, scratch.data());
+}
+
+}  // namespace embedfuse

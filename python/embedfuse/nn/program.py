@@ -1,0 +1,212 @@
+"""A tower on the CPU as one native call: what depends on the model and its dtype alone is decided once.
+
+A program is a list of the same kernel calls that the ops make, so its values have the same bits. It is recorded from
+a tower's layers, and read again from them as soon as anything that it depends on has changed.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from embedfuse import native
+from embedfuse.nn.linear import is_inference
+from embedfuse.ops.checks import is_dense
+from embedfuse.ops.linear import FEW_ROWS, most_rows
+from embedfuse.packing import Packed
+from embedfuse.registry import forced_backend, triton_interprets
+
+Columns = tuple[int, int]
+"""A buffer of a program and the first column that is meant; NONE for none."""
+NONE: Columns = (-1, 0)
+
+
+class Unfit(Exception):
+    """A layer has something that no kernel computes: the tower runs module by module."""
+
+
+class Program:
+    """Recorded kernel calls, and all that they depend on. Methods record; run_on runs.
+
+    Args:
+        dtype: of the weights and of all rows.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.calls = native.cpu().Program(native.DTYPES[dtype], FEW_ROWS)
+        self.fits = True
+        self._widths: list[int] = []  # of each buffer
+        self._slots: list[tuple[dict, str, object]] = []
+        self._parameters: list[Tensor] = []
+
+    def buffer(
+        self,
+        columns: int,
+        *,
+        per_sequence: bool = False,
+        external: bool = False,
+        over: Columns = NONE,
+    ) -> Columns:
+        """A matrix of so many columns, with a row per token or per sequence.
+
+        external: its address is given to run_on. over: a buffer whose memory it may use.
+        """
+        self._widths.append(columns)
+        return self.calls.buffer(columns, per_sequence, external, over[0]), 0
+
+    def reads(self, module: nn.Module, **settings: object) -> None:
+        """Unfit if one of these attributes has another value; they are compared again before each run."""
+        attributes = vars(module)
+        for name, value in settings.items():
+            self._slots.append((attributes, name, attributes[name]))
+            if attributes[name] != value:
+                raise Unfit
+
+    def address(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> int:
+        """Of a parameter; 0 where it is None."""
+        parameter = module._parameters[name]
+        self._slots.append((module._parameters, name, parameter))
+        if parameter is None:
+            return 0
+        self._parameters.append(parameter)
+        if not (is_dense(parameter) and parameter.is_cpu and parameter.is_contiguous()):
+            raise Unfit
+        if parameter.dtype != self.dtype or parameter.shape != shape:
+            raise Unfit
+        return parameter.data_ptr()
+
+    def linear(
+        self, modules: Sequence[nn.Module], x: Columns, out: Columns, gelu: bool = False
+    ) -> None:
+        """out = module(x) of each module, side by side."""
+        depth = self._widths[x[0]]
+        parts, width = [], 0
+        for module in modules:
+            columns = columns_of(module)
+            weight = self.address(module, "weight", (columns, depth))
+            parts += [weight, self.address(module, "bias", (columns,)), columns]
+            width += columns
+        if width != self._widths[out[0]]:
+            raise Unfit
+        self.calls.linear(x, parts, depth, gelu, out)
+
+    def add_layer_norm(
+        self, norm: nn.Module, x: Columns, residual: Columns, out: Columns
+    ) -> None:
+        """out = norm(x + residual)"""
+        if type(norm) is not nn.LayerNorm or norm.weight is None:
+            raise Unfit
+        self.reads(norm, eps=norm.eps)
+        shape = (self._widths[x[0]],)
+        weight, bias = (self.address(norm, name, shape) for name in ("weight", "bias"))
+        self.calls.add_layer_norm(x, residual, weight, bias, norm.eps, out)
+
+    def add_rms_norm(
+        self,
+        norm: nn.Module,
+        x: Columns,
+        residual: Columns,
+        normed: Columns,
+        summed: Columns,
+        heads: int = 1,
+    ) -> None:
+        """normed = norm(summed), summed = x + residual, per head; without a residual, x alone."""
+        width = self._widths[normed[0]] // heads
+        weight, eps = self.address(norm, "weight", (width,)), norm.variance_epsilon
+        self.reads(norm, variance_epsilon=eps)
+        self.calls.add_rms_norm(x, residual, weight, heads, width, eps, normed, summed)
+
+    def pick(self, x: Columns, out: Columns) -> None:
+        """out = the picked rows of x."""
+        self.calls.pick(x, self._widths[out[0]], out)
+
+    def finish(self) -> None:
+        """Keep what is_current compares, in the form in which that is fastest."""
+        self._read = tuple(zip(*self._slots, strict=True))
+        self._state = _state_of(self._parameters)
+
+    def is_current(self) -> bool:
+        """Whether all that was read is unchanged: settings, parameters, and where these are in memory."""
+        return native.cpu().unchanged((), (), (), (), *self._read) and (
+            _state_of(self._parameters) == self._state
+        )
+
+    def run_on(
+        self, inputs: Sequence[Tensor], out: Tensor, packed: Packed, rows: Tensor | None
+    ) -> Tensor:
+        """Run the calls; inputs and out are the external buffers, in their order. Returns out.
+
+        rows: (sequences,) the token of each sequence whose state is computed; None for all.
+        """
+        inputs = [t.contiguous() for t in inputs]
+        addresses = [t.data_ptr() for t in (*inputs, out)]
+        bounds, picked = packed.cu_seqlens.data_ptr(), 0
+        if rows is not None:
+            rows = rows.to(torch.int32)
+            picked = rows.data_ptr()
+        self.calls.run(addresses, len(inputs[0]), packed.sequences, bounds, picked)
+        return out
+
+
+def columns_of(module: nn.Module) -> int:
+    """Of a linear layer's output."""
+    if type(module) is not nn.Linear:
+        raise Unfit
+    return len(module.weight)
+
+
+# Not the shapes: a tensor of another shape is another parameter, or has another number of elements.
+_READ_OF_PARAMETERS = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.numel, Tensor.is_contiguous)
+
+
+def _state_of(parameters: list[Tensor]) -> list[list]:
+    return [list(map(read, parameters)) for read in _READ_OF_PARAMETERS]
+
+
+class Programs:
+    """The programs of a tower, recorded when a call first needs one.
+
+    Args:
+        record: makes the calls of a program, given it and whether only picked rows are wanted; raises Unfit.
+    """
+
+    def __init__(self, record: Callable[[Program, bool], None]):
+        self._record = record
+        self._recorded: dict[tuple[torch.dtype, bool], Program] = {}
+
+    def for_call(self, x: Tensor, picked: bool) -> Program | None:
+        """The program for embeddings x (tokens, hidden); None where the ops or the modules have to run."""
+        if not kernels_run(x):
+            return None
+        key = x.dtype, picked
+        program = self._recorded.get(key)
+        if program is None or not program.is_current():
+            program = self._recorded[key] = self._make(*key)
+        return program if program.fits else None
+
+    def _make(self, dtype: torch.dtype, picked: bool) -> Program:
+        program = Program(dtype)
+        try:
+            self._record(program, picked)
+        except Unfit:
+            program.fits = False
+        program.finish()
+        return program
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether every op of a tower would run its C++ kernel on x, unseen by torch's dispatcher.
+
+    Modes of torch (a FLOP counter, fake tensors) look at each op, so they get them.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and is_inference(x)
+        and len(x) <= most_rows(x.dtype)
+        and forced_backend() in (None, "cpp")
+        and not triton_interprets()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+    )
