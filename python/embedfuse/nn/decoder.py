@@ -1,7 +1,7 @@
 """The pre-norm decoder tower (Mistral, LLaMA, Qwen) on packed tokens."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import is_inference, linear, linears
 from embedfuse.nn.prefixes import Step
+from embedfuse.nn.program import NONE, Columns, Program, Programs, Unfit, columns_of
 from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
 from embedfuse.ops.checks import kernel_takes
@@ -104,6 +105,152 @@ class DecoderLayer:
             window=self.window,
         )
 
+    def record(
+        self, program: Program, y: Columns, residual: Columns, at: "Buffers"
+    ) -> tuple[Columns, Columns]:
+        """The calls of __call__ in inference. residual: NONE in the first layer."""
+        for module in (self.block, self.attention):
+            program.reads(module, training=False)
+        if not is_silu(self.activation):
+            raise Unfit
+        summed = NONE if residual == NONE else at.summed
+        program.add_rms_norm(self.norm1, y, residual, at.input, summed)
+        residual = y if residual == NONE else summed
+        self.record_attention(program, at)
+        if at.picked:
+            program.pick(residual, at.picked_residual)
+            residual = at.picked_residual
+        summed = at.picked_residual if at.picked else at.summed
+        program.linear([self.out], at.context, at.y)
+        program.add_rms_norm(self.norm2, at.y, residual, at.normed, summed)
+        program.linear(self.gate_up, at.normed, at.gate_up)
+        inner = columns_of(self.gate_up[0])
+        program.calls.silu_mul(at.gate_up, (at.gate_up[0], inner), inner, at.inner)
+        program.linear([self.down], at.inner, at.y)
+        return at.y, summed
+
+    def record_attention(self, program: Program, at: "Buffers") -> None:
+        """at.context = attention of at.input"""
+        cos, sin = at.cos, at.sin
+        if at.picked:
+            for angles, picked in zip((cos, sin), at.picked_angles, strict=True):
+                program.pick(angles, picked)
+            program.pick(at.input, at.picked_input)
+            program.linear(self.qkv[:1], at.picked_input, at.query)
+            program.linear(self.qkv[1:], at.input, at.qkv)
+            cos, sin = at.picked_angles
+        else:
+            program.linear(self.qkv, at.input, at.qkv)
+        heads, kv_heads = (columns_of(m) // self.head_dim for m in self.qkv[:2])
+        query, key = at.query, at.key
+        if self.query_norm is not None:
+            program.add_rms_norm(self.query_norm, query, NONE, at.query_normed, NONE, heads)
+            query = at.query_normed
+        if self.key_norm is not None:
+            program.add_rms_norm(self.key_norm, key, NONE, at.key_normed, NONE, kv_heads)
+            key = at.key_normed
+        program.calls.rope(query, cos, sin, heads, self.head_dim)
+        program.calls.rope(key, at.cos, at.sin, kv_heads, self.head_dim)
+        shape = heads, kv_heads, self.head_dim, self.scale, self.causal, self.window or 0
+        program.calls.attention(query, key, at.value, *shape, at.context)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a layer keeps in a program. Those without a comment have all rows, or the picked ones."""
+
+    picked: bool
+    cos: Columns  # all rows
+    sin: Columns  # all rows
+    input: Columns  # all rows, normalised
+    summed: Columns  # all rows
+    qkv: Columns  # all rows: query, key and value, or without the query
+    query: Columns
+    key: Columns  # all rows
+    value: Columns  # all rows
+    query_normed: Columns
+    key_normed: Columns  # all rows
+    context: Columns
+    y: Columns
+    normed: Columns
+    gate_up: Columns
+    inner: Columns
+    # If picked, the picked rows of these:
+    picked_angles: tuple[Columns, Columns] = (NONE, NONE)
+    picked_input: Columns = NONE
+    picked_residual: Columns = NONE
+
+    @classmethod
+    def of(cls, program: Program, layer: DecoderLayer, cos: Columns, sin: Columns) -> "Buffers":
+        width, kv_width, _ = map(columns_of, layer.qkv)
+        hidden, inner = columns_of(layer.out), columns_of(layer.gate_up[0])
+        qkv = program.buffer(width + 2 * kv_width)
+        y = program.buffer(hidden)
+        gate_up = program.buffer(2 * inner, over=qkv)
+        return cls(
+            picked=False,
+            cos=cos,
+            sin=sin,
+            input=program.buffer(hidden),
+            summed=program.buffer(hidden),
+            qkv=qkv,
+            query=qkv,
+            key=(qkv[0], width),
+            value=(qkv[0], width + kv_width),
+            query_normed=program.buffer(width),
+            key_normed=program.buffer(kv_width),
+            context=program.buffer(width),
+            y=y,
+            normed=program.buffer(hidden),
+            gate_up=gate_up,
+            inner=program.buffer(inner),
+        )
+
+    def pick(self, program: Program, layer: DecoderLayer) -> "Buffers":
+        """Those of a last layer of which only the picked rows are wanted, after layers with these."""
+        width, kv_width, _ = map(columns_of, layer.qkv)
+        hidden, inner = columns_of(layer.out), columns_of(layer.gate_up[0])
+
+        def picked(columns: int) -> Columns:
+            return program.buffer(columns, per_sequence=True)
+
+        qkv = program.buffer(2 * kv_width, over=self.qkv)
+        return replace(
+            self,
+            picked=True,
+            qkv=qkv,
+            query=picked(width),
+            key=qkv,
+            value=(qkv[0], kv_width),
+            query_normed=picked(width),
+            context=picked(width),
+            y=picked(hidden),
+            normed=picked(hidden),
+            gate_up=picked(2 * inner),
+            inner=picked(inner),
+            picked_angles=(picked(layer.head_dim // 2), picked(layer.head_dim // 2)),
+            picked_input=picked(hidden),
+            picked_residual=picked(hidden),
+        )
+
+
+def record(layers: list[DecoderLayer], norm: nn.Module, program: Program, picked: bool) -> None:
+    """The calls of decode_step without shared prefixes, for all tokens or for the picked ones."""
+    if not layers:
+        raise Unfit
+    hidden, half = columns_of(layers[0].out), layers[0].head_dim // 2
+    y = program.buffer(hidden, external=True)
+    cos, sin = program.buffer(half, external=True), program.buffer(half, external=True)
+    out = program.buffer(hidden, per_sequence=picked, external=True)
+    at = Buffers.of(program, layers[0], cos, sin)
+    residual = NONE
+    for layer in layers[:-1]:
+        y, residual = layer.record(program, y, residual, at)
+    if picked:
+        at = at.pick(program, layers[-1])
+    y, residual = layers[-1].record(program, y, residual, at)
+    program.add_rms_norm(norm, y, residual, out, residual)
+
 
 def norm_and_rotate(
     module: nn.Module, norm: nn.Module | None, x: Tensor, cos: Tensor, sin: Tensor, inference: bool
@@ -155,6 +302,7 @@ def decode(
     packed: Packed,
     rows: Tensor | None = None,
     shared: Iterable[Step] | None = None,
+    programs: Programs | None = None,
 ) -> Tensor:
     """norm(hidden states after the last layer).
 
@@ -169,6 +317,7 @@ def decode(
             because attention counts query rows from the end). The last layer then computes keys and
             values for all tokens and everything else for these.
         shared: steps that compute a prefix shared by several sequences once; None computes every token.
+        programs: of these layers; None runs op by op.
 
     Returns:
         (tokens, hidden), or (batch, hidden) if `rows` is given.
@@ -176,8 +325,17 @@ def decode(
     inference = is_inference(x)
     if shared is not None:
         return decode_shared(layers, norm, x, cos, sin, rows, shared)
+    program = None
+    if programs is not None and cos.dtype == sin.dtype == x.dtype:
+        program = programs.for_call(x, rows is not None)
+
+    def run(x: Tensor, cos: Tensor, sin: Tensor, step: Packed, step_rows: Tensor | None) -> Tensor:
+        if program is not None:
+            return program.run_on([x, cos, sin], step, step_rows)
+        return decode_step(layers, norm, x, cos, sin, step, inference, step_rows)
+
     states = [
-        decode_step(layers, norm, x[tokens], cos[tokens], sin[tokens], step, inference, step_rows)
+        run(x[tokens], cos[tokens], sin[tokens], step, step_rows)
         for tokens, step, step_rows in split_into_steps(x, packed, rows)
     ]
     return states[0] if len(states) == 1 else torch.cat(states)

@@ -226,7 +226,7 @@ def encode_step(
     program: Program | None,
 ) -> Tensor:
     if program is not None:
-        return program.run_on([x], x.new_empty(len(x if rows is None else rows), x.shape[1]), packed, rows)
+        return program.run_on([x], packed, rows)
     for layer in layers:
         layer_rows = rows if layer is layers[-1] else None
         call = partial(layer, packed=packed, inference=inference, rows=layer_rows)

@@ -132,20 +132,27 @@ class Program:
             _state_of(self._parameters) == self._state
         )
 
-    def run_on(
-        self, inputs: Sequence[Tensor], out: Tensor, packed: Packed, rows: Tensor | None
-    ) -> Tensor:
-        """Run the calls; inputs and out are the external buffers, in their order. Returns out.
+    def run_on(self, inputs: Sequence[Tensor], packed: Packed, rows: Tensor | None) -> Tensor:
+        """States (tokens, hidden), or (sequences, hidden) of `rows`.
 
-        rows: (sequences,) the token of each sequence whose state is computed; None for all.
+        Args:
+            inputs: the external buffers in their order, without the last, which is made here. The first
+                has as many columns as the states.
+            packed: the sequences of the inputs.
+            rows: (sequences,) the token of each sequence that is wanted; None for all.
         """
         inputs = [t.contiguous() for t in inputs]
-        addresses = [t.data_ptr() for t in (*inputs, out)]
-        bounds, picked = packed.cu_seqlens.data_ptr(), 0
-        if rows is not None:
-            rows = rows.to(torch.int32)
-            picked = rows.data_ptr()
-        self.calls.run(addresses, len(inputs[0]), packed.sequences, bounds, picked)
+        x = inputs[0]
+        out = x.new_empty(len(x if rows is None else rows), x.shape[1])
+        bounds = packed.cu_seqlens
+        picked = None if rows is None else rows.to(torch.int32)
+        self.calls.run(
+            [t.data_ptr() for t in (*inputs, out)],
+            len(x),
+            packed.sequences,
+            bounds.data_ptr(),
+            0 if picked is None else picked.data_ptr(),
+        )
         return out
 
 

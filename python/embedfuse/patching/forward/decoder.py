@@ -2,14 +2,16 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from embedfuse.nn.decoder import DecoderLayer, decode
+from embedfuse.nn.decoder import DecoderLayer, decode, record
 from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS
 from embedfuse.nn.linear import is_inference
 from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
+from embedfuse.nn.program import Programs
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe
@@ -144,7 +146,11 @@ class PackedDecoder(PackedModel):
         # They hold each angle twice, once for each half of a head.
         cos, sin = (t[:, : t.shape[1] // 2] for t in angles)
         shared = self._shared_steps(batch, x, rows)
-        return decode(batch.layout.layers, self.norm, x, cos, sin, packed, rows, shared)
+        layout = batch.layout
+        return decode(layout.layers, self.norm, x, cos, sin, packed, rows, shared, layout.programs)
+
+    def make_programs(self, layers: list[DecoderLayer]) -> Programs:
+        return Programs(partial(record, layers, self.norm))
 
     def _shared_steps(self, batch: Batch, x: Tensor, rows: Tensor | None) -> Iterator[Step] | None:
         """Steps that run prefixes which texts share once; None where every token has to run."""
