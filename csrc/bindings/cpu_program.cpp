@@ -18,6 +18,18 @@ using Place = std::pair<int, int64_t>;  // buffer, first column
 
 Columns columns(const Place& x) { return {x.first, x.second}; }
 
+// Tables: address, rows.
+using TablePlace = std::pair<uintptr_t, int64_t>;
+
+Table table(const TablePlace& x) { return {(const void*)x.first, x.second}; }
+
+void embed(Program& program, const TablePlace& words, const TablePlace& types,
+           const TablePlace& positions, int64_t padding_idx, const Place& sums,
+           const Place& places) {
+  program.embed(table(words), table(types), table(positions), padding_idx, columns(sums),
+                columns(places));
+}
+
 void linear(Program& program, const Place& x, const std::vector<int64_t>& parts, int64_t depth,
             bool gelu, const Place& out) {
   program.linear(columns(x), linear_parts(parts), depth, gelu, columns(out));
@@ -63,10 +75,17 @@ void pick(Program& program, const Place& x, int64_t width, const Place& out) {
   program.pick(columns(x), width, columns(out));
 }
 
-// picked: 0 where no buffer has a row per sequence.
+// Addresses are 0 for what the program does not read.
 void run(Program& program, const std::vector<uintptr_t>& external, int64_t tokens,
-         int64_t sequences, uintptr_t cu_seqlens, uintptr_t picked) {
-  const Batch batch{tokens, sequences, (const int32_t*)cu_seqlens, (const int32_t*)picked};
+         int64_t sequences, uintptr_t cu_seqlens, uintptr_t picked, uintptr_t ids,
+         uintptr_t type_ids, uintptr_t position_ids) {
+  const Batch batch{tokens,
+                    sequences,
+                    (const int32_t*)cu_seqlens,
+                    (const int32_t*)picked,
+                    (const int64_t*)ids,
+                    (const int64_t*)type_ids,
+                    (const int64_t*)position_ids};
   if (!valid_cu_seqlens(batch.cu_seqlens, sequences, tokens)) {
     throw py::value_error("cu_seqlens: must rise from 0 to the number of tokens, " +
                           std::to_string(tokens));
@@ -96,6 +115,7 @@ void bind_program(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init<int, int64_t>())
       .def("buffer", &Program::buffer)
+      .def("embed", &embed)
       .def("linear", &linear)
       .def("add_layer_norm", &add_layer_norm)
       .def("add_rms_norm", &add_rms_norm)

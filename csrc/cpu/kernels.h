@@ -3,6 +3,7 @@
 
 #include "cpu/add_layer_norm.h"
 #include "cpu/add_rms_norm.h"
+#include "cpu/embed.h"
 #include "cpu/gelu.h"
 #include "cpu/linear_words.h"
 

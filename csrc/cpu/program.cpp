@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/dispatch.h"
 #include "embedfuse/dtype.h"
@@ -13,6 +15,26 @@ namespace {
 constexpr int64_t kLine = 64;  // bytes; no two buffers share a line of the cache
 
 int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t size) {
+  for (int64_t i = 0; ids && i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= size) {
+      throw std::out_of_range(std::string(name) + ": " + std::to_string(ids[i]) +
+                              "; accepted are 0 to " + std::to_string(size - 1));
+    }
+  }
+}
+
+void count_positions(const Batch& batch, int64_t padding_idx, std::vector<int64_t>* positions) {
+  positions->resize(batch.tokens);
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    int64_t next = padding_idx + 1;
+    for (int64_t t = batch.cu_seqlens[s]; t < batch.cu_seqlens[s + 1]; ++t) {
+      const bool padding = padding_idx >= 0 && batch.ids[t] == padding_idx;
+      (*positions)[t] = padding ? padding_idx : next++;
+    }
+  }
+}
 
 }  // namespace
 
@@ -29,6 +51,24 @@ int64_t Program::Run::rows(Columns x) const {
 
 char* Program::Run::at(Columns x) const {
   return x.buffer < 0 ? nullptr : arena.begin[x.buffer] + x.first * element_size(program.dtype_);
+}
+
+void Program::embed(Table words, Table types, Table positions, int64_t padding_idx, Columns sums,
+                    Columns places) {
+  calls_.push_back([=](const Run& run) {
+    const Batch& batch = run.batch;
+    const int64_t* position_ids = batch.position_ids;
+    if (!position_ids) {
+      count_positions(batch, padding_idx, &run.arena.position_ids);
+      position_ids = run.arena.position_ids.data();
+    }
+    check_ids("input_ids", batch.ids, batch.tokens, words.size);
+    check_ids("token_type_ids", batch.type_ids, batch.tokens, types.size);
+    check_ids("position_ids", position_ids, batch.tokens, positions.size);
+    cpu_kernels().embed({words.rows, types.rows, positions.rows, dtype_, batch.tokens,
+                         run.stride(sums), batch.ids, batch.type_ids, position_ids, run.at(sums),
+                         run.at(places)});
+  });
 }
 
 void Program::linear(Columns x, std::vector<LinearPart> parts, int64_t depth, bool gelu,

@@ -1,6 +1,7 @@
 // A forward as a list of kernel calls, recorded once and run as one: between two kernels there is no Python, and no
 // memory is allocated.
 #pragma once
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -23,11 +24,19 @@ struct Buffer {
   int over;  // the buffer whose memory it may use, or -1
 };
 
+// An embedding table: (rows, hidden).
+struct Table {
+  const void* rows;
+  int64_t size;
+};
+
 // What one run works on.
 struct Batch {
   int64_t tokens, sequences;
   const int32_t* cu_seqlens;  // (sequences + 1)
   const int32_t* picked;      // (sequences): the token of each sequence in buffers with a row per sequence
+  // (tokens) each, for `embed`; null: type 0, and positions counted by the program.
+  const int64_t *ids, *type_ids, *position_ids;
 };
 
 // Safe to run from several threads: each run takes an arena of its own, and gives it back for the next.
@@ -38,6 +47,10 @@ class Program {
 
   int buffer(int64_t columns, bool per_sequence, bool external, int over);
 
+  // sums + places are the embeddings. Without position ids a token's position is its place in its sequence; if
+  // padding_idx >= 0, it is padding_idx plus the number of other ids up to its own, and that of padding_idx is itself.
+  void embed(Table words, Table types, Table positions, int64_t padding_idx, Columns sums,
+             Columns places);
   void linear(Columns x, std::vector<LinearPart> parts, int64_t depth, bool gelu, Columns out);
   void add_layer_norm(Columns x, Columns residual, const void* weight, const void* bias,
                       float eps, Columns out);
@@ -59,10 +72,11 @@ class Program {
     std::vector<char> memory;
     std::vector<char*> begin;          // of each buffer
     std::vector<int32_t> cu_picked;    // 0, 1, 2, ...
+    std::vector<int64_t> position_ids;
   };
   struct Run {
     const Program& program;
-    const Arena& arena;
+    Arena& arena;
     const Batch& batch;
 
     int64_t rows(Columns x) const;

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Packed:
     def places(self) -> Tensor:
         """(tokens,) place of each token in its sequence."""
         row = torch.arange(self.tokens, device=self.cu_seqlens.device)
-        return row - self.cu_seqlens[self.sequence]
+        return row if self.sequences == 1 else row - self.cu_seqlens[self.sequence]
 
     def pack(self, padded: Tensor) -> Tensor:
         """(batch, length, ...) -> (tokens, ...)"""
@@ -135,7 +135,7 @@ def pad_right(input_ids: Tensor, packed: Packed, padding_idx: int) -> tuple[Tens
 
 def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
     """(n + 1,) int32 on the CPU, from 0."""
-    return torch.tensor([0, *lengths], device="cpu").cumsum(0, dtype=torch.int32)
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
 
 
 class Irregular(ValueError):
@@ -177,7 +177,10 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attentio
                 f"{tuple(input_ids.shape)}",
             )
         keep = attention_mask.to(device) != 0
-        lengths, starts_padded = _count(keep, name)
+        if keep.is_cpu and keep.all():
+            lengths, starts_padded = [length] * batch, False
+        else:
+            lengths, starts_padded = _count(keep, name)
     if 0 in lengths:
         raise Irregular(
             f"{name} leaves a row without tokens",

@@ -125,17 +125,22 @@ def test_the_last_layer_computes_keys_and_values_for_all_tokens_and_the_rest_for
     _, layers = make(layers=2)
     rows, tokens = len(LENGTHS), sum(LENGTHS)
     seen = []
-    linear, linears = encoder.linear, tower.linears
+    linear, linear_gelu, linears = encoder.linear, encoder.linear_gelu, tower.linears
 
     def noted_linear(module, x, inference):
         seen.append((module.out_features, len(x)))
         return linear(module, x, inference)
+
+    def noted_linear_gelu(module, x):
+        seen.append((module.out_features, len(x)))
+        return linear_gelu(module, x)
 
     def noted_linears(modules, x, inference):
         seen.append((sum(m.out_features for m in modules), len(x)))
         return linears(modules, x, inference)
 
     monkeypatch.setattr(encoder, "linear", noted_linear)
+    monkeypatch.setattr(encoder, "linear_gelu", noted_linear_gelu)
     monkeypatch.setattr(tower, "linear", noted_linear)
     monkeypatch.setattr(tower, "linears", noted_linears)
     with torch.no_grad():

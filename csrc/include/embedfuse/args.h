@@ -133,6 +133,15 @@ struct SegmentSumArgs {
   float* out;  // (rows, depth)
 };
 
+// sums = words[id] + types[type], places = positions[position] of each token; all of one dtype, rows of `hidden`.
+struct EmbedArgs {
+  const void *words, *types, *positions;  // the tables
+  int dtype;
+  int64_t tokens, hidden;
+  const int64_t *ids, *type_ids, *position_ids;  // (tokens); type_ids: null for type 0
+  void *sums, *places;                           // (tokens, hidden)
+};
+
 // out = (x + residual - mean) rstd weight + bias over rows of `hidden`; all of one dtype.
 struct AddLayerNormArgs {
   const void* x;

@@ -238,7 +238,8 @@ def record(layers: list[DecoderLayer], norm: nn.Module, program: Program, picked
     """The calls of decode_step without shared prefixes, for all tokens or for the picked ones."""
     if not layers:
         raise Unfit
-    hidden, half = columns_of(layers[0].out), layers[0].head_dim // 2
+    program.width = hidden = columns_of(layers[0].out)
+    half = layers[0].head_dim // 2
     y = program.buffer(hidden, external=True)
     cos, sin = program.buffer(half, external=True), program.buffer(half, external=True)
     out = program.buffer(hidden, per_sequence=picked, external=True)
@@ -325,17 +326,12 @@ def decode(
     inference = is_inference(x)
     if shared is not None:
         return decode_shared(layers, norm, x, cos, sin, rows, shared)
-    program = None
     if programs is not None and cos.dtype == sin.dtype == x.dtype:
-        program = programs.for_call(x, rows is not None)
-
-    def run(x: Tensor, cos: Tensor, sin: Tensor, step: Packed, step_rows: Tensor | None) -> Tensor:
+        program = programs.for_call(x, len(x), rows is not None)
         if program is not None:
-            return program.run_on([x, cos, sin], step, step_rows)
-        return decode_step(layers, norm, x, cos, sin, step, inference, step_rows)
-
+            return program.run([x, cos, sin], packed, rows)
     states = [
-        run(x[tokens], cos[tokens], sin[tokens], step, step_rows)
+        decode_step(layers, norm, x[tokens], cos[tokens], sin[tokens], step, inference, step_rows)
         for tokens, step, step_rows in split_into_steps(x, packed, rows)
     ]
     return states[0] if len(states) == 1 else torch.cat(states)

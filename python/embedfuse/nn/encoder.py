@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import is_inference, linear, linear_gelu
-from embedfuse.nn.program import Columns, Program, Programs, Unfit, columns_of
+from embedfuse.nn.program import Columns, Program, Unfit, columns_of
 from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
 from embedfuse.ops.checks import kernel_takes
@@ -108,7 +108,6 @@ class Buffers:
             picked = program.buffer(hidden, per_sequence=True)
             query = program.buffer(width, per_sequence=True)
         qkv = program.buffer((2 if per_sequence else 3) * width)
-        first = qkv[1]
         parts = [(qkv[0], i * width) for i in range(3)]
         query, key, value = (query, *parts[:2]) if per_sequence else parts
         return cls(
@@ -124,18 +123,44 @@ class Buffers:
         )
 
 
-def record(layers: list[EncoderLayer], program: Program, picked: bool) -> None:
-    """The calls of encode_step, from embeddings to the states of all tokens or of the picked ones."""
+@dataclass
+class EncoderEmbeddings:
+    """The modules before the first layer: norm(words + types + positions), with dropout.
+
+    padding_idx: the id from whose number positions count, leaving it out (RoBERTa); None for places (BERT).
+    """
+
+    words: nn.Module
+    types: nn.Module
+    positions: nn.Module
+    norm: nn.Module
+    dropout: nn.Module
+    padding_idx: int | None
+
+    def record(self, program: Program, at: "Buffers", out: Columns) -> None:
+        program.reads(self.dropout, training=False)
+        if type(self.dropout) is not nn.Dropout:
+            raise Unfit
+        hidden = program.width
+        tables = [program.table(m, hidden) for m in (self.words, self.types, self.positions)]
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        program.calls.embed(*tables, padding_idx, at.projected, at.normed)
+        program.add_layer_norm(self.norm, at.projected, at.normed, out)
+
+
+def record(
+    embeddings: EncoderEmbeddings, layers: list[EncoderLayer], program: Program, picked: bool
+) -> None:
+    """The calls from token ids to the states of all tokens, or of the picked ones."""
     if not layers:
         raise Unfit
-    hidden = columns_of(layers[0].out)
-    x = program.buffer(hidden, external=True)
+    program.width = hidden = columns_of(layers[0].out)
+    x = program.buffer(hidden)
     out = program.buffer(hidden, per_sequence=picked, external=True)
-    between = program.buffer(hidden)
     at = Buffers.of(program, layers[0], per_sequence=False)
+    embeddings.record(program, at, x)
     for layer in layers[:-1]:
-        layer.record(program, x, between, at)
-        x = between
+        layer.record(program, x, x, at)
     if picked:
         at = Buffers.of(program, layers[-1], per_sequence=True)
     layers[-1].record(program, x, out, at)
@@ -168,6 +193,11 @@ def add_norm(
     """norm(dropout(y) + residual)"""
     if not (type(dropout) is nn.Dropout and not dropout.training):
         y = dropout(y)
+    return norm_of_sum(norm, y, residual, inference)
+
+
+def norm_of_sum(norm: nn.Module, y: Tensor, residual: Tensor, inference: bool) -> Tensor:
+    """norm(y + residual)"""
     if inference and norm_takes(norm, y, residual):
         return ADD_LAYER_NORM(y, residual, norm.weight, norm.bias, norm.eps)
     return layer_norm(norm, y + residual)
@@ -188,13 +218,9 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def encode(
-    layers: list[EncoderLayer],
-    x: Tensor,
-    packed: Packed,
-    rows: Tensor | None = None,
-    programs: Programs | None = None,
+    layers: list[EncoderLayer], x: Tensor, packed: Packed, rows: Tensor | None = None
 ) -> Tensor:
-    """Hidden states after the last layer.
+    """Hidden states after the last layer, op by op.
 
     Args:
         layers: the layers, first to last.
@@ -203,30 +229,21 @@ def encode(
         rows: (batch,), one token of each sequence in order (its first or last, for example), if
             only their states are needed. The last layer then computes keys and values for all tokens and
             everything else for these.
-        programs: of these layers; None runs op by op.
 
     Returns:
         (tokens, hidden), or (batch, hidden) if `rows` is given.
     """
-    program = None if programs is None else programs.for_call(x, rows is not None)
     inference = is_inference(x)
     states = [
-        encode_step(layers, x[tokens], step, inference, step_rows, program)
+        encode_step(layers, x[tokens], step, inference, step_rows)
         for tokens, step, step_rows in split_into_steps(x, packed, rows)
     ]
     return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def encode_step(
-    layers: list[EncoderLayer],
-    x: Tensor,
-    packed: Packed,
-    inference: bool,
-    rows: Tensor | None,
-    program: Program | None,
+    layers: list[EncoderLayer], x: Tensor, packed: Packed, inference: bool, rows: Tensor | None
 ) -> Tensor:
-    if program is not None:
-        return program.run_on([x], packed, rows)
     for layer in layers:
         layer_rows = rows if layer is layers[-1] else None
         call = partial(layer, packed=packed, inference=inference, rows=layer_rows)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from embedfuse import native
 from embedfuse.nn.linear import is_inference
 from embedfuse.ops.checks import is_dense
+from embedfuse.nn.tower import split_into_steps
 from embedfuse.ops.linear import FEW_ROWS, most_rows
 from embedfuse.packing import Packed
 from embedfuse.registry import forced_backend, triton_interprets
@@ -30,10 +31,15 @@ class Program:
 
     Args:
         dtype: of the weights and of all rows.
+
+    Attributes:
+        width: columns of the states.
+        fits: whether it holds the whole tower.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
+        self.width = 0
         self.calls = native.cpu().Program(native.DTYPES[dtype], FEW_ROWS)
         self.fits = True
         self._widths: list[int] = []  # of each buffer
@@ -75,6 +81,14 @@ class Program:
         if parameter.dtype != self.dtype or parameter.shape != shape:
             raise Unfit
         return parameter.data_ptr()
+
+    def table(self, module: nn.Module, columns: int) -> tuple[int, int]:
+        """Address and rows of an embedding table."""
+        if type(module) is not nn.Embedding:
+            raise Unfit
+        self.reads(module, max_norm=None)
+        rows = len(module.weight)
+        return self.address(module, "weight", (rows, columns)), rows
 
     def linear(
         self, modules: Sequence[nn.Module], x: Columns, out: Columns, gelu: bool = False
@@ -132,27 +146,37 @@ class Program:
             _state_of(self._parameters) == self._state
         )
 
-    def run_on(self, inputs: Sequence[Tensor], packed: Packed, rows: Tensor | None) -> Tensor:
-        """States (tokens, hidden), or (sequences, hidden) of `rows`.
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        packed: Packed,
+        rows: Tensor | None = None,
+        ids: Sequence[Tensor | None] = (),
+    ) -> Tensor:
+        """States (tokens, hidden), or (sequences, hidden) of `rows`, in the steps of split_into_steps.
 
         Args:
-            inputs: the external buffers in their order, without the last, which is made here. The first
-                has as many columns as the states.
+            inputs: the external buffers in their order, without the last, which is made here.
             packed: the sequences of the inputs.
             rows: (sequences,) the token of each sequence that is wanted; None for all.
+            ids: (tokens,) each, for `embed`: input, type and position ids, of which the last two may be None.
         """
+        out = torch.empty(packed.tokens if rows is None else len(rows), self.width, dtype=self.dtype)
         inputs = [t.contiguous() for t in inputs]
-        x = inputs[0]
-        out = x.new_empty(len(x if rows is None else rows), x.shape[1])
-        bounds = packed.cu_seqlens
-        picked = None if rows is None else rows.to(torch.int32)
-        self.calls.run(
-            [t.data_ptr() for t in (*inputs, out)],
-            len(x),
-            packed.sequences,
-            bounds.data_ptr(),
-            0 if picked is None else picked.data_ptr(),
-        )
+        ids = [None if t is None else t.to(torch.int64).contiguous() for t in ids]
+        first = 0
+        for tokens, step, step_rows in split_into_steps(out, packed, rows):
+            external = [t[tokens].data_ptr() for t in inputs]
+            picked = None if step_rows is None else step_rows.to(torch.int32)
+            self.calls.run(
+                [*external, out[first:].data_ptr()],
+                step.tokens,
+                step.sequences,
+                step.cu_seqlens.data_ptr(),
+                0 if picked is None else picked.data_ptr(),
+                *(0 if t is None else t[tokens].data_ptr() for t in ids or (None, None, None)),
+            )
+            first += step.tokens if step_rows is None else step.sequences
         return out
 
 
@@ -182,11 +206,11 @@ class Programs:
         self._record = record
         self._recorded: dict[tuple[torch.dtype, bool], Program] = {}
 
-    def for_call(self, x: Tensor, picked: bool) -> Program | None:
-        """The program for embeddings x (tokens, hidden); None where the ops or the modules have to run."""
-        if not kernels_run(x):
+    def for_call(self, weight: Tensor, tokens: int, picked: bool) -> Program | None:
+        """The program for so many tokens, by a weight of the model; None where the ops or modules run."""
+        if not kernels_run(weight, tokens):
             return None
-        key = x.dtype, picked
+        key = weight.dtype, picked
         program = self._recorded.get(key)
         if program is None or not program.is_current():
             program = self._recorded[key] = self._make(*key)
@@ -202,16 +226,15 @@ class Programs:
         return program
 
 
-def kernels_run(x: Tensor) -> bool:
-    """Whether every op of a tower would run its C++ kernel on x, unseen by torch's dispatcher.
+def kernels_run(weight: Tensor, tokens: int) -> bool:
+    """Whether every op of a tower would run its C++ kernel, unseen by torch's dispatcher.
 
     Modes of torch (a FLOP counter, fake tensors) look at each op, so they get them.
     """
     return (
-        type(x) is Tensor
-        and x.is_cpu
-        and is_inference(x)
-        and len(x) <= most_rows(x.dtype)
+        weight.is_cpu
+        and is_inference(weight)
+        and tokens <= most_rows(weight.dtype)
         and forced_backend() in (None, "cpp")
         and not triton_interprets()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -108,4 +108,4 @@ def _cpp_multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
     # 1.17x the rate of torch's GEMM for 1024 x 1024 by 1024 x 1024, one thread of an EPYC (Zen 4).
     x, y = x if x.stride(1) == 1 else x.contiguous(), y.contiguous()
     sizes = (native.DTYPES[x.dtype], len(x), x.shape[1], x.stride(0))
-    module.linear(x.data_ptr(), [y.data_ptr(), 0, len(y)], *sizes, out.data_ptr(), False)
+    module.linear(x.data_ptr(), [y.data_ptr(), 0, len(y)], *sizes, False, out.data_ptr(), False)

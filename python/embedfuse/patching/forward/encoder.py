@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from embedfuse.nn.encoder import EncoderLayer, encode, layer_norm, record
+from embedfuse.nn.encoder import EncoderEmbeddings, EncoderLayer, encode, norm_of_sum, record
+from embedfuse.nn.linear import is_inference
 from embedfuse.nn.program import Programs
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe
@@ -104,6 +105,11 @@ class PackedEncoder(PackedModel):
         """The position id of a row's first token."""
 
     @staticmethod
+    def uncounted_id(embeddings: nn.Module) -> int | None:
+        """The token id that positions leave out; None where every token counts."""
+        return None
+
+    @staticmethod
     @abstractmethod
     def positions_used(packed: Packed) -> int:
         """How many position ids the longest row uses."""
@@ -124,11 +130,30 @@ class PackedEncoder(PackedModel):
         check_ids(batch, table_size(tables.word_embeddings))
 
     def run_layers(self, batch: Batch, rows: Tensor | None) -> Tensor:
-        layout = batch.layout
-        return encode(layout.layers, self._embed(batch), batch.packed, rows, layout.programs)
+        packed, tokens, layout = batch.packed, batch.tokens, batch.layout
+        words = self.base_model.embeddings.word_embeddings
+        program = None
+        if layout.programs is not None and table_size(words):
+            program = layout.programs.for_call(words.weight, packed.tokens, rows is not None)
+        if program is None:
+            return encode(layout.layers, self._embed(batch), packed, rows)
+        positions = tokens.position_ids
+        if positions is None and packed.starts_padded:
+            positions = self.position_ids(tokens.input_ids, packed)
+        ids = tokens.input_ids, tokens.token_type_ids, positions
+        return program.run((), packed, rows, ids)
 
     def make_programs(self, layers: list[EncoderLayer]) -> Programs:
-        return Programs(partial(record, layers))
+        tables = self.base_model.embeddings
+        embeddings = EncoderEmbeddings(
+            words=tables.word_embeddings,
+            types=tables.token_type_embeddings,
+            positions=tables.position_embeddings,
+            norm=tables.LayerNorm,
+            dropout=tables.dropout,
+            padding_idx=self.uncounted_id(tables),
+        )
+        return Programs(partial(record, embeddings, layers))
 
     def _embed(self, batch: Batch) -> Tensor:
         tables, tokens = self.base_model.embeddings, batch.tokens
@@ -142,8 +167,8 @@ class PackedEncoder(PackedModel):
             x = x + table.weight[0]
         else:
             x = x + table(torch.zeros_like(input_ids) if types is None else types)
-        x = x + tables.position_embeddings(positions)
-        return tables.dropout(layer_norm(tables.LayerNorm, x))
+        positions = tables.position_embeddings(positions)
+        return tables.dropout(norm_of_sum(tables.LayerNorm, x, positions, is_inference(x)))
 
     def make_output(self, states: Tensor, return_dict: bool):
         pooler = self.base_model.pooler

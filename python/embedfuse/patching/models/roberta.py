@@ -36,6 +36,10 @@ class RobertaPositions(PackedEncoder):
         return embeddings.padding_idx + 1
 
     @staticmethod
+    def uncounted_id(embeddings: nn.Module) -> int | None:
+        return embeddings.padding_idx
+
+    @staticmethod
     def positions_used(packed: Packed) -> int:
         return packed.max_seqlen
 

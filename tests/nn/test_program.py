@@ -1,0 +1,270 @@
+"""A tower as one native call: the same bits as op by op, and no stale weight, setting or address."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import embedfuse
+from embedfuse import native
+from embedfuse.nn.program import Program, Programs
+from tests.patching import decoders, encoders
+
+FAMILIES = {
+    **{name: encoders.make_model for name in encoders.FAMILIES},
+    **{name: decoders.make_model for name in decoders.FAMILIES},
+}
+LENGTHS = (9, 4, 1, 17)
+
+
+@pytest.fixture(autouse=True)
+def cpp():
+    try:
+        isa = native.cpu().selected_isa()
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))
+    if isa == "baseline":
+        pytest.skip("towers run on torch there")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    model = FAMILIES[family](family)
+    embedfuse.patch(model)
+    return model
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[Program]:
+    """The programs that have run."""
+    ran, run = [], Program.run
+
+    def recorded(program, *args):
+        ran.append(program)
+        return run(program, *args)
+
+    monkeypatch.setattr(Program, "run", recorded)
+    return ran
+
+
+def pooling_of(model) -> str:
+    return model.pruned_poolings[-1]
+
+
+@torch.inference_mode()
+def states(model, batch, pooling=None):
+    return model.packed_states(batch, pooling=pooling).states.clone()
+
+
+@torch.inference_mode()
+def by_ops(model, batch, pooling=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Programs, "for_call", lambda *args: None)
+        return model.packed_states(batch, pooling=pooling).states.clone()
+
+
+def assert_same_bits(model, batch, pooling=None):
+    found, expected = states(model, batch, pooling), by_ops(model, batch, pooling)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_same_bits_as_the_ops(model, dtype, pooled, runs):
+    model.to(dtype)
+    pooling = pooling_of(model) if pooled else None
+    for lengths in (LENGTHS, (9,), (3,) * 40):
+        assert_same_bits(model, encoders.make_batch(model, lengths), pooling)
+    assert len(runs) == 3
+
+
+def test_same_bits_in_several_steps(model, runs, monkeypatch):
+    monkeypatch.setattr("embedfuse.nn.tower.STEP_TOKENS", 20)
+    for pooling in (None, pooling_of(model)):
+        assert_same_bits(model, encoders.make_batch(model, LENGTHS), pooling)
+    assert len(runs) == 2
+
+
+def test_recorded_once(model, monkeypatch):
+    batch = encoders.make_batch(model, LENGTHS)
+    states(model, batch)
+    monkeypatch.setattr(Programs, "_make", None)
+    states(model, batch)
+
+
+def first_linear(model) -> nn.Linear:
+    return next(m for m in model.modules() if type(m) is nn.Linear)
+
+
+def first_norm(model) -> nn.Module:
+    names = ("LayerNorm", "input_layernorm")
+    return next(m for path, m in model.named_modules() if path.endswith(names))
+
+
+def new_values(weight):
+    with torch.no_grad():
+        weight.mul_(1.5)
+
+
+def new_memory(weight):
+    weight.data = weight.data * 1.5
+
+
+def transposed(model):
+    squares = (m.weight for m in model.modules() if type(m) is nn.Linear)
+    weight = next((w for w in squares if w.shape[0] == w.shape[1]), None)
+    if weight is None:
+        pytest.skip("no square weight")
+    weight.data = weight.data.t()
+
+
+def reversed_rows(weight):
+    weight.data = weight.data.flip(0)
+
+
+CHANGES = {
+    "values": lambda model: new_values(first_linear(model).weight),
+    "memory": lambda model: new_memory(first_linear(model).weight),
+    "transposed": transposed,
+    "rows": lambda model: reversed_rows(first_linear(model).weight),
+    "parameter": lambda model: setattr(
+        first_linear(model), "weight", nn.Parameter(first_linear(model).weight * 2)
+    ),
+    "one bias more": lambda model: setattr(
+        first_linear(model), "bias", nn.Parameter(torch.ones(len(first_linear(model).weight)))
+    ),
+    "norm": lambda model: new_memory(first_norm(model).weight),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(model, change):
+    batch = encoders.make_batch(model, LENGTHS)
+    before = states(model, batch)
+    CHANGES[change](model)
+    found = states(model, batch)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, by_ops(model, batch))
+
+
+def test_the_address_of_another_dtype(model):
+    """Memory that a weight gave back may come back as that of its successor."""
+    batch = encoders.make_batch(model, LENGTHS)
+    weight = first_linear(model).weight
+    states(model, batch)
+    memory = weight.data
+    weight.data = memory.view(torch.int32).view(torch.float32)[:, :]  # the same place
+    assert_same_bits(model, batch)
+    weight.data = torch.empty(0)
+    with pytest.raises((RuntimeError, ValueError)):
+        states(model, batch)
+    weight.data = memory
+    assert_same_bits(model, batch)
+
+
+def test_settings_of_norms(model, family):
+    batch = encoders.make_batch(model, LENGTHS)
+    before = states(model, batch)
+    for module in model.modules():
+        for name in ("eps", "variance_epsilon"):
+            if hasattr(module, name):
+                setattr(module, name, 0.5)
+    assert not torch.equal(states(model, batch), before)
+    assert_same_bits(model, batch)
+
+
+def test_training_and_gradients_run_op_by_op(model, runs):
+    batch = encoders.make_batch(model, LENGTHS)
+    assert model(**batch).last_hidden_state.requires_grad
+    model.train()
+    states(model, batch)
+    assert not runs
+    model.eval()
+    states(model, batch)
+    assert len(runs) == 1
+
+
+def test_modes_of_torch_see_the_ops(model, runs):
+    batch = encoders.make_batch(model, LENGTHS)
+    expected, seen = states(model, batch), set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function)
+            return function(*args, **kwargs or {})
+
+    runs.clear()
+    with Recorder():
+        found = states(model, batch)
+    assert not runs
+    assert torch.ops.embedfuse.linear.default in seen
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_forced_backend(model, runs, backend):
+    with embedfuse.use_backend(backend):
+        states(model, encoders.make_batch(model, LENGTHS))
+    assert bool(runs) is (backend == "cpp")
+
+
+def test_ids_out_of_range(model):
+    batch = encoders.make_batch(model, LENGTHS)
+    batch["input_ids"][0, 0] = model.config.vocab_size
+    with pytest.raises(IndexError, match=rf"token {model.config.vocab_size}; accepted are 0 to"):
+        states(model, batch)
+
+
+def test_threads(model):
+    """One model in several threads, and several models in one: nothing is shared but the weights."""
+    batches = [encoders.make_batch(model, lengths) for lengths in ((9, 4), (30,), (1, 1, 1), (60, 2))]
+    expected = [states(model, batch) for batch in batches]
+    wrong = []
+
+    def work(i):
+        for n in range(30):
+            which = (i + n) % len(batches)
+            if not torch.equal(states(model, batches[which]), expected[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_freed_with_the_model(model):
+    states(model, encoders.make_batch(model, LENGTHS))
+    program = next(iter(model.current_layout().programs._recorded.values()))
+    alive = weakref.ref(program)
+    del program
+    embedfuse.unpatch(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_what_no_kernel_computes_runs_op_by_op(runs):
+    model = encoders.make_model("bert")
+    model.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
+    embedfuse.patch(model)
+    batch = encoders.make_batch(model, LENGTHS)
+    states(model, batch)
+    assert not runs
+    model.encoder.layer[1].intermediate.intermediate_act_fn = nn.GELU()
+    states(model, batch)
+    assert len(runs) == 1
+    model.encoder.layer[1].intermediate.intermediate_act_fn.approximate = "tanh"
+    assert_same_bits(model, batch)
