@@ -285,13 +285,13 @@ void silu_mul(uintptr_t gate, uintptr_t up, int dtype, int64_t rows, int64_t col
                           up_stride, (void*)out});
 }
 
-// Scores, rows, columns and first column; own, limit, keys of rows and columns, guide and its limit; factors
+// Scores, rows, columns and first column; target, limit, keys of rows and columns, guide and its limit; factors
 // of rows and columns; scale, bias, sigmoid.
 using Tile = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t,
                         uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, float, bool>;
 
 InfoNceTile tile_arg(const Tile& x) {
-  const auto& [scores, rows, columns, first, own, limit, x_keys, y_keys, guide, guide_limit,
+  const auto& [scores, rows, columns, first, target, limit, x_keys, y_keys, guide, guide_limit,
                x_factor, y_factor, scale, bias, sigmoid] = x;
   if (columns > kInfoNceColumns) {
     throw py::value_error("scores: " + std::to_string(columns) + " columns; accepted are up to " +
@@ -301,7 +301,7 @@ InfoNceTile tile_arg(const Tile& x) {
           rows,
           columns,
           first,
-          (const int64_t*)own,
+          (const int64_t*)target,
           (const float*)limit,
           (const int64_t*)x_keys,
           (const int64_t*)y_keys,
@@ -321,10 +321,10 @@ void info_nce_update(const Tile& tile, uintptr_t maximum, uintptr_t sum, uintptr
 }
 
 void info_nce_gradient(const Tile& tile, uintptr_t statistic, uintptr_t g_statistic,
-                       uintptr_t g_total, uintptr_t g_own, uintptr_t sum) {
+                       uintptr_t g_total, uintptr_t g_target, uintptr_t sum) {
   cpu_kernels().info_nce_gradient(
       tile_arg(tile), {(const float*)statistic, (const float*)g_statistic, (const float*)g_total,
-                       (const float*)g_own, (float*)sum});
+                       (const float*)g_target, (float*)sum});
 }
 
 void set_thread_pool(uintptr_t parallel_for, uintptr_t num_threads) {
