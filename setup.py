@@ -197,7 +197,7 @@ setup(
         "embedfuse.triton_kernels": ["configs/*.json"],
     },
     ext_modules=[
-        Extension("embedfuse._cpu", sources(*SLOWEST, "cpu/*.cpp", "bindings/cpu_module.cpp", "bindings/cpu_program.cpp")),
+        Extension("embedfuse._cpu", sources(*SLOWEST, "cpu/*.cpp", "bindings/cpu_*.cpp")),
         Extension("embedfuse._cuda", sources("cuda/*.cu", "bindings/cuda_module.cpp")),
     ],
     cmdclass={"build_ext": NinjaBuild},

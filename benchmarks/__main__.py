@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             program = importlib.import_module(f"benchmarks.{module}")
             program.add_arguments(subparser)
             subparser.set_defaults(run=program.run)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     args = parser.parse_args(argv)
     return args.run(args)
 

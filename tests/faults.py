@@ -105,8 +105,11 @@ def applied(tree: Path, fault: dict) -> Iterator[None]:
     path = tree / fault["file"]
     kept = {path: path.read_bytes()}
     if unit := fault.get("unit"):
-        (work,) = tree.glob("build/*/embedfuse._cpu")
-        for file in (work / f"{unit}.cpp.o", *tree.glob("python/embedfuse/_cpu*.so")):
+        (work,) = tree.glob("build/cpython-*")
+        for file in (
+            work / f"embedfuse._cpu/{unit}.cpp.o",
+            *tree.glob("python/embedfuse/_cpu*.so"),
+        ):
             kept[file] = file.read_bytes()
     path.write_text(path.read_text().replace(fault["old"], fault["new"]))
     try:

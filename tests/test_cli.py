@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import embedfuse
 from embedfuse import config, native
 from embedfuse.cli import COMMANDS, doctor, main
 from embedfuse.registry import OPS
@@ -137,11 +138,17 @@ def test_unknown_command_names_the_known_ones(capsys):
     assert all(name in error for name in COMMANDS)
 
 
-def test_no_command_shows_the_usage(capsys):
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert all(f"{name} {meaning}" in error for name, meaning in COMMANDS.items())
+
+
+def test_version(capsys):
     with pytest.raises(SystemExit) as exit:
-        main([])
-    assert exit.value.code == 2
-    assert "required: command" in capsys.readouterr().err
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"embedfuse {embedfuse.__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,11 +1,11 @@
-#include "bindings/cpu_program.h"
+// The binding of cpu/program.h.
+#include "bindings/cpu_module.h"
 
 #include <pybind11/stl.h>
 
 #include <string>
 #include <utility>
 
-#include "cpu/cu_seqlens.h"
 #include "cpu/program.h"
 
 namespace py = pybind11;
@@ -86,14 +86,11 @@ void run(Program& program, const std::vector<uintptr_t>& external, int64_t token
                     (const int64_t*)ids,
                     (const int64_t*)type_ids,
                     (const int64_t*)position_ids};
-  if (!valid_cu_seqlens(batch.cu_seqlens, sequences, tokens)) {
-    throw py::value_error("cu_seqlens: must rise from 0 to the number of tokens, " +
-                          std::to_string(tokens));
-  }
+  check_cu_seqlens("cu_seqlens", batch.cu_seqlens, sequences, tokens);
   for (int64_t i = 0; picked && i < sequences; ++i) {
     if (batch.picked[i] < 0 || batch.picked[i] >= tokens) {
-      throw py::value_error("picked: " + std::to_string(batch.picked[i]) +
-                            "; accepted are 0 to " + std::to_string(tokens - 1));
+      throw py::value_error("picked: " + std::to_string(batch.picked[i]) + "; accepted are 0 to " +
+                            std::to_string(tokens - 1));
     }
   }
   program.run(external, batch);
@@ -111,7 +108,7 @@ std::vector<LinearPart> linear_parts(const std::vector<int64_t>& parts) {
   return weights;
 }
 
-void bind_program(py::module_& m) {
+void add_program(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init<int, int64_t>())
       .def("buffer", &Program::buffer)

@@ -1,6 +1,6 @@
 // Per row of a tile of scores c, over the columns j that count, with z = scale c + bias:
 //   update:   maximum m, sum of e^(z - m), sum of z  |  sigmoid: -, sum of softplus(z), sum of sigmoid(z)
-//   gradient: c_j = w g_statistic + g_total,  w = e^(z - statistic)  |  sigmoid: w = sigmoid(z);  own column: g_own
+//   gradient: c_j = w g_statistic + g_total,  w = e^(z - statistic)  |  sigmoid: w = sigmoid(z);  target: g_target
 //             | into a sum: sum_j += a_i b_j w'_j, c_j = w'_j c_j, with w' that gradient
 // where c is the stored value times a_i b_j (x_factor, y_factor), if these are given.
 //
@@ -58,8 +58,8 @@ inline void fill_logits(const InfoNceTile& t, int64_t row, float* logits) {
     z.store(logits + j);
     for (int64_t i = n; i < Vec::N; ++i) logits[j + i] = -__builtin_inff();
   }
-  const int64_t own = t.own ? t.own[row] - t.first : -1;
-  if (own >= 0 && own < t.columns) logits[own] = -__builtin_inff();
+  const int64_t target = t.target ? t.target[row] - t.first : -1;
+  if (target >= 0 && target < t.columns) logits[target] = -__builtin_inff();
 }
 
 // log(1 + u) for 0 <= u <= 1: 2 artanh(u / (2 + u)) as a series in the square, of which 8 terms reach fp32.
@@ -145,8 +145,8 @@ inline void weigh_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t ro
     const Vec grad = fma(weight, scale, offset);
     store_first(where_greater(Vec::all(kLowest), z, Vec::zero(), grad), out + j, t.columns - j);
   }
-  const int64_t own = t.own ? t.own[row] - t.first : -1;
-  if (own >= 0 && own < t.columns) out[own] = g.g_own[row];
+  const int64_t target = t.target ? t.target[row] - t.first : -1;
+  if (target >= 0 && target < t.columns) out[target] = g.g_target[row];
 }
 
 inline void gradient_row(const InfoNceTile& t, const InfoNceGradient& g, int64_t row,

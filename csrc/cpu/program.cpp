@@ -75,8 +75,8 @@ void Program::linear(Columns x, std::vector<LinearPart> parts, int64_t depth, bo
                      Columns out) {
   calls_.push_back([=, parts = std::move(parts)](const Run& run) {
     const int64_t rows = run.rows(x);
-    run_linear({run.at(x), parts.data(), int64_t(parts.size()), dtype_, rows, run.stride(out), depth,
-                run.stride(x), gelu, run.at(out)},
+    run_linear({run.at(x), parts.data(), int64_t(parts.size()), dtype_, rows, run.stride(out),
+                depth, run.stride(x), gelu, run.at(out)},
                rows <= few_rows_);
   });
 }
@@ -101,8 +101,8 @@ void Program::add_rms_norm(Columns x, Columns residual, const void* weight, int6
 
 void Program::rope(Columns x, Columns cos, Columns sin, int64_t heads, int64_t head_dim) {
   calls_.push_back([=](const Run& run) {
-    cpu_kernels().rope({run.heads(x, head_dim), run.at(cos), run.at(sin), dtype_, run.rows(x), heads,
-                        head_dim, run.stride(cos), run.stride(sin)});
+    cpu_kernels().rope({run.heads(x, head_dim), run.at(cos), run.at(sin), dtype_, run.rows(x),
+                        heads, head_dim, run.stride(cos), run.stride(sin)});
   });
 }
 

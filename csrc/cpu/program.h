@@ -34,7 +34,8 @@ struct Table {
 struct Batch {
   int64_t tokens, sequences;
   const int32_t* cu_seqlens;  // (sequences + 1)
-  const int32_t* picked;      // (sequences): the token of each sequence in buffers with a row per sequence
+  const int32_t*
+      picked;  // (sequences): the token of each sequence in buffers with a row per sequence
   // (tokens) each, for `embed`; null: type 0, and positions counted by the program.
   const int64_t *ids, *type_ids, *position_ids;
 };
@@ -52,8 +53,8 @@ class Program {
   void embed(Table words, Table types, Table positions, int64_t padding_idx, Columns sums,
              Columns places);
   void linear(Columns x, std::vector<LinearPart> parts, int64_t depth, bool gelu, Columns out);
-  void add_layer_norm(Columns x, Columns residual, const void* weight, const void* bias,
-                      float eps, Columns out);
+  void add_layer_norm(Columns x, Columns residual, const void* weight, const void* bias, float eps,
+                      Columns out);
   // residual, summed: buffer -1 for none. heads: a row has so many of `hidden` columns, each normalised alone.
   void add_rms_norm(Columns x, Columns residual, const void* weight, int64_t heads, int64_t hidden,
                     float eps, Columns normed, Columns summed);
@@ -70,8 +71,8 @@ class Program {
  private:
   struct Arena {
     std::vector<char> memory;
-    std::vector<char*> begin;          // of each buffer
-    std::vector<int32_t> cu_picked;    // 0, 1, 2, ...
+    std::vector<char*> begin;        // of each buffer
+    std::vector<int32_t> cu_picked;  // 0, 1, 2, ...
     std::vector<int64_t> position_ids;
   };
   struct Run {

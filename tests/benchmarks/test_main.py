@@ -26,3 +26,9 @@ def test_unknown_programs_are_refused_with_the_known_ones(capsys):
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert all(name in error for name in ("'plot'", *COMMANDS))
+
+
+def test_no_program_shows_the_help(capsys):
+    assert main([]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert all(f"{name} {meaning}" in error for name, (_, meaning) in COMMANDS.items())

@@ -1,7 +1,10 @@
 """Values worked out by hand, what is never read, errors, and agreement with sentence-transformers."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
+from packaging.version import Version
 
 from embedfuse import testing
 from embedfuse.ops import pool_normalize
@@ -256,6 +259,9 @@ MODES = {"cls": "cls", "last": "lasttoken", "mean": "mean", "weighted_mean": "we
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_sentence_transformers(backend, pooling, side):
     models = pytest.importorskip("sentence_transformers.models")
+    counts_padding = Version(version("sentence-transformers")) < Version("6.2")
+    if (pooling, side) == ("weighted_mean", "left") and counts_padding:
+        pytest.skip("sentence-transformers before 6.2 counts positions from the padding on")
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([1, 7, 12, 12, 30])
     x = torch.randn(len(lengths), 30, 96, generator=generator)

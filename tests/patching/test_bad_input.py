@@ -1,5 +1,7 @@
 """Bad input gets an error that names the argument, what came and what is accepted; nothing changes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ import embedfuse
 from tests.patching.encoders import PLACES, VOCABULARY, make_batch, make_model
 
 
-@pytest.mark.parametrize("thing", [nn.Linear(2, 2), "bert", None, object()])
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), 7, None, object()])
 def test_unsupported_object(thing):
     for call in (embedfuse.patch, lambda m: embedfuse.embed(m, torch.ones(1, 1), pooling="mean")):
         with pytest.raises(TypeError) as error:
@@ -16,6 +18,17 @@ def test_unsupported_object(thing):
         for kind in ("BertModel", "RobertaModel", "XLMRobertaModel", "SentenceTransformer"):
             assert kind in str(error.value)
         assert type(thing).__qualname__ in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["some/name", Path("some/name")], ids=["str", "path"])
+def test_a_name_is_no_model(name):
+    for call in (embedfuse.patch, lambda m: embedfuse.embed(m, torch.ones(1, 1), pooling="mean")):
+        with pytest.raises(TypeError) as error:
+            call(name)
+        assert str(error.value) == (
+            "model: the name 'some/name'; accepted is a loaded model. "
+            "embedfuse.Embedder('some/name') loads one and patches it"
+        )
 
 
 def test_a_subclass_may_have_a_forward_of_its_own(model):

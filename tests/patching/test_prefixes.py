@@ -143,5 +143,15 @@ def test_options_that_are_not_accepted():
     embedfuse.patch(model, reuse_prefixes="off")
     assert embedfuse.patch(model) is embedfuse.report(model)
     assert embedfuse.patch(model, reuse_prefixes="off") is embedfuse.report(model)
-    with pytest.raises(ValueError, match=r"patched before with .*'off'.*, now .*'stream'"):
+    with pytest.raises(ValueError) as error:
         embedfuse.patch(model, reuse_prefixes="stream")
+    assert str(error.value) == (
+        "reuse_prefixes='stream': this LlamaModel was patched with reuse_prefixes='off'; to change that, "
+        "call embedfuse.unpatch on it and patch it again"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^attention='bidirectional', reuse_prefixes='batch': this LlamaModel was patched with "
+        r"attention=None, reuse_prefixes='off'; ",
+    ):
+        embedfuse.patch(model, attention="bidirectional")

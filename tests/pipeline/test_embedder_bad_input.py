@@ -122,9 +122,16 @@ def test_dimensions_that_are_no_number(dimensions):
         Embedder("nowhere", dimensions=dimensions)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises((OSError, ValueError), match="nowhere"):
-        Embedder(str(tmp_path / "nowhere"))
+@pytest.mark.parametrize(
+    "model",
+    ["/no/such/folder", "./no", "../no", "~/no", "no/such/folder", "no/folder/", Path("/no")],
+)
+def test_a_folder_that_is_not_there(model):
+    with pytest.raises(FileNotFoundError) as error:
+        Embedder(model)
+    assert (
+        str(error.value) == f"model: there is no folder {model}; accepted are folders and hub names"
+    )
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ struct InfoNceTile {
   float* scores;  // (rows, columns)
   int64_t rows, columns;
   int64_t first;             // number of the first column
-  const int64_t* own;        // (rows): a column that does not count, or -1; or null
+  const int64_t* target;     // (rows): a column that does not count, or -1; or null
   const float* limit;        // (rows): scores above it do not count; or null
   const int64_t* x_keys;     // (rows), and
   const int64_t* y_keys;     // (columns): equal ones do not count; or null
@@ -217,8 +217,8 @@ struct InfoNceState {
 
 // The tile becomes G, or, if `sum` is set, G score, and G x_factor y_factor is added to `sum`.
 struct InfoNceGradient {
-  const float *statistic, *g_statistic, *g_total, *g_own;  // (rows)
-  float* sum;                                              // (rows, columns) or null
+  const float *statistic, *g_statistic, *g_total, *g_target;  // (rows)
+  float* sum;                                                 // (rows, columns) or null
 };
 
 }  // namespace embedfuse

@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import embedfuse
 from embedfuse.cli.moved import MOVED, run_moved
 
 COMMANDS = {
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["bench"] and argv[1:2] and argv[1] in MOVED:
         return run_moved(argv[1:])
     parser = argparse.ArgumentParser(prog="embedfuse", description="Embedding models, made fast.")
+    version = f"%(prog)s {embedfuse.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, meaning in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=meaning, description=meaning)
@@ -27,5 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"embedfuse.cli.{name}")
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     args = parser.parse_args(argv)
     return args.run(args)

@@ -1,5 +1,7 @@
 """Wrappers of a model and a tokenizer: the tokenizer ends texts in the token that the checkpoint expects."""
 
+from typing import Any
+
 from embedfuse.patching.wrapper import PatchedWrapper
 from embedfuse.pipeline.eos import AppendedEnd, append_end, lacks_end, says_add_eos
 from embedfuse.pipeline.presets import find_preset
@@ -10,6 +12,7 @@ _END = "tokenizer"  # in Report.repaired and Report.unrepaired
 class EndsTexts(PatchedWrapper):
     """Mixin of a wrapper with a `tokenizer`, which is made to add the token until swap_out."""
 
+    tokenizer: Any
     # Not in _embedfuse, because a copy of the wrapper needs it too.
     _embedfuse_end: AppendedEnd | None = None
 

@@ -104,3 +104,32 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, tokens: int) -> None:
             f"{name}: must start at 0, never fall, and end at the number of tokens, {tokens}; "
             f"starts at {first}, ends at {last}" + (", falls" if falls else "")
         )
+
+
+def check_tokens(
+    name: str,
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    attention_mask: Tensor | None,
+    columns: str = "",
+) -> None:
+    """Errors unless x is (batch, length), with a mask or none, or (tokens,) with cu_seqlens.
+
+    columns: the name of a further dimension.
+    """
+    check_tensors(cu_seqlens=cu_seqlens, attention_mask=attention_mask)
+    shape, further = tuple(x.shape), f", {columns}" if columns else ""
+    if len(shape) != (2 if cu_seqlens is None else 1) + bool(columns):
+        raise ValueError(
+            f"{name}: shape {shape}; accepted are (batch, length{further}), or (tokens{further or ','}) "
+            "together with cu_seqlens"
+        )
+    check_device("cu_seqlens", cu_seqlens, name, x)
+    check_device("attention_mask", attention_mask, name, x)
+    if cu_seqlens is None:
+        return check_shape("attention_mask", attention_mask, shape[:2])
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask: not accepted together with cu_seqlens, which already bounds tokens"
+        )
+    check_cu_seqlens("cu_seqlens", cu_seqlens)

@@ -5,18 +5,17 @@ Limits: the kernels copy states where the columns of a token are not adjacent, a
 are not contiguous.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from embedfuse import native
 from embedfuse.ops.checks import (
-    check_cu_seqlens,
     check_cu_seqlens_values,
-    check_device,
     check_floating,
-    check_shape,
-    check_tensors,
+    check_tokens,
     needs_gradient,
 )
 from embedfuse.ops.cu_seqlens import sequence_of
@@ -25,6 +24,7 @@ from embedfuse.registry import Cost, Op, triton_function
 # Order = codes of enum Pooling in csrc/include/embedfuse/args.h.
 POOLINGS = ("cls", "last", "mean", "weighted_mean")
 EPS = 1e-12
+_MASK_DTYPES = (torch.int64, torch.int32, torch.bool)  # those that the kernels read
 
 OP = Op(
     "pool_normalize(Tensor hidden_states, Tensor? cu_seqlens, Tensor? attention_mask, "
@@ -73,7 +73,9 @@ def pool_normalize(
         ValueError: for shapes, devices or names that do not fit.
     """
     out_dtype = out_dtype or hidden_states.dtype
-    attention_mask = _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype)
+    _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype)
+    if attention_mask is not None and attention_mask.dtype not in _MASK_DTYPES:
+        attention_mask = attention_mask != 0
     if needs_gradient(hidden_states):
         return _PoolNormalize.apply(
             hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype
@@ -81,9 +83,7 @@ def pool_normalize(
     return OP(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype)[0]
 
 
-def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Tensor | None:
-    check_tensors(cu_seqlens=cu_seqlens, attention_mask=attention_mask)
-    shape = tuple(hidden_states.shape)
+def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> None:
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}: accepted are {', '.join(POOLINGS)}")
     check_floating("hidden_states", hidden_states.dtype, TypeError)
@@ -92,30 +92,7 @@ def _check(hidden_states, cu_seqlens, attention_mask, pooling, out_dtype) -> Ten
         raise TypeError(
             f"out_dtype: float64; accepted only for float64 hidden_states, not {hidden_states.dtype}"
         )
-    check_device("cu_seqlens", cu_seqlens, "hidden_states", hidden_states)
-    check_device("attention_mask", attention_mask, "hidden_states", hidden_states)
-    if cu_seqlens is None:
-        if len(shape) != 3:
-            raise ValueError(
-                f"hidden_states: shape {shape}; accepted are (batch, length, hidden), "
-                "or (tokens, hidden) together with cu_seqlens"
-            )
-        if attention_mask is None:
-            return None
-        check_shape("attention_mask", attention_mask, shape[:2])
-        if attention_mask.dtype in (torch.int64, torch.int32, torch.bool):
-            return attention_mask
-        return attention_mask != 0
-    if attention_mask is not None:
-        raise ValueError(
-            "attention_mask: not accepted together with cu_seqlens, which already bounds tokens"
-        )
-    if len(shape) != 2:
-        raise ValueError(
-            f"hidden_states: shape {shape}; accepted with cu_seqlens is (tokens, hidden)"
-        )
-    check_cu_seqlens("cu_seqlens", cu_seqlens)
-    return None
+    check_tokens("hidden_states", hidden_states, cu_seqlens, attention_mask, "hidden")
 
 
 def _token_weights(
@@ -210,8 +187,8 @@ class _PoolNormalize(torch.autograd.Function):
         return (grad * weights[..., None]).to(ctx.like.dtype), None, None, None, None, None
 
 
-def _native_args(hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
-    """Result tensors, and the arguments that both compiled modules take, in their order."""
+def _run(launch, hidden_states, cu_seqlens, attention_mask, pooling, normalize, out_dtype):
+    """Results of a compiled module. launch(out, *arguments): calls its kernel and adds the last argument."""
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
     if cu_seqlens is not None:
@@ -222,7 +199,8 @@ def _native_args(hidden_states, cu_seqlens, attention_mask, pooling, normalize, 
     hidden = hidden_states.shape[-1]
     out = hidden_states.new_empty(batch, hidden, dtype=out_dtype)
     norm = hidden_states.new_empty(batch, dtype=torch.float32)
-    args = (
+    launch(
+        out,
         hidden_states.data_ptr(),
         native.DTYPES[hidden_states.dtype],
         hidden_states.stride(-2),
@@ -239,36 +217,27 @@ def _native_args(hidden_states, cu_seqlens, attention_mask, pooling, normalize, 
         native.DTYPES[out_dtype],
         norm.data_ptr(),
     )
-    # The tensors behind the addresses must outlive the call.
-    return out, norm, args, (hidden_states, cu_seqlens, attention_mask)
+    return out, norm
 
 
 def _load_cpp():
     kernel = native.cpu().pool_normalize
 
-    def run(*call):
-        out, norm, args, alive = _native_args(*call)
-        scratch = (
-            out if out.dtype == torch.float32 else out.new_empty(out.shape, dtype=torch.float32)
-        )
-        kernel(*args, scratch.data_ptr())
-        del alive
-        return out, norm
+    def launch(out, *arguments):
+        scratch = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        kernel(*arguments, scratch.data_ptr())
 
-    return run
+    return functools.partial(_run, launch)
 
 
 def _load_cuda():
     kernel = native.cuda().pool_normalize
 
-    def run(*call):
-        out, norm, args, alive = _native_args(*call)
+    def launch(out, *arguments):
         with torch.cuda.device(out.device):
-            kernel(*args, torch.cuda.current_stream().cuda_stream)
-        del alive
-        return out, norm
+            kernel(*arguments, torch.cuda.current_stream().cuda_stream)
 
-    return run
+    return functools.partial(_run, launch)
 
 
 OP.impl("cpp", _load_cpp)
@@ -289,14 +258,13 @@ def _(device, dtype, size):
         return states(int(ends[-1]), hidden), ends.to(device, torch.int32)
 
     if size == "bench":
-        shapes = {"cpu": (64, 512, 1024), "cuda": (64, 512, 4096)}[device]
-        batch, length, hidden = shapes
+        shape = batch, length, hidden = 64, 512, {"cpu": 1024, "cuda": 4096}[device]
         mask = torch.ones(batch, length, dtype=torch.int64, device=device)
         x, cu_seqlens = packed([length] * batch)
         return [
             (x, cu_seqlens, None, "mean", True, dtype),
-            (x.view(shapes), None, mask, "mean", True, dtype),
-            (x.view(shapes), None, mask, "last", True, dtype),
+            (x.view(shape), None, mask, "mean", True, dtype),
+            (x.view(shape), None, mask, "last", True, dtype),
         ]
     samples = []
     for hidden, lengths in ((37, [5, 0, 1, 9, 0]), (384, [3, 70, 1]), (129, [1]), (64, [])):

@@ -1,6 +1,7 @@
 """The table of what can be patched: original class -> module of its patched class."""
 
 import importlib
+import os
 
 from embedfuse.compatibility import explained
 
@@ -55,6 +56,12 @@ def patched_class(original: type) -> type | None:
 
 def patched_class_of(model: object) -> type:
     """The class that patches this object. TypeError, naming the accepted kinds, when there is none."""
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        raise TypeError(
+            f"model: the name {name!r}; accepted is a loaded model. embedfuse.Embedder({name!r}) loads one "
+            "and patches it"
+        )
     original = getattr(type(model), "original", type(model))
     found = patched_class(original)
     if found is None:

@@ -9,7 +9,7 @@ import copyreg
 import functools
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
@@ -40,6 +40,11 @@ class Options:
                 "reuse_prefixes='stream' with attention='bidirectional', where no prefix has states of its "
                 "own; accepted are off and batch"
             )
+
+    def unlike(self, other: "Options") -> str:
+        """The options that have another value in `other`, as they stand in a call of `patch`."""
+        mine, theirs = asdict(self), asdict(other)
+        return ", ".join(f"{name}={mine[name]!r}" for name in mine if mine[name] != theirs[name])
 
 
 @dataclass(eq=False)
@@ -91,9 +96,11 @@ class Patched(metaclass=PatchedType):
 
     def check_options(self, options: Options) -> None:
         """Raise ValueError for other options than those that this was patched with."""
-        if options not in (Options(), self._embedfuse.options):
+        before = self._embedfuse.options
+        if options not in (Options(), before):
             raise ValueError(
-                f"model: patched before with {self._embedfuse.options}, now {options}; unpatch it first"
+                f"{options.unlike(before)}: this {type(self).__name__} was patched with "
+                f"{before.unlike(options)}; to change that, call embedfuse.unpatch on it and patch it again"
             )
 
     @classmethod

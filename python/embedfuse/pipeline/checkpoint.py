@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,10 +59,16 @@ def read_preset(model: str, hub: dict, given: str | Preset | None = None) -> Pre
         ValueError: A decoder whose pooling nothing says (with causal attention its first token sees only
             itself, so there is no safe default), an unknown preset name, or modules or a pooling that
             embedfuse does not support.
-        OSError: No checkpoint there.
+        OSError: No checkpoint there; FileNotFoundError for a path that is no folder.
     """
     if given is not None and not isinstance(given, Preset) and given not in PRESETS:
         raise ValueError(f"preset={given!r}: accepted are a Preset and {', '.join(PRESETS)}")
+    # No name on the hub begins like that or has two slashes.
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
+    if is_path and not os.path.isdir(model):
+        raise FileNotFoundError(
+            f"model: there is no folder {model}; accepted are folders and hub names"
+        )
     read = functools.partial(read_json, model, hub=hub)
     names, config = [model], read("config.json") or {}
     name, base_hub = model, hub

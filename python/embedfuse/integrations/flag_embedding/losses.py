@@ -50,8 +50,8 @@ def _cross_device_neg_loss(
         return AbsEmbedderModel._compute_cross_device_neg_loss(
             self, q_reps, p_reps, teacher_targets, compute_score_func, **kwargs
         )
-    everywhere = (self._dist_gather_tensor(x) for x in (q_reps, p_reps))
-    loss = _loss(*everywhere, self.temperature)
+    queries, passages = (self._dist_gather_tensor(x) for x in (q_reps, p_reps))
+    loss = _loss(queries, passages, self.temperature)
     return None, loss + _distilled(self, q_reps, p_reps, teacher_targets)
 
 

@@ -1,10 +1,9 @@
 """What patched objects of FlagEmbedding share: each wraps a `model` and a `tokenizer`."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from embedfuse.patching.forward.packed_model import PackedModel
@@ -21,6 +20,9 @@ LEFT_PADDING = "the tokenizer pads on the left"
 
 
 class FlagWrapper(PatchedWrapper):
+    model: Any
+    tokenizer: Any
+
     def _refusal(self, kwargs: dict) -> str | None:
         """Why the original runs a call with these further arguments; None where it does not."""
         if kwargs:
@@ -56,7 +58,7 @@ class FlagWrapper(PatchedWrapper):
 
     def _embedding_pipeline(
         self,
-        model: nn.Module,
+        model: PackedModel,
         heads: Heads,
         *,
         pooling: str,

@@ -22,15 +22,19 @@ class Strategy(Protocol):
 
     def pool_statistics(self, *args, **settings) -> Statistics:
         """Against columns that all queries share, those of all ranks where several take part."""
+        ...
 
     def bank_statistics(self, *args, **settings) -> Statistics:
         """Against columns that all queries of this rank share."""
+        ...
 
     def hard_negative_statistics(self, *args, **settings) -> Statistics:
         """Against the columns that belong to each query."""
+        ...
 
     def target_scores(self, x: Tensor, y: Tensor, target: Tensor) -> Tensor:
         """Of each query with its target."""
+        ...
 
 
 class FullWidth:

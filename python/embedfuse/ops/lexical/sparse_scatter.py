@@ -13,12 +13,12 @@ from torch import Tensor
 
 from embedfuse import native
 from embedfuse.ops.checks import (
-    check_cu_seqlens,
     check_cu_seqlens_values,
     check_device,
     check_floating,
     check_shape,
     check_tensors,
+    check_tokens,
 )
 from embedfuse.ops.cu_seqlens import sequence_of
 from embedfuse.ops.lexical.csr import Csr, running_sum
@@ -148,27 +148,13 @@ def _kept(
 
 
 def _check(token_weights, input_ids, cu_seqlens, attention_mask) -> None:
-    tensors = {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    check_tensors(token_weights=token_weights, **tensors)
-    shape = tuple(token_weights.shape)
+    check_tensors(token_weights=token_weights, input_ids=input_ids)
     check_floating("token_weights", token_weights.dtype, TypeError)
     if input_ids.dtype != torch.int64:
         raise TypeError(f"input_ids: {input_ids.dtype}; accepted is int64")
-    if len(shape) != (2 if cu_seqlens is None else 1):
-        raise ValueError(
-            f"token_weights: shape {shape}; accepted are (batch, length), "
-            "or (tokens,) together with cu_seqlens"
-        )
-    check_shape("input_ids", input_ids, shape, of="token_weights")
-    check_shape("attention_mask", attention_mask, shape, of="token_weights")
-    for name, tensor in tensors.items():
-        check_device(name, tensor, "token_weights", token_weights)
-    if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens)
-        if attention_mask is not None:
-            raise ValueError(
-                "attention_mask: not accepted together with cu_seqlens, which already bounds tokens"
-            )
+    check_tokens("token_weights", token_weights, cu_seqlens, attention_mask)
+    check_shape("input_ids", input_ids, token_weights.shape, of="token_weights")
+    check_device("input_ids", input_ids, "token_weights", token_weights)
 
 
 def _dense(tokens: KeptTokens, cu_seqlens: Tensor, vocabulary: int) -> Tensor:
