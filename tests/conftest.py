@@ -57,3 +57,24 @@ def e5_mistral_folder(tmp_path_factory) -> str:
     from benchmarks.models.checkpoints import E5_MISTRAL_SMALL, make_e5_mistral
 
     return str(make_e5_mistral(tmp_path_factory.mktemp("e5-mistral"), 3, E5_MISTRAL_SMALL))
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """Tokens of every run through a decoder's layers."""
+    from embedfuse.nn import decoder
+    from embedfuse.nn.program import Program
+
+    counts, run, run_program = [], decoder.decode_step, Program.run
+
+    def counting(layers, norm, x, *args, **kwargs):
+        counts.append(len(x))
+        return run(layers, norm, x, *args, **kwargs)
+
+    def counting_program(program, inputs, packed, *args):
+        counts.append(packed.tokens)
+        return run_program(program, inputs, packed, *args)
+
+    monkeypatch.setattr(decoder, "decode_step", counting)
+    monkeypatch.setattr(Program, "run", counting_program)
+    return counts

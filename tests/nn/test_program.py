@@ -15,8 +15,8 @@ from embedfuse.nn.program import Program, Programs
 from tests.patching import decoders, encoders
 
 FAMILIES = {
-    **{name: encoders.make_model for name in encoders.FAMILIES},
-    **{name: decoders.make_model for name in decoders.FAMILIES},
+    **dict.fromkeys(encoders.FAMILIES, encoders.make_model),
+    **dict.fromkeys(decoders.FAMILIES, decoders.make_model),
 }
 LENGTHS = (9, 4, 1, 17)
 
@@ -227,7 +227,9 @@ def test_ids_out_of_range(model):
 
 def test_threads(model):
     """One model in several threads, and several models in one: nothing is shared but the weights."""
-    batches = [encoders.make_batch(model, lengths) for lengths in ((9, 4), (30,), (1, 1, 1), (60, 2))]
+    batches = [
+        encoders.make_batch(model, lengths) for lengths in ((9, 4), (30,), (1, 1, 1), (60, 2))
+    ]
     expected = [states(model, batch) for batch in batches]
     wrong = []
 

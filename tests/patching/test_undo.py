@@ -12,6 +12,7 @@ import torch
 
 import embedfuse
 from embedfuse.nn import encoder as tower
+from embedfuse.nn.program import Program, Programs
 from embedfuse.patching.forward import encoder
 from tests.patching.encoders import make_batch, make_model, states
 
@@ -120,11 +121,16 @@ def test_report(model):
     assert "memory        +0 bytes" in str(report)
 
 
-@pytest.mark.parametrize("broken", ["positions", "mask", "heads", "norm", "raises"])
+@pytest.mark.parametrize("broken", ["program", "positions", "mask", "heads", "norm", "raises"])
 def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
     model = make_model(family)
     before = snapshot(model)
-    if broken == "positions":
+    if broken != "program":  # op by op
+        monkeypatch.setattr(Programs, "for_call", lambda *args: None)
+    if broken == "program":
+        run = Program.run
+        monkeypatch.setattr(Program, "run", lambda *args: 1.01 * run(*args))
+    elif broken == "positions":
         original = encoder.PackedEncoder._embed
 
         def off_by_one(self, batch):
@@ -146,7 +152,7 @@ def test_a_wrong_forward_is_found_and_rolled_back(family, monkeypatch, broken):
         read = encoder.read_layer
         monkeypatch.setattr(encoder, "read_layer", lambda b: _with(read(b), head_dim=24))
     elif broken == "norm":
-        monkeypatch.setattr(tower, "add_norm", lambda norm, dropout, y, x, inference: y + x)
+        monkeypatch.setattr(tower, "norm_of_sum", lambda norm, y, x, inference: y + x)
     else:
         monkeypatch.setattr(tower, "attention", lambda *a, **k: 1 / 0)
     expected = ZeroDivisionError if broken == "raises" else embedfuse.PatchError

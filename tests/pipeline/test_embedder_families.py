@@ -183,24 +183,15 @@ def test_lexical_matching_score_of_dicts(embedder):
         embedder.lexical_matching_score(sparse, sparse.dicts()[0])
 
 
-def test_an_instruction_runs_once_for_all_queries(tmp_path, monkeypatch):
-    from embedfuse.nn import decoder
-
+def test_an_instruction_runs_once_for_all_queries(tmp_path, computed):
     folder = make(tmp_path / "Qwen3-Embedding-4B", "qwen3")
-    counts, run = [], decoder.decode_step
-
-    def counting(layers, norm, x, *args, **kwargs):
-        counts.append(len(x))
-        return run(layers, norm, x, *args, **kwargs)
-
-    monkeypatch.setattr(decoder, "decode_step", counting)
     found = {}
     for reuse in ("off", "stream"):
         embedder = Embedder(str(folder), device="cpu", reuse_prefixes=reuse)
-        counts.clear()
+        computed.clear()
         found[reuse] = [embedder.encode_queries([text]).dense for text in TEXTS[1:6]]
         found[reuse].append(embedder.encode_queries(TEXTS).dense)
-        found[f"{reuse} tokens"] = list(counts)
+        found[f"{reuse} tokens"] = list(computed)
     for one, other in zip(found["off"], found["stream"], strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=5e-6)
     off, stream = found["off tokens"], found["stream tokens"]

@@ -151,8 +151,15 @@ class DecoderLayer:
             key = at.key_normed
         program.calls.rope(query, cos, sin, heads, self.head_dim)
         program.calls.rope(key, at.cos, at.sin, kv_heads, self.head_dim)
-        shape = heads, kv_heads, self.head_dim, self.scale, self.causal, self.window or 0
-        program.calls.attention(query, key, at.value, *shape, at.context)
+        program.attention(
+            self.qkv,
+            self.head_dim,
+            (query, key, at.value),
+            at.context,
+            scale=self.scale,
+            causal=self.causal,
+            window=self.window,
+        )
 
 
 @dataclass(frozen=True)

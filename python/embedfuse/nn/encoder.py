@@ -57,7 +57,6 @@ class EncoderLayer:
         y = activate(self.activation, self.up, x, inference)
         return add_norm(self.norm2, self.dropout2, linear(self.down, y, inference), x, inference)
 
-
     def record(self, program: Program, x: Columns, out: Columns, at: "Buffers") -> None:
         """The calls of __call__ in inference, with out for all rows or for the picked ones."""
         for module in (self.block, self.attention, self.dropout1, self.dropout2):
@@ -71,13 +70,8 @@ class EncoderLayer:
             program.linear(self.qkv[:1], at.picked, at.query)
             program.linear(self.qkv[1:], x, at.qkv)
             x = at.picked
-        width = columns_of(self.qkv[0])
-        heads = width // self.head_dim
-        program.calls.attention(
-            *(at.query, at.key, at.value),
-            *(heads, heads, self.head_dim, self.scale, False, 0),
-            at.context,
-        )
+        heads = at.query, at.key, at.value
+        program.attention(self.qkv, self.head_dim, heads, at.context, scale=self.scale)
         program.linear([self.out], at.context, at.projected)
         program.add_layer_norm(self.norm1, at.projected, x, at.normed)
         reads_exact_gelu(program, self.activation)

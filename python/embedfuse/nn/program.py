@@ -1,7 +1,7 @@
 """A tower on the CPU as one native call: what depends on the model and its dtype alone is decided once.
 
-A program is a list of the same kernel calls that the ops make, so its values have the same bits. It is recorded from
-a tower's layers, and read again from them as soon as anything that it depends on has changed.
+A program is a list of the same kernel calls that the ops make, so its values have the same bits. It is recorded
+from a tower's layers, and again as soon as anything that it depends on has changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from embedfuse.nn.linear import is_inference
 from embedfuse.ops.checks import is_dense
 from embedfuse.nn.tower import split_into_steps
 from embedfuse.ops.linear import FEW_ROWS, most_rows
+from embedfuse.ops.varlen_attention import MAX_HEAD_DIM
 from embedfuse.packing import Packed
 from embedfuse.registry import forced_backend, triton_interprets
 
@@ -75,11 +76,11 @@ class Program:
         self._slots.append((module._parameters, name, parameter))
         if parameter is None:
             return 0
-        self._parameters.append(parameter)
         if not (is_dense(parameter) and parameter.is_cpu and parameter.is_contiguous()):
             raise Unfit
         if parameter.dtype != self.dtype or parameter.shape != shape:
             raise Unfit
+        self._parameters.append(parameter)
         return parameter.data_ptr()
 
     def table(self, module: nn.Module, columns: int) -> tuple[int, int]:
@@ -105,9 +106,7 @@ class Program:
             raise Unfit
         self.calls.linear(x, parts, depth, gelu, out)
 
-    def add_layer_norm(
-        self, norm: nn.Module, x: Columns, residual: Columns, out: Columns
-    ) -> None:
+    def add_layer_norm(self, norm: nn.Module, x: Columns, residual: Columns, out: Columns) -> None:
         """out = norm(x + residual)"""
         if type(norm) is not nn.LayerNorm or norm.weight is None:
             raise Unfit
@@ -131,13 +130,33 @@ class Program:
         self.reads(norm, variance_epsilon=eps)
         self.calls.add_rms_norm(x, residual, weight, heads, width, eps, normed, summed)
 
+    def attention(
+        self,
+        qkv: Sequence[nn.Module],
+        head_dim: int,
+        heads: tuple[Columns, Columns, Columns],
+        out: Columns,
+        *,
+        scale: float,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> None:
+        """out = attention of query, key and value, which are `heads`, the outputs of qkv."""
+        width, kv_width, value_width = map(columns_of, qkv)
+        if width % head_dim or kv_width % head_dim or width % kv_width or kv_width != value_width:
+            raise Unfit
+        if head_dim > MAX_HEAD_DIM:
+            raise Unfit
+        counts = width // head_dim, kv_width // head_dim
+        self.calls.attention(*heads, *counts, head_dim, scale, causal, window or 0, out)
+
     def pick(self, x: Columns, out: Columns) -> None:
         """out = the picked rows of x."""
         self.calls.pick(x, self._widths[out[0]], out)
 
     def finish(self) -> None:
         """Keep what is_current compares, in the form in which that is fastest."""
-        self._read = tuple(zip(*self._slots, strict=True))
+        self._read = tuple(zip(*self._slots, strict=True)) or ((), (), ())
         self._state = _state_of(self._parameters)
 
     def is_current(self) -> bool:
@@ -161,7 +180,9 @@ class Program:
             rows: (sequences,) the token of each sequence that is wanted; None for all.
             ids: (tokens,) each, for `embed`: input, type and position ids, of which the last two may be None.
         """
-        out = torch.empty(packed.tokens if rows is None else len(rows), self.width, dtype=self.dtype)
+        out = torch.empty(
+            packed.tokens if rows is None else len(rows), self.width, dtype=self.dtype
+        )
         inputs = [t.contiguous() for t in inputs]
         ids = [None if t is None else t.to(torch.int64).contiguous() for t in ids]
         first = 0

@@ -29,7 +29,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a kernel may read x by its address: strided, and no subclass of torch.Tensor (quantised, say)."""
+    """Whether a kernel may read x by its address: strided, and no subclass of torch.Tensor."""
     return type(x) in _READABLE and x.layout is torch.strided
 
 
@@ -42,9 +42,7 @@ def kernel_takes(op: Op, first: Tensor, *others: Tensor | None) -> bool:
     # A loop, not all(): a small linear layer is called every few tens of microseconds.
     dtype, device = first.dtype, first.device
     for t in (first, *others):
-        if t is not None and not (
-            is_dense(t) and t.dtype is dtype and t.device == device
-        ):
+        if t is not None and not (is_dense(t) and t.dtype is dtype and t.device == device):
             return False
     return op.accelerates(first)
 

@@ -174,7 +174,9 @@ def _(device, dtype, size):
     samples.append((tensor(4, 12), [tensor(12, 9).t()], [None]))
     samples.append((tensor(20, 12).t(), [tensor(9, 20)], [tensor(9)]))
     samples.append((3 * tensor(9, 64), [9 * tensor(37, 64)], [tensor(37)], True))
-    samples.append((3 * tensor(50, 64), [9 * tensor(37, 64), 9 * tensor(5, 64)], [None, None], True))
+    samples.append(
+        (3 * tensor(50, 64), [9 * tensor(37, 64), 9 * tensor(5, 64)], [None, None], True)
+    )
     return samples
 
 
