@@ -8,19 +8,36 @@
 constexpr int kFewColumns = 4;  // as sum4 takes
 // Rows of x in a tile: their sums fit into the registers along with the loaded values.
 constexpr int kFewTileRows = Vec::N == 8 ? 3 : 6;
-// How far ahead weights are fetched, in blocks of kFewColumns weight rows.
-constexpr int kFewBlocksAhead = 2;
+// How far ahead weight rows are fetched.
+constexpr int kFewRowsAhead = 8;
+// Columns whose sums are finished together, and rows of x for which the weight is read once.
+constexpr int kFewGroup = 16;
+constexpr int64_t kMostFewRows = 32;
 
-// One tile: ROWS rows of x against up to four weight rows. Fetches LINES lines from `ahead` on with each step.
-template <class U, int ROWS, int LINES>
-void dot_tile(const LinearArgs& a, const LinearPart& part, int64_t row, int64_t column, int columns,
-              const char* ahead) {
+// Some columns of a part's result, and their sums (rows, kFewGroup).
+template <class T>
+struct FewColumns {
+  const LinearArgs& a;
+  const LinearPart& part;
+  int64_t row, rows;  // of x
+  int64_t column;
+  int columns;  // up to kFewGroup
+  float sums[kMostFewRows * kFewGroup];
+};
+
+// One tile: ROWS rows of x from `row` on against up to four weight rows from column `c0` of the group on. Fetches
+// AHEAD rows of the weight from `ahead` on meanwhile.
+template <class U, int ROWS, int AHEAD>
+void dot_tile(FewColumns<typename U::Element>& group, int64_t row, int c0,
+              const typename U::Element* ahead) {
   using T = typename U::Element;
   constexpr int kStep = Vec::N * U::kPerWord;
-  const T* x = (const T*)a.x + row * a.x_stride;
+  const LinearArgs& a = group.a;
+  const T* x = (const T*)a.x + (group.row + row) * a.x_stride;
   const T* w[kFewColumns];  // past the last column, the last one again
   for (int c = 0; c < kFewColumns; ++c) {
-    w[c] = (const T*)part.weight + (column + (c < columns ? c : columns - 1)) * a.depth;
+    const int column = c0 + c < group.columns ? c0 + c : group.columns - 1;
+    w[c] = (const T*)group.part.weight + (group.column + column) * a.depth;
   }
   Vec acc[ROWS][kFewColumns];
   for (int r = 0; r < ROWS; ++r) {
@@ -28,8 +45,7 @@ void dot_tile(const LinearArgs& a, const LinearPart& part, int64_t row, int64_t 
   }
   int64_t k = 0;
   for (; k + kStep <= a.depth; k += kStep) {
-    for (int l = 0; l < LINES; ++l) __builtin_prefetch(ahead + 64 * l, 0, 2);
-    ahead += 64 * LINES;
+    for (int i = 0; i < AHEAD; ++i) __builtin_prefetch(ahead + i * a.depth + k, 0, 2);
     Vec wk[kFewColumns];
     for (int c = 0; c < kFewColumns; ++c) wk[c] = U::load(w[c] + k);
     for (int r = 0; r < ROWS; ++r) {
@@ -37,54 +53,75 @@ void dot_tile(const LinearArgs& a, const LinearPart& part, int64_t row, int64_t 
       for (int c = 0; c < kFewColumns; ++c) acc[r][c] = U::multiply_add(xk, wk[c], acc[r][c]);
     }
   }
-  float sums[ROWS * kFewColumns + Vec::N];  // gelu takes whole registers
   for (int r = 0; r < ROWS; ++r) {
-    float* dot = sums + r * kFewColumns;
+    float* dot = group.sums + (row + r) * kFewGroup + c0;
     sum4(acc[r], dot);
-    for (int c = 0; c < columns; ++c) {
-      for (int64_t t = k; t < a.depth; ++t)
+    for (int64_t t = k; t < a.depth; ++t) {
+      for (int c = 0; c < kFewColumns; ++c) {
         dot[c] += to_float(x[r * a.x_stride + t]) * to_float(w[c][t]);
-      if (part.bias) dot[c] += to_float(((const T*)part.bias)[column + c]);
+      }
     }
-  }
-  for (int i = 0; a.gelu && i < ROWS * kFewColumns; i += Vec::N) {
-    gelu(Vec::load(sums + i)).store(sums + i);
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    T* out = (T*)a.out + (row + r) * a.columns + part.first + column;
-    for (int c = 0; c < columns; ++c) from_float(sums[r * kFewColumns + c], out + c);
   }
 }
 
-template <class U, int LINES>
-void dot_rows(const LinearArgs& a, const LinearPart& part, int64_t row, int64_t rows,
-              int64_t column, int columns, const char* ahead) {
-  if (rows == 1) dot_tile<U, 1, LINES>(a, part, row, column, columns, ahead);
-  if (rows == 2) dot_tile<U, 2, LINES>(a, part, row, column, columns, ahead);
-  if (rows == 3) dot_tile<U, 3, LINES>(a, part, row, column, columns, ahead);
+template <class U, int AHEAD>
+void dot_rows(FewColumns<typename U::Element>& group, int64_t row, int64_t rows, int c0,
+              const typename U::Element* ahead) {
+  if (rows == 1) dot_tile<U, 1, AHEAD>(group, row, c0, ahead);
+  if (rows == 2) dot_tile<U, 2, AHEAD>(group, row, c0, ahead);
+  if (rows == 3) dot_tile<U, 3, AHEAD>(group, row, c0, ahead);
   if constexpr (kFewTileRows == 6) {
-    if (rows == 4) dot_tile<U, 4, LINES>(a, part, row, column, columns, ahead);
-    if (rows == 5) dot_tile<U, 5, LINES>(a, part, row, column, columns, ahead);
-    if (rows == 6) dot_tile<U, 6, LINES>(a, part, row, column, columns, ahead);
+    if (rows == 4) dot_tile<U, 4, AHEAD>(group, row, c0, ahead);
+    if (rows == 5) dot_tile<U, 5, AHEAD>(group, row, c0, ahead);
+    if (rows == 6) dot_tile<U, 6, AHEAD>(group, row, c0, ahead);
   }
 }
 
-// Weight rows [begin, end) of a part against all rows of x.
-template <class U, int LINES>
-void dot_part(const LinearArgs& a, const LinearPart& part, int64_t begin, int64_t end,
-              int64_t tiles) {
-  const int64_t weight_row = a.depth * sizeof(typename U::Element);
-  for (int64_t column = begin; column < end; column += kFewColumns) {
-    const int columns = end - column < kFewColumns ? int(end - column) : kFewColumns;
-    const char* ahead =
-        (const char*)part.weight + (column + kFewBlocksAhead * kFewColumns) * weight_row;
-    int64_t row = 0;
-    for (int64_t left = tiles; left > 0; --left) {
-      const int64_t rows = (a.rows - row + left - 1) / left;
-      dot_rows<U, LINES>(a, part, row, rows, column, columns, ahead);
-      row += rows;
-      ahead += kFewColumns * weight_row / tiles;
+// The group's sums plus bias, or their GELU, to the result.
+template <class T>
+void finish_columns(FewColumns<T>& group) {
+  const LinearArgs& a = group.a;
+  float bias[kFewGroup];
+  for (int c = 0; c < kFewGroup; ++c) {
+    const bool given = group.part.bias && c < group.columns;
+    bias[c] = given ? to_float(((const T*)group.part.bias)[group.column + c]) : 0.f;
+  }
+  for (int64_t row = 0; row < group.rows; ++row) {
+    float* sums = group.sums + row * kFewGroup;
+    T* out = (T*)a.out + (group.row + row) * a.columns + group.part.first + group.column;
+    for (int c = 0; c < kFewGroup; c += Vec::N) {
+      Vec y = Vec::load(sums + c) + Vec::load(bias + c);
+      if (a.gelu) y = gelu(y);
+      if (c + Vec::N <= group.columns) {
+        y.store(out + c);
+      } else {
+        y.store(sums + c);
+        for (int i = c; i < group.columns && i < c + Vec::N; ++i) from_float(sums[i], out + i);
+      }
     }
+  }
+}
+
+// Weight rows [begin, end) of a part against `rows` rows of x, in tiles that fetch AHEAD rows each.
+template <class U, int AHEAD>
+void dot_part(const LinearArgs& a, const LinearPart& part, int64_t begin, int64_t end, int64_t row,
+              int64_t rows, int64_t tiles) {
+  using T = typename U::Element;
+  FewColumns<T> group{a, part, row, rows, 0, 0};
+  for (group.column = begin; group.column < end; group.column += kFewGroup) {
+    group.columns = end - group.column < kFewGroup ? int(end - group.column) : kFewGroup;
+    for (int c0 = 0; c0 < group.columns; c0 += kFewColumns) {
+      const T* block = (const T*)part.weight + (group.column + c0) * a.depth;
+      int64_t first = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t count = (rows - first + tiles - tile - 1) / (tiles - tile);
+        // All rows of the block that is kFewRowsAhead on are fetched once; then what is there already.
+        const int64_t fetched = tile * AHEAD < kFewColumns ? kFewRowsAhead + tile * AHEAD : 0;
+        dot_rows<U, AHEAD>(group, first, count, c0, block + fetched * a.depth);
+        first += count;
+      }
+    }
+    finish_columns(group);
   }
 }
 
@@ -92,20 +129,21 @@ void dot_part(const LinearArgs& a, const LinearPart& part, int64_t begin, int64_
 template <class U>
 void dot_columns(int64_t begin, int64_t end, void* context) {
   const LinearArgs& a = *(const LinearArgs*)context;
-  const int64_t tiles = (a.rows + kFewTileRows - 1) / kFewTileRows;
-  // A step of all tiles has to fetch what it reads: kFewColumns registers of weights.
-  const int64_t bytes = kFewColumns * Vec::N * U::kPerWord * sizeof(typename U::Element);
-  for (int64_t p = 0; p < a.n_parts; ++p) {
-    const LinearPart& part = a.parts[p];
-    const int64_t from = begin > part.first ? begin - part.first : 0;
-    const int64_t to = end - part.first < part.columns ? end - part.first : part.columns;
-    if (from >= to) continue;
-    if (bytes > 2 * 64 * tiles) {
-      dot_part<U, 4>(a, part, from, to, tiles);
-    } else if (bytes > 64 * tiles) {
-      dot_part<U, 2>(a, part, from, to, tiles);
-    } else {
-      dot_part<U, 1>(a, part, from, to, tiles);
+  for (int64_t row = 0; row < a.rows; row += kMostFewRows) {
+    const int64_t rows = a.rows - row < kMostFewRows ? a.rows - row : kMostFewRows;
+    const int64_t tiles = (rows + kFewTileRows - 1) / kFewTileRows;
+    for (int64_t p = 0; p < a.n_parts; ++p) {
+      const LinearPart& part = a.parts[p];
+      const int64_t from = begin > part.first ? begin - part.first : 0;
+      const int64_t to = end - part.first < part.columns ? end - part.first : part.columns;
+      if (from >= to) continue;
+      if (tiles == 1) {
+        dot_part<U, kFewColumns>(a, part, from, to, row, rows, tiles);
+      } else if (tiles < kFewColumns) {
+        dot_part<U, kFewColumns / 2>(a, part, from, to, row, rows, tiles);
+      } else {
+        dot_part<U, 1>(a, part, from, to, row, rows, tiles);
+      }
     }
   }
 }
