@@ -23,6 +23,7 @@ from embedfuse.pipeline.llm2vec import LLM2VecTokenizer
 from embedfuse.pipeline.loading import load_model, load_tokenizer
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
 from embedfuse.pipeline.presets import Preset
+from embedfuse.pipeline.progress import progress
 from embedfuse.pipeline.scores import score_pairs
 from embedfuse.pipeline.tokenize import TextTokenizer
 
@@ -270,8 +271,8 @@ class Embedder:
 
         def parts() -> Iterator[Embeddings]:
             total = len(texts) if isinstance(texts, Sized) else None
-            with tqdm(total=total, unit="text", disable=not show_progress) as bar:
-                call = (texts, outputs, self.max_length, dtype, bar.update)
+            with progress(tqdm, show_progress, total, unit="text") as advance:
+                call = (texts, outputs, self.max_length, dtype, advance)
                 yield from map(Vectors.numpy, self._pipeline.stream(*call, prompt=prompt or ""))
 
         return parts()
@@ -310,8 +311,8 @@ class Embedder:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise TypeError(f"pairs[{i}]: {pair!r:.60}; accepted is (query, passage)")
         length = self.max_length
-        with tqdm(total=len(pairs), unit="pair", disable=not show_progress) as bar:
-            return score_pairs(self._pipeline, pairs, weights, length, length, bar.update)
+        with progress(tqdm, show_progress, len(pairs), unit="pair") as advance:
+            return score_pairs(self._pipeline, pairs, weights, length, length, advance)
 
     @staticmethod
     def lexical_matching_score(queries: Csr, passages: Csr) -> np.ndarray:

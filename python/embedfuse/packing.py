@@ -135,7 +135,7 @@ def pad_right(input_ids: Tensor, packed: Packed, padding_idx: int) -> tuple[Tens
 
 def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
     """(n + 1,) int32 on the CPU, from 0."""
-    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cpu")
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
 
 
 class Irregular(ValueError):

@@ -17,6 +17,8 @@ def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 
     The results on a GPU are views of one storage.
     """
+    if device.type == "cpu":
+        return tensors
     if device.type != "cuda":
         return tuple(t.to(device) for t in tensors)
     offsets, total = [], 0

@@ -197,7 +197,7 @@ def test_both_comparisons_see_the_same(monkeypatch, native):
     """The C++ one, and the Python one where it was not built."""
     model = make_model("bert")
     if not native:
-        monkeypatch.setattr(watch, "_comparison", lambda: watch._unchanged)
+        monkeypatch.setattr(watch, "comparison", lambda: watch._unchanged)
     seen = watch.Watch(model, type(model))
     layer = model.encoder.layer[1]
     for owner, name, value in (

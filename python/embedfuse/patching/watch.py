@@ -91,7 +91,7 @@ class Watch:
         return (
             len(attributes) != size
             or any(attributes.get(name, self) is not value for name, value in settings.items())
-            or not _comparison()(*self._objects)
+            or not comparison()(*self._objects)
             or differ(self._configs, self._values)
             or [table.get(name) for table, name in self._methods] != self._code
             or list(map(len, self._classes)) != self._class_sizes
@@ -177,7 +177,7 @@ def _copied(value):
 
 
 @functools.cache
-def _comparison() -> Callable[..., bool]:
+def comparison() -> Callable[..., bool]:
     try:
         return native.cpu().unchanged
     except native.Unavailable:

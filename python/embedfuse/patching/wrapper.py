@@ -9,6 +9,7 @@ from torch import nn
 from embedfuse.patching.families import patched_class_of
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options, Patched, PatchState
+from embedfuse.patching.tree import ModuleTree
 
 
 @dataclass(eq=False)
@@ -72,6 +73,14 @@ class PatchedWrapper(Patched):
         if isinstance(inner, Patched) and not state.inner_was_patched:
             inner.uninstall()
         self.swap_out()
+
+    def tree_of(self, module: nn.Module) -> ModuleTree:
+        """The modules inside `module`: this object, or the module that it wraps."""
+        cache = self._embedfuse.cache
+        tree = cache.get("tree")
+        if tree is None or not tree.is_of(module):
+            tree = cache["tree"] = ModuleTree(module)
+        return tree
 
     def inner_model_or_none(self) -> nn.Module | None:
         """The model inside now; None where it is one that cannot be patched."""

@@ -20,16 +20,16 @@ logger = logging.getLogger("embedfuse")
 def prefetch_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """function(item) of each item in order, computed on another thread one item in advance.
 
-    The items are read on the caller's thread. A single item is computed there too, because starting a
-    thread costs more than tokenising a short text. Errors of `items` and `function` are raised after all
+    The items are read on the caller's thread. A single item is computed there too, because a thread and its
+    queue cost more than tokenising a short text. Errors of `items` and `function` are raised after all
     earlier results.
     """
     items = iter(items)
     first = list(itertools.islice(items, 1))
     if not first:
         return
-    result = function(first[0])
-    with ThreadPoolExecutor(1, "embedfuse-tokenize") as pool:
+    result, pool = function(first[0]), None
+    try:
         while True:
             try:
                 item = next(items)
@@ -39,9 +39,13 @@ def prefetch_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             except BaseException:
                 yield result
                 raise
+            pool = pool or ThreadPoolExecutor(1, "embedfuse-tokenize")
             future = pool.submit(function, item)
             yield result
             result = future.result()
+    finally:
+        if pool is not None:
+            pool.shutdown()
 
 
 def delayed(items: Iterable[T], count: int) -> Iterator[T]:

@@ -39,7 +39,7 @@ class Embeddings:
 
     @classmethod
     def cat(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
-        """Concatenate embeddings that have the same outputs.
+        """Concatenate embeddings that have the same outputs. One part is returned as it is.
 
         Args:
             parts: one or more, in order.
@@ -47,6 +47,8 @@ class Embeddings:
         Returns:
             The embeddings of all texts.
         """
+        if len(parts) == 1:
+            return parts[0]
         dense, sparse, multi = zip(*((p.dense, p.sparse, p.multi) for p in parts), strict=True)
         return cls(
             None if dense[0] is None else np.concatenate(dense),
@@ -69,7 +71,10 @@ class Vectors:
     def collect(cls, parts: Iterable[tuple[list[int], "Vectors"]]) -> "Vectors":
         """Join batches, each given with the indices of its texts, and sort by these indices."""
         batches, vectors = zip(*parts, strict=True)
-        order = torch.tensor([i for batch in batches for i in batch]).argsort()
+        places = [i for batch in batches for i in batch]
+        if len(vectors) == 1 and places == sorted(places):
+            return vectors[0]
+        order = torch.tensor(places).argsort()
         dense = sparse = multi = None
         if vectors[0].dense is not None:
             joined = torch.cat([v.dense for v in vectors])
@@ -83,9 +88,9 @@ class Vectors:
         return cls(dense, sparse, multi, sum(v.tokens for v in vectors))
 
     def numpy(self) -> Embeddings:
-        # copy(): a view of one text would keep the memory of its whole batch.
+        # copy(): a GPU's results lie in pinned memory, and a view of one text would keep its whole batch.
         return Embeddings(
-            None if self.dense is None else self.dense.cpu().numpy(),
+            None if self.dense is None else self.dense.cpu().numpy().copy(),
             None if self.sparse is None else self.sparse.to("cpu"),
             None if self.multi is None else [x.cpu().numpy().copy() for x in self.multi],
             self.tokens,

@@ -14,6 +14,7 @@ from embedfuse.packing import Packed, end_to_end
 from embedfuse.patching.forward.packed_model import PackedModel
 from embedfuse.patching.forward.tokens import PackedStates
 from embedfuse.patching.layout import is_hooked
+from embedfuse.patching.tree import first_parameter
 from embedfuse.pipeline.batches import TokenBudget, delayed, prefetch_map
 from embedfuse.pipeline.embeddings import OUTPUTS, BatchVectors, Vectors
 from embedfuse.pipeline.heads import Heads
@@ -63,6 +64,12 @@ class EmbeddingPipeline:
         self.pooling, self.normalize, self.dimensions = pooling, normalize, dimensions
         self.budget = TokenBudget(model.device)
 
+    @property
+    def device(self) -> torch.device:
+        """As model.device, where texts go."""
+        parameter = first_parameter(self.model)
+        return self.model.device if parameter is None else parameter.device
+
     def stream(
         self,
         texts: Iterable[str],
@@ -87,7 +94,7 @@ class EmbeddingPipeline:
             on_host: whether to copy the results to the host, while the next batch is computed.
         """
         self.check(texts, outputs)
-        to_host = ToHost(self.model.device)
+        to_host = ToHost(self.device)
 
         def tokenize(window: tuple[int, list[str]]) -> tuple[list[list[int]], list[int] | None]:
             return self._tokenize(*window, prompt, max_length)
@@ -152,7 +159,7 @@ class EmbeddingPipeline:
     def _forward(
         self, sequences: list[list[int]], outputs, dtype: torch.dtype, counts: list[int] | None
     ) -> BatchVectors:
-        device = self.model.device
+        device = self.device
         input_ids, packed = end_to_end(sequences, device)
         only_dense = tuple(outputs) == ("dense",) and counts is None
         found = self.model.sequence_states(input_ids, packed, self.pooling if only_dense else None)

@@ -33,6 +33,7 @@ from embedfuse.patching.swap import Options
 from embedfuse.pipeline.embeddings import Embeddings
 from embedfuse.pipeline.heads import Heads
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
+from embedfuse.pipeline.progress import progress
 from embedfuse.pipeline.scores import score_pairs
 
 _ORIGINAL = m3.M3Embedder
@@ -139,9 +140,10 @@ class M3Embedder(_ORIGINAL, FlagWrapper):
         pairs = [sentence_pairs] if one_pair else sentence_pairs
         pipeline = self._pipeline(None)  # the original truncates no vector here
         lengths = max_query_length, max_passage_length
-        with tqdm(total=len(pairs), desc="Compute Scores", disable=len(pairs) < batch_size) as bar:
+        shown = len(pairs) >= batch_size
+        with progress(tqdm, shown, len(pairs), desc="Compute Scores") as advance:
             limit = most_tokens(batch_size, max(lengths))
-            scores = score_pairs(pipeline, pairs, weights, *lengths, bar.update, limit)
+            scores = score_pairs(pipeline, pairs, weights, *lengths, advance, limit)
         return {name: column[0] for name, column in scores.items()} if one_pair else scores
 
     def compute_lexical_matching_score(self, lexical_weights_1, lexical_weights_2):

@@ -13,6 +13,7 @@ from embedfuse.patching.forward.classifier import PackedClassifier
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options
 from embedfuse.pipeline.batches import TokenBudget, delayed
+from embedfuse.pipeline.progress import progress
 from embedfuse.pipeline.tokenize import check_texts
 from embedfuse.transfers import ToHost
 
@@ -79,7 +80,8 @@ class BaseReranker(_ORIGINAL, FlagWrapper):
         device = self.model.device
         budget = self._cached(("budget", str(device)), (), lambda: TokenBudget(device))
         scores, to_host = torch.empty(len(pairs)), ToHost(device)
-        with tqdm(total=len(pairs), desc="Compute Scores", disable=len(pairs) < batch_size) as bar:
+        shown = len(pairs) >= batch_size
+        with progress(tqdm, shown, len(pairs), desc="Compute Scores") as advance:
             run = budget.run(
                 [len(s) for s in sequences],
                 lambda batch: to_host(self._logits(sequences, batch)),
@@ -88,7 +90,7 @@ class BaseReranker(_ORIGINAL, FlagWrapper):
             for batch, wait in delayed(run, to_host.in_flight):
                 (logits,) = wait()
                 scores[batch] = logits.view(-1).float()
-                bar.update(len(batch))
+                advance(len(batch))
         if self.normalize if normalize is None else normalize:
             return [base.sigmoid(score) for score in scores.tolist()]
         return scores.tolist()

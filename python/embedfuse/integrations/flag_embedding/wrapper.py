@@ -12,6 +12,7 @@ from embedfuse.patching.wrapper import PatchedWrapper
 from embedfuse.pipeline.embeddings import Vectors
 from embedfuse.pipeline.heads import Heads
 from embedfuse.pipeline.pipeline import EmbeddingPipeline
+from embedfuse.pipeline.progress import progress
 from embedfuse.pipeline.tokenize import TextTokenizer
 
 T = TypeVar("T")
@@ -36,14 +37,16 @@ class FlagWrapper(PatchedWrapper):
 
         dtype: of the parameters; None: as they are.
         """
+        tree = self.tree_of(self.model)
         # The heads may have another dtype or device than the rest.
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        if dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors):
+        dtypes, devices = zip(*{(t.dtype, t.device) for t in tree.tensors}, strict=True)
+        if dtype is not None and any(d.is_floating_point and d != dtype for d in dtypes):
             self.model.to(dtype)
         wanted = torch.empty(0, device=device).device  # "cuda" has no index, a tensor's device has
-        if any(t.device != wanted for t in tensors):
+        if any(d != wanted for d in devices):
             self.model.to(device)
-        self.model.eval()
+        if any(module.training for module in (self.model, *tree.modules)):
+            self.model.eval()
 
     def _cached(self, key: Hashable, sources: tuple, make: Callable[[], T]) -> T:
         """make(), cached under `key` until one of `sources` is another object."""
@@ -90,9 +93,9 @@ def stream(
 ) -> Iterator[Vectors]:
     """The pipeline's stream, with FlagEmbedding's limits and its progress bar."""
     limit = most_tokens(batch_size, max_length)
-    label = {"desc": "Inference Embeddings", "disable": len(texts) < batch_size}
-    with tqdm(total=len(texts), **label) as bar:
-        call = (texts, outputs, max_length, dtype, bar.update, limit)
+    shown = len(texts) >= batch_size
+    with progress(tqdm, shown, len(texts), desc="Inference Embeddings") as advance:
+        call = (texts, outputs, max_length, dtype, advance, limit)
         yield from pipeline.stream(*call, on_host=on_host)
 
 

@@ -3,15 +3,15 @@
 import sentence_transformers
 from torch import nn
 
+from embedfuse.integrations.sentence_transformers.inference import QuickInference
 from embedfuse.integrations.sentence_transformers.model import transformers_model
 from embedfuse.patching.report import Report
 from embedfuse.patching.swap import Options
-from embedfuse.patching.wrapper import PatchedWrapper
 
 _ORIGINAL = sentence_transformers.CrossEncoder
 
 
-class CrossEncoder(PatchedWrapper, _ORIGINAL):
+class CrossEncoder(QuickInference, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from embedfuse.integrations.end_token import EndsTexts
 from embedfuse.integrations.probe import PROBE_TEXTS
+from embedfuse.integrations.sentence_transformers.inference import QuickInference
 from embedfuse.patching.check import deviations, evaluating
 from embedfuse.patching.forward.packed_model import PackedModel
 from embedfuse.patching.layout import defined_in, is_hooked, replaced
@@ -52,7 +53,7 @@ def _pooled(model: _ORIGINAL | None) -> Iterator[None]:
         _pooled_only.reset(token)
 
 
-class SentenceTransformer(EndsTexts, _ORIGINAL):
+class SentenceTransformer(QuickInference, EndsTexts, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
@@ -142,12 +143,12 @@ class SentenceTransformer(EndsTexts, _ORIGINAL):
 def _with_output_value(name: str) -> Callable:
     """A method of SentenceTransformer that lets `forward` know whether only the vector is wanted."""
     original = getattr(_ORIGINAL, name)
-    signature = inspect.signature(original)
+    place = list(inspect.signature(original).parameters).index("output_value") - 1  # without self
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
-        given = signature.bind(self, *args, **kwargs).arguments
-        only = given.get("output_value", _VECTOR) == _VECTOR
+        wanted = args[place] if len(args) > place else kwargs.get("output_value", _VECTOR)
+        only = wanted == _VECTOR
         with _pooled(self if only else None):
             return getattr(_ORIGINAL, name)(self, *args, **kwargs)
 

@@ -6,11 +6,12 @@ from sentence_transformers import MultiVectorEncoder as _ORIGINAL
 from torch import Tensor, nn
 
 from embedfuse.integrations.late_interaction import LateInteractionModel
+from embedfuse.integrations.sentence_transformers.inference import QuickInference
 from embedfuse.integrations.sentence_transformers.model import transformers_model
 from embedfuse.integrations.sentence_transformers.scoring import maxsim, maxsim_pairwise
 
 
-class MultiVectorEncoder(LateInteractionModel, _ORIGINAL):
+class MultiVectorEncoder(QuickInference, LateInteractionModel, _ORIGINAL):
     original = _ORIGINAL
 
     @classmethod
