@@ -18,6 +18,10 @@ PEER_HEADER = (
     "workload", "peer", "peer's dtype", "our dtype", "peer's time", "embedfuse", "speed-up", "lowest cosine",
     "note",
 )  # fmt: skip
+QUERY_HEADER = (
+    "model", "dtype", "queries", "", "by", "median", "99th percentile", "of the floor", "of the original",
+    "of ONNX Runtime",
+)  # fmt: skip
 LOSS_HEADER = (
     "loss, forward and backward", "dtype", "peer", "peer's time", "embedfuse", "speed-up", "peer's TFLOP/s",
     "TFLOP/s", "peer's memory", "memory", "the logits",
@@ -97,6 +101,32 @@ def curves_table(rows: list[dict], machine: dict) -> str:
         values = number(row["peer_value"]), number(row["value"]), f"{row['speedup']:.2f}x"
         named = row["curve_model"], row["dtype"], what.format(row["x"]), row["curve_peer"]
         lines.append(table_row((*named, *values)))
+    return "\n".join(lines) + "\n"
+
+
+def queries_table(rows: list[dict], machine: dict) -> str:
+    """Medians over those of the floor, the first of the same kind, and ONNX Runtime: lower is better."""
+    lines = [
+        "Floor: a plain sum over as many bytes as the weights that a call must read, taken in the same "
+        "turns.",
+        "",
+        table_row(QUERY_HEADER),
+        table_row(["---"] * 5 + ["---:"] * 5),
+    ]
+    for row in rows:
+        first = (row["query_model"], row["dtype"], str(row["queries"]))
+        medians = [(t["kind"], t["by"], t["seconds"]) for t in row["times"] if "seconds" in t]
+        originals = {kind: seconds for kind, _, seconds in reversed(medians)}
+        runtimes = {kind: seconds for kind, by, seconds in medians if by == "ONNX Runtime"}
+        for t in row["times"]:
+            entries = [t.get("reason", "").replace("|", "\\|"), "", "", "", ""]
+            if "seconds" in t:
+                floor = None if t["kind"] == "tokenise" else row["floor_seconds"]
+                bases = (floor, originals[t["kind"]], runtimes.get(t["kind"]))
+                ratios = ("" if base is None else times(t["seconds"] / base) for base in bases)
+                entries = [duration(t["seconds"]), duration(t["p99_seconds"]), *ratios]
+            lines.append(table_row((*first, t["kind"], t["by"], *entries)))
+            first = ("",) * len(first)
     return "\n".join(lines) + "\n"
 
 
@@ -185,6 +215,10 @@ def table_row(row) -> str:
     return f"| {' | '.join(row)} |"
 
 
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 100 else f"{ratio:,.0f}x"
+
+
 def duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.3g} s"
@@ -197,6 +231,7 @@ TABLES = {
     "model": models_table,
     "peer": peers_table,
     "curve": curves_table,
+    "query_model": queries_table,
     "loss": losses_table,
     "kernel": kernels_table,
     "op": ops_table,

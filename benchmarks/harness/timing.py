@@ -1,5 +1,6 @@
 """How calls are timed: interleaved, so that whatever slows the machine down slows all of them."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,38 @@ def interleaved(calls: Sequence[Callable], rounds: int, warmup: int = 1) -> list
         wall, gpu = zip(*times, strict=True)
         medians.append(Times(statistics.median(wall), statistics.median(gpu) if gpu[0] else None))
     return medians
+
+
+# libgomp's threads spin for 3 ms or more after their work, and take a core from whoever is called then.
+SETTLE = 0.02
+
+
+def in_turns(
+    calls: Sequence[Callable], inputs: Sequence, turns: int, limit: float = math.inf
+) -> list[list[float]]:
+    """Seconds of each call on the CPU: the first on all inputs, then the next on all, and so on.
+
+    Before its turn a call has a pause and one run that does not count, as if it were alone on the machine.
+
+    Args:
+        calls: Each takes one of `inputs`.
+        inputs: What they take.
+        turns: Of each call.
+        limit: Seconds after which no round of turns begins.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    begun = time.monotonic()
+    for done in range(turns):
+        if done and time.monotonic() - begun > limit:
+            break
+        for call, times in zip(calls, seconds, strict=True):
+            time.sleep(SETTLE)
+            call(inputs[-1])
+            for x in inputs:
+                start = time.perf_counter()
+                call(x)
+                times.append(time.perf_counter() - start)
+    return seconds
 
 
 def time_once(call: Callable) -> tuple[float, float | None]:

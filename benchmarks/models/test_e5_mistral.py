@@ -187,7 +187,7 @@ def test_queries_with_an_instruction(folder, benchmark):
     )
 
 
-def test_one_query(folder, benchmark, peaks):
+def test_latency_of_a_query(folder, benchmark, peaks):
     model = bf16(folder)
     run = encoder(model)
     compare(benchmark, model, run, run, [[QUERY]] * 5, rounds=3)
