@@ -1,10 +1,11 @@
 """A tower on the CPU as one native call: what depends on the model and its dtype alone is decided once.
 
-A program is a list of the same kernel calls that the ops make, so its values have the same bits. It is recorded
-from a tower's layers, and again as soon as anything that it depends on has changed.
+A program is a list of the kernel calls that the ops would make, so its values have the same bits. It is
+recorded from a tower's layers, and again as soon as anything that it depends on has changed.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +210,12 @@ def columns_of(module: nn.Module) -> int:
 
 
 # Not the shapes: a tensor of another shape is another parameter, or has another number of elements.
-_READ_OF_PARAMETERS = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.numel, Tensor.is_contiguous)
+_READ_OF_PARAMETERS = (
+    Tensor.data_ptr,
+    attrgetter("dtype"),
+    Tensor.numel,
+    Tensor.is_contiguous,
+)
 
 
 def _state_of(parameters: list[Tensor]) -> list[list]:

@@ -167,7 +167,7 @@ def _(device, dtype, size):
         *((17, 64, 16), (48, 70, 50), (49, 33, 64), (130, 1030, 70), (600, 1024, 40)),
         *((3, 40, 70, 1, 33), (9, 64, 16, 16, 16), (30, 33, 5, 40, 17), (100, 70, 33, 0, 9)),
     )
-    samples = [sample(*shape) for shape in shapes]
+    samples: list[tuple] = [sample(*shape) for shape in shapes]
     wide = tensor(50, 100)
     samples.append((wide[:, 20:60], [tensor(6, 40)], [None]))
     samples.append((wide[:5, 20:60], [tensor(6, 40), tensor(9, 40)], [None, tensor(9)]))
