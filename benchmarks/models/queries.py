@@ -95,6 +95,7 @@ MODELS = {
     "BERT, 6 layers of width 16": Model(_bert(**NARROW, num_hidden_layers=6), "mean", 125, (1,)),
     "BERT, 24 layers of width 16": Model(_bert(**NARROW, num_hidden_layers=24), "mean", 16, (1,)),
 }
+DEVIATION = 1e-3  # as `deviation` measures it
 KINDS = TOKENISE, FORWARD, WHOLE = "tokenise", "forward", "whole call"
 
 
@@ -255,3 +256,20 @@ def deviation(found: Sequence, wanted: Sequence, batches: list[Batch]) -> float:
     if sides[0].dim() == 1 or sides[0].shape[1] == 1:
         return (sides[0] - sides[1]).abs().max().item()
     return 1 - torch.nn.functional.cosine_similarity(*sides).min().item()
+
+
+def checked(calls: list[Call], batches: list[Batch]) -> tuple[dict[Call, float], dict[str, str]]:
+    """The deviations of the calls, and why peers are left out. AssertionError where embedfuse deviates."""
+    deviations, reasons, wanted = {}, {}, {}
+    for call in calls:
+        try:
+            found = [call.run(batch) for batch in batches]
+            if call.kind != TOKENISE:
+                first = wanted.setdefault(call.kind, found)
+                deviations[call] = deviation(found, first, batches)
+                assert deviations[call] <= DEVIATION, f"other values: {deviations[call]:.1e}"
+        except Exception as error:
+            if call.by not in runtimes.PEERS:
+                raise
+            reasons[call.by] = one_line(error)
+    return deviations, reasons

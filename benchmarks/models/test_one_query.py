@@ -15,13 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness.record import one_line
 from benchmarks.harness.timing import DEVICE, in_turns
 from benchmarks.models import queries
-from benchmarks.models.queries import TOKENISE, WHOLE, Batch, Call, Sides
-from benchmarks.peers.runtimes import PEERS
+from benchmarks.models.queries import WHOLE, Call, Sides
 
-DEVIATION = 1e-3
 # Of a comparison, where a loaded machine takes longer than the turns should: of one query, of more.
 SECONDS = 200, 40
 FLOOR = "reading"
@@ -38,23 +35,6 @@ def sides(request, tmp_path_factory):
     gc.collect()
 
 
-def checked(calls: list[Call], batches: list[Batch]) -> tuple[dict[Call, float], dict[str, str]]:
-    """The deviations of the calls, and why peers are left out. AssertionError where embedfuse deviates."""
-    deviations, reasons, wanted = {}, {}, {}
-    for call in calls:
-        try:
-            found = [call.run(batch) for batch in batches]
-            if call.kind != TOKENISE:
-                first = wanted.setdefault(call.kind, found)
-                deviations[call] = queries.deviation(found, first, batches)
-                assert deviations[call] <= DEVIATION, f"other values: {deviations[call]:.1e}"
-        except Exception as error:
-            if call.by not in PEERS:
-                raise
-            reasons[call.by] = one_line(error)
-    return deviations, reasons
-
-
 CASES = [(name, n) for name, model in queries.MODELS.items() for n in model.queries]
 
 
@@ -62,7 +42,7 @@ CASES = [(name, n) for name, model in queries.MODELS.items() for n in model.quer
 def test_one_query(sides, count, benchmark):
     name, model, both = sides
     batches = both.batches(count)
-    deviations, reasons = checked(both.calls, batches)
+    deviations, reasons = queries.checked(both.calls, batches)
     tokens = round(np.mean([batch.features["attention_mask"].sum() for batch in batches]))
     weights = queries.bytes_read(both.model, tokens)
     buffer = torch.ones(weights // 4)

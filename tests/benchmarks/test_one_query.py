@@ -11,8 +11,16 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.harness import tables, timing
 from benchmarks.models import checkpoints, queries
-from benchmarks.models.queries import FORWARD, TOKENISE, WHOLE, Call, Model, Sides
-from benchmarks.models.test_one_query import DEVIATION, checked
+from benchmarks.models.queries import (
+    DEVIATION,
+    FORWARD,
+    TOKENISE,
+    WHOLE,
+    Call,
+    Model,
+    Sides,
+    checked,
+)
 from benchmarks.peers import runtimes
 
 pytest.importorskip("sentence_transformers")

@@ -35,7 +35,8 @@ def test_runs_here(op, dtype):
     assert op.refusal("triton", "cpu", dtype) is None
 
 
-@per_dtype
+# Not float16: a kernel's types differ in loads and stores alone, and the next test has it.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @per_op
 def test_samples(op, dtype):
     for args in op.make_samples("cpu", dtype, "test"):

@@ -139,6 +139,7 @@ def test_save_pretrained(pair, tmp_path):
     assert_agree(patched, original)
 
 
+@pytest.mark.parametrize("family", ["bert"])  # the original is traced, whatever the family
 def test_torch_compile(pair):
     patched, original = pair
     compiled = torch.compile(patched, backend="aot_eager", dynamic=True)

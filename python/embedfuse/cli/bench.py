@@ -70,7 +70,8 @@ def milliseconds(seconds: float) -> str:
 def describe(op: Op, sample: tuple) -> str:
     """Shapes and settings: "hidden_states 64x512x1024, mean, normalize"."""
     parts = []
-    for argument, value in zip(op.overload._schema.arguments, sample, strict=True):
+    # A sample may leave the last arguments at their defaults.
+    for argument, value in zip(op.overload._schema.arguments, sample, strict=False):
         if isinstance(value, torch.Tensor):
             parts.append(f"{argument.name} {size(value)}")
         elif isinstance(value, list):

@@ -22,6 +22,7 @@ from embedfuse.registry import forced_backend, triton_interprets
 Columns = tuple[int, int]
 """A buffer of a program and the first column that is meant; NONE for none."""
 NONE: Columns = (-1, 0)
+_NO_PARAMETER = object()
 
 
 class Unfit(Exception):
@@ -73,10 +74,14 @@ class Program:
 
     def address(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> int:
         """Of a parameter; 0 where it is None."""
-        parameter = module._parameters[name]
+        parameter = module._parameters.get(name, _NO_PARAMETER)
         self._slots.append((module._parameters, name, parameter))
         if parameter is None:
             return 0
+        if (
+            parameter is _NO_PARAMETER
+        ):  # a plain tensor in its place; never equal, so looked for again
+            raise Unfit
         if not (is_dense(parameter) and parameter.is_cpu and parameter.is_contiguous()):
             raise Unfit
         if parameter.dtype != self.dtype or parameter.shape != shape:
