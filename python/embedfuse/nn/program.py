@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from embedfuse import native
 from embedfuse.nn.linear import is_inference
-from embedfuse.ops.checks import is_dense
 from embedfuse.nn.tower import split_into_steps
+from embedfuse.ops.checks import is_dense
 from embedfuse.ops.linear import FEW_ROWS, most_rows
 from embedfuse.ops.varlen_attention import MAX_HEAD_DIM
 from embedfuse.packing import Packed
