@@ -35,9 +35,9 @@ void dot_tile(FewColumns<typename U::Element>& group, int64_t row, int c0,
   const LinearArgs& a = group.a;
   const T* x = (const T*)a.x + (group.row + row) * a.x_stride;
   const T* w[kFewColumns];  // past the last column, the last one again
-  for (int c = 0; c < kFewColumns; ++c) {
-    const int column = c0 + c < group.columns ? c0 + c : group.columns - 1;
-    w[c] = (const T*)group.part.weight + (group.column + column) * a.depth;
+  w[0] = (const T*)group.part.weight + (group.column + c0) * a.depth;
+  for (int c = 1; c < kFewColumns; ++c) {
+    w[c] = w[c - 1] + (c0 + c < group.columns ? a.depth : 0);
   }
   Vec acc[ROWS][kFewColumns];
   for (int r = 0; r < ROWS; ++r) {
@@ -53,13 +53,17 @@ void dot_tile(FewColumns<typename U::Element>& group, int64_t row, int c0,
       for (int c = 0; c < kFewColumns; ++c) acc[r][c] = U::multiply_add(xk, wk[c], acc[r][c]);
     }
   }
+  float* sums = group.sums + row * kFewGroup + c0;
+#pragma GCC unroll 6  // else the compiler keeps the sums in memory
+  for (int r = 0; r < ROWS; ++r) sum4(acc[r], sums + r * kFewGroup);
+  if (k == a.depth) return;
   for (int r = 0; r < ROWS; ++r) {
-    float* dot = group.sums + (row + r) * kFewGroup + c0;
-    sum4(acc[r], dot);
-    for (int64_t t = k; t < a.depth; ++t) {
-      for (int c = 0; c < kFewColumns; ++c) {
-        dot[c] += to_float(x[r * a.x_stride + t]) * to_float(w[c][t]);
+    for (int c = 0; c < kFewColumns; ++c) {
+      float dot = 0.f;
+      for (int64_t t = k; t < a.depth; ++t) {
+        dot += to_float(x[r * a.x_stride + t]) * to_float(w[c][t]);
       }
+      sums[r * kFewGroup + c] += dot;
     }
   }
 }
