@@ -74,14 +74,14 @@ class Program:
 
     def address(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> int:
         """Of a parameter; 0 where it is None."""
-        parameter = module._parameters.get(name, _NO_PARAMETER)
-        self._slots.append((module._parameters, name, parameter))
+        parameters = module._parameters
+        if name not in parameters:  # a plain tensor in its place
+            self._slots.append((parameters, name, _NO_PARAMETER))  # never equal: looked for again
+            raise Unfit
+        parameter = parameters[name]
+        self._slots.append((parameters, name, parameter))
         if parameter is None:
             return 0
-        if (
-            parameter is _NO_PARAMETER
-        ):  # a plain tensor in its place; never equal, so looked for again
-            raise Unfit
         if not (is_dense(parameter) and parameter.is_cpu and parameter.is_contiguous()):
             raise Unfit
         if parameter.dtype != self.dtype or parameter.shape != shape:
