@@ -225,6 +225,14 @@ def test_ids_out_of_range(model):
         states(model, batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_token(model, dtype, runs):
+    model.to(dtype)
+    batch = {"input_ids": torch.empty(0, 5, dtype=torch.long)}
+    assert states(model, batch).shape == (0, model.config.hidden_size)
+    assert not runs
+
+
 def test_threads(model):
     """One model in several threads, and several models in one: nothing is shared but the weights."""
     batches = [

@@ -30,7 +30,9 @@ class Unfit(Exception):
 
 
 class Program:
-    """Recorded kernel calls, and all that they depend on. Methods record; run_on runs.
+    """Recorded kernel calls, and all that they depend on.
+
+    Its methods record; `run` runs.
 
     Args:
         dtype: of the weights and of all rows.
@@ -59,7 +61,7 @@ class Program:
     ) -> Columns:
         """A matrix of so many columns, with a row per token or per sequence.
 
-        external: its address is given to run_on. over: a buffer whose memory it may use.
+        external: its tensor is given to `run`, or made there. over: a buffer whose memory it may use.
         """
         self._widths.append(columns)
         return self.calls.buffer(columns, per_sequence, external, over[0]), 0
@@ -266,7 +268,7 @@ def kernels_run(weight: Tensor, tokens: int) -> bool:
     return (
         weight.is_cpu
         and is_inference(weight)
-        and tokens <= most_rows(weight.dtype)
+        and 0 < tokens <= most_rows(weight.dtype)
         and forced_backend() in (None, "cpp")
         and not triton_interprets()
         and torch._C._len_torch_dispatch_stack() == 0
