@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 NONE = "\N{EN DASH}"
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
+ONE_QUERY = ROOT / "benchmarks" / "results" / "intel-xeon-avx512-2-cores" / "one-query.json"
 PICTURE = ROOT / "docs" / "images" / "speed.svg"
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CACHED = "sentence-transformers, cached, 256 rows at a time"
@@ -81,7 +82,11 @@ def api(package: ModuleType) -> Callable[[], str]:
 
 def stored(name: str) -> list[dict]:
     """Rows of one stored run."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())["benchmarks"]
+    return rows_of(RESULTS / f"{name}.json")
+
+
+def rows_of(path: Path) -> list[dict]:
+    found = json.loads(path.read_text())["benchmarks"]
     return [entry["extra_info"] for entry in found if entry.get("extra_info")]
 
 
@@ -144,6 +149,27 @@ def minilm() -> str:
         "lowest cosine",
     )  # fmt: skip
     return table(head, rows, right=range(2, 8))
+
+
+def one_query() -> str:
+    """Whole calls, tokenisation included."""
+    sides = (
+        "sentence-transformers", "ONNX Runtime", "OpenVINO", "embedfuse, SentenceTransformer",
+        "embedfuse, Embedder",
+    )  # fmt: skip
+    rows = []
+    for r in rows_of(ONE_QUERY):
+        whole = {
+            t["by"]: t["seconds"]
+            for t in r["times"]
+            if t["kind"] == "whole call" and "seconds" in t
+        }
+        if "embedfuse, Embedder" in whole and "width" not in r["query_model"]:
+            cells = (duration(whole[side]) if side in whole else NONE for side in sides)
+            floor = duration(r["floor_seconds"])
+            rows.append((r["query_model"], str(r["queries"]), floor, *cells))
+    head = ("", "queries", "reading the weights", *sides)
+    return table(head, rows, right=range(1, 8))
 
 
 def peers(name: str) -> Callable[[], str]:
@@ -234,6 +260,7 @@ PARTS = {
     "info-nce": losses,
     "curves": curves,
     "ops": op_rates,
+    "one-query": one_query,
 }
 
 

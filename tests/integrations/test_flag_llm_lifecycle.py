@@ -307,6 +307,7 @@ print(model.encode(["at the end of the program"]).shape)
 """
 
 
+@pytest.mark.slow  # the wrapper's code is that of test_flag_embedding_lifecycle.py
 def test_the_end_of_the_program(folder):
     command = [sys.executable, "-c", _SCRIPT, folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -316,6 +317,7 @@ def test_the_end_of_the_program(folder):
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow  # as above
 def test_several_devices(folder, before):
     """FlagEmbedding pickles the object into one process per device."""
     model = load(folder, devices=["cpu", "cpu"])

@@ -141,7 +141,14 @@ def test_the_fused_path_is_on_in_processes(request):
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("kind", ["SentenceTransformer", "CrossEncoder", "MultiVectorEncoder"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "SentenceTransformer",
+        "CrossEncoder",
+        pytest.param("MultiVectorEncoder", marks=pytest.mark.slow),
+    ],
+)
 def test_the_librarys_pool(kind, request):
     load, folder, name, items, _ = KINDS[kind]
     model = load(request.getfixturevalue(folder))

@@ -35,11 +35,12 @@ def test_runs_here(op, dtype):
     assert op.refusal("triton", "cpu", dtype) is None
 
 
-# Not float16: a kernel's types differ in loads and stores alone, and the next test has it.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# A kernel's types differ in loads and stores alone: all samples in fp32, every third in bf16; float16 is in the
+# next test.
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1), (torch.bfloat16, 3)], ids=str)
 @per_op
-def test_samples(op, dtype):
-    for args in op.make_samples("cpu", dtype, "test"):
+def test_samples(op, dtype, step):
+    for args in op.make_samples("cpu", dtype, "test")[::step]:
         testing.assert_close_to_reference(op, args, "triton")
 
 

@@ -256,6 +256,7 @@ def test_cast(model):
     assert_close(logits(patched, batch), logits(model, batch), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_torch_compile():
     model = make_classifier("xlm_roberta")  # as the others are compiled: the original is traced
     patched = copy.deepcopy(model)

