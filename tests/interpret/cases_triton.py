@@ -35,8 +35,8 @@ def test_runs_here(op, dtype):
     assert op.refusal("triton", "cpu", dtype) is None
 
 
-# A kernel's types differ in loads and stores alone: all samples in fp32, every third in bf16; the next test has
-# float16.
+# A kernel's types differ in loads and stores alone: all samples in fp32, every third in bf16. The next test
+# has float16.
 @pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1), (torch.bfloat16, 3)], ids=str)
 @per_op
 def test_samples(op, dtype, step):
