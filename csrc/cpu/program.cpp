@@ -14,6 +14,9 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes; no two buffers share a line of the cache
 
+// Larger arenas are not kept: to get their memory anew takes little of a run on so many tokens.
+constexpr int64_t kKeptBytes = 64 << 20;
+
 int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t size) {
@@ -55,6 +58,7 @@ char* Program::Run::at(Columns x) const {
 
 void Program::embed(Table words, Table types, Table positions, int64_t padding_idx, Columns sums,
                     Columns places) {
+  embeds_ = true;
   calls_.push_back([=](const Run& run) {
     const Batch& batch = run.batch;
     const int64_t* position_ids = batch.position_ids;
@@ -142,6 +146,15 @@ void Program::pick(Columns x, int64_t columns, Columns out) {
 }
 
 void Program::run(const std::vector<uintptr_t>& external, const Batch& batch) {
+  size_t wanted = 0;
+  bool per_sequence = false;
+  for (const Buffer& buffer : buffers_) {
+    wanted += buffer.external;
+    per_sequence |= buffer.per_sequence;
+  }
+  if (external.size() != wanted || (per_sequence && !batch.picked) || (embeds_ && !batch.ids)) {
+    throw std::invalid_argument("external, picked, ids: not what the program was recorded with");
+  }
   std::unique_ptr<Arena> arena;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -153,6 +166,7 @@ void Program::run(const std::vector<uintptr_t>& external, const Batch& batch) {
   if (!arena) arena = std::make_unique<Arena>();
   place(*arena, external, batch);
   for (const auto& call : calls_) call({*this, *arena, batch});
+  if (arena->bytes > kKeptBytes) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(std::move(arena));
 }
@@ -174,11 +188,12 @@ void Program::place(Arena& arena, const std::vector<uintptr_t>& external,
     offsets.push_back(bytes);
     bytes += size;
   }
-  if (int64_t(arena.memory.size()) < bytes) {
-    arena.memory = {};  // before, so that two do not exist at a time
-    arena.memory.resize(bytes);
+  if (arena.bytes < bytes) {
+    arena.memory.reset();  // before, so that two do not exist at a time
+    arena.memory.reset(new char[bytes]);
+    arena.bytes = bytes;
   }
-  const uintptr_t memory = uintptr_t(arena.memory.data());
+  const uintptr_t memory = uintptr_t(arena.memory.get());
   const uintptr_t aligned = memory / kLine * kLine;
   arena.begin.clear();
   size_t given = 0;

@@ -70,7 +70,8 @@ class Program {
 
  private:
   struct Arena {
-    std::vector<char> memory;
+    std::unique_ptr<char[]> memory;
+    int64_t bytes = 0;
     std::vector<char*> begin;        // of each buffer
     std::vector<int32_t> cu_picked;  // 0, 1, 2, ...
     std::vector<int64_t> position_ids;
@@ -90,6 +91,7 @@ class Program {
 
   const int dtype_;
   const int64_t few_rows_;
+  bool embeds_ = false;
   std::vector<Buffer> buffers_;
   std::vector<std::function<void(const Run&)>> calls_;
   std::mutex mutex_;

@@ -134,6 +134,7 @@ def test_table():
         "query_model": "m",
         "dtype": "float32",
         "queries": 2,
+        "calls": 100,
         "floor_seconds": 0.002,
         "times": [
             entry(TOKENISE, "transformers", 0.0002),

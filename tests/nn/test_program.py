@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import embedfuse
 from embedfuse import native
 from embedfuse.nn.program import Program, Programs
+from embedfuse.ops.linear import most_rows
 from tests.patching import decoders, encoders
 
 FAMILIES = {
@@ -73,6 +74,9 @@ def by_ops(model, batch, pooling=None):
 
 
 def assert_same_bits(model, batch, pooling=None):
+    weight = model.get_input_embeddings().weight
+    with torch.inference_mode():
+        assert model.current_layout().programs.for_call(weight, 1, pooling is not None)
     found, expected = states(model, batch, pooling), by_ops(model, batch, pooling)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
@@ -83,9 +87,11 @@ def assert_same_bits(model, batch, pooling=None):
 def test_same_bits_as_the_ops(model, dtype, pooled, runs):
     model.to(dtype)
     pooling = pooling_of(model) if pooled else None
-    for lengths in (LENGTHS, (9,), (3,) * 40):
+    batches = (LENGTHS, (9,), (3,) * 40)
+    for lengths in batches:
         assert_same_bits(model, encoders.make_batch(model, lengths), pooling)
-    assert len(runs) == 3
+    # With AMX torch's bf16 runs more rows.
+    assert len(runs) == sum(sum(lengths) <= most_rows(dtype) for lengths in batches)
 
 
 def test_same_bits_in_several_steps(model, runs, monkeypatch):
@@ -157,19 +163,39 @@ def test_a_change_is_seen(model, change):
     assert torch.equal(found, by_ops(model, batch))
 
 
-def test_the_address_of_another_dtype(model):
+def test_another_tensor_at_the_same_address(model, runs):
     """Memory that a weight gave back may come back as that of its successor."""
     batch = encoders.make_batch(model, LENGTHS)
     weight = first_linear(model).weight
-    states(model, batch)
+    expected = states(model, batch)
     memory = weight.data
-    weight.data = memory.view(torch.int32).view(torch.float32)[:, :]  # the same place
-    assert_same_bits(model, batch)
-    weight.data = torch.empty(0)
-    with pytest.raises((RuntimeError, ValueError)):
-        states(model, batch)
+    halves = memory.flatten().view(torch.float16)
+    for other in (halves[: memory.numel()].view(memory.shape), memory[: len(memory) // 2]):
+        weight.data = other
+        with pytest.raises((RuntimeError, ValueError)):
+            states(model, batch)
+    runs.clear()
     weight.data = memory
-    assert_same_bits(model, batch)
+    assert torch.equal(states(model, batch), expected)
+    assert len(runs) == 1
+
+
+def test_inputs_of_other_kinds_are_torchs(model, runs):
+    batch = encoders.make_batch(model, LENGTHS)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(RuntimeError):
+            states(model, {**batch, "input_ids": batch["input_ids"].to(dtype)})
+    words = model.get_input_embeddings()
+    words.weight.data = words.weight.data[:, :24].contiguous()
+    with pytest.raises(RuntimeError):
+        states(model, batch)
+    assert not runs
+
+
+def test_int32_ids(model):
+    batch = encoders.make_batch(model, LENGTHS)
+    expected = states(model, batch)
+    assert torch.equal(states(model, {**batch, "input_ids": batch["input_ids"].int()}), expected)
 
 
 def test_settings_of_norms(model, family):
@@ -234,7 +260,7 @@ def test_no_token(model, dtype, runs):
 
 
 def test_threads(model):
-    """One model in several threads, and several models in one: nothing is shared but the weights."""
+    """One model in several threads: nothing is shared but the weights."""
     batches = [
         encoders.make_batch(model, lengths) for lengths in ((9, 4), (30,), (1, 1, 1), (60, 2))
     ]
@@ -277,4 +303,5 @@ def test_what_no_kernel_computes_runs_op_by_op(runs):
     states(model, batch)
     assert len(runs) == 1
     model.encoder.layer[1].intermediate.intermediate_act_fn.approximate = "tanh"
-    assert_same_bits(model, batch)
+    assert torch.equal(states(model, batch), by_ops(model, batch))
+    assert len(runs) == 1

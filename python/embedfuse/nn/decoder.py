@@ -124,8 +124,7 @@ class DecoderLayer:
         program.linear([self.out], at.context, at.y)
         program.add_rms_norm(self.norm2, at.y, residual, at.normed, summed)
         program.linear(self.gate_up, at.normed, at.gate_up)
-        inner = columns_of(self.gate_up[0])
-        program.calls.silu_mul(at.gate_up, (at.gate_up[0], inner), inner, at.inner)
+        program.silu_mul(self.gate_up, at.gate_up, at.inner)
         program.linear([self.down], at.inner, at.y)
         return at.y, summed
 
@@ -149,8 +148,8 @@ class DecoderLayer:
         if self.key_norm is not None:
             program.add_rms_norm(self.key_norm, key, NONE, at.key_normed, NONE, kv_heads)
             key = at.key_normed
-        program.calls.rope(query, cos, sin, heads, self.head_dim)
-        program.calls.rope(key, at.cos, at.sin, kv_heads, self.head_dim)
+        program.rope(query, cos, sin, heads, self.head_dim)
+        program.rope(key, at.cos, at.sin, kv_heads, self.head_dim)
         program.attention(
             self.qkv,
             self.head_dim,
@@ -333,10 +332,9 @@ def decode(
     inference = is_inference(x)
     if shared is not None:
         return decode_shared(layers, norm, x, cos, sin, rows, shared)
-    if programs is not None and cos.dtype == sin.dtype == x.dtype:
-        program = programs.for_call(x, len(x), rows is not None)
-        if program is not None:
-            return program.run([x, cos, sin], packed, rows)
+    program = None if programs is None else programs.for_call(x, len(x), rows is not None)
+    if program is not None and program.takes((x, cos, sin)):
+        return program.run((x, cos, sin), packed, rows)
     states = [
         decode_step(layers, norm, x[tokens], cos[tokens], sin[tokens], step, inference, step_rows)
         for tokens, step, step_rows in split_into_steps(x, packed, rows)

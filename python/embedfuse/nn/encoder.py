@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
 from embedfuse.nn.linear import is_inference, linear, linear_gelu
-from embedfuse.nn.program import Columns, Program, Unfit, columns_of
+from embedfuse.nn.program import NONE, Columns, Program, Unfit, columns_of
 from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_layer_norm import OP as ADD_LAYER_NORM
 from embedfuse.ops.checks import kernel_takes
@@ -95,13 +95,15 @@ class Buffers:
     inner: Columns
 
     @classmethod
-    def of(cls, program: Program, layer: EncoderLayer, per_sequence: bool) -> "Buffers":
+    def of(
+        cls, program: Program, layer: EncoderLayer, per_sequence: bool, over: Columns = NONE
+    ) -> "Buffers":
         width, hidden, inner = map(columns_of, (layer.qkv[0], layer.out, layer.up))
         picked = query = None
         if per_sequence:
             picked = program.buffer(hidden, per_sequence=True)
             query = program.buffer(width, per_sequence=True)
-        qkv = program.buffer((2 if per_sequence else 3) * width)
+        qkv = program.buffer((2 if per_sequence else 3) * width, over=over)
         parts = [(qkv[0], i * width) for i in range(3)]
         query, key, value = (query, *parts[:2]) if per_sequence else parts
         return cls(
@@ -113,7 +115,7 @@ class Buffers:
             program.buffer(width, per_sequence=per_sequence),
             program.buffer(hidden, per_sequence=per_sequence),
             program.buffer(hidden, per_sequence=per_sequence),
-            program.buffer(inner, per_sequence=per_sequence, over=qkv),
+            program.buffer(inner, per_sequence=per_sequence, over=NONE if per_sequence else qkv),
         )
 
 
@@ -156,7 +158,7 @@ def record(
     for layer in layers[:-1]:
         layer.record(program, x, x, at)
     if picked:
-        at = Buffers.of(program, layers[-1], per_sequence=True)
+        at = Buffers.of(program, layers[-1], per_sequence=True, over=at.qkv)
     layers[-1].record(program, x, out, at)
 
 

@@ -23,6 +23,7 @@ Columns = tuple[int, int]
 """A buffer of a program and the first column that is meant; NONE for none."""
 NONE: Columns = (-1, 0)
 _NO_PARAMETER = object()
+_IDS = (torch.int64, torch.int32)
 
 
 class Unfit(Exception):
@@ -48,6 +49,7 @@ class Program:
         self.calls = native.cpu().Program(native.DTYPES[dtype], FEW_ROWS)
         self.fits = True
         self._widths: list[int] = []  # of each buffer
+        self._external: list[int] = []  # of the external ones
         self._slots: list[tuple[dict, str, object]] = []
         self._parameters: list[Tensor] = []
 
@@ -64,6 +66,8 @@ class Program:
         external: its tensor is given to `run`, or made there. over: a buffer whose memory it may use.
         """
         self._widths.append(columns)
+        if external:
+            self._external.append(columns)
         return self.calls.buffer(columns, per_sequence, external, over[0]), 0
 
     def reads(self, module: nn.Module, **settings: object) -> None:
@@ -84,11 +88,13 @@ class Program:
         self._slots.append((parameters, name, parameter))
         if parameter is None:
             return 0
-        if not (is_dense(parameter) and parameter.is_cpu and parameter.is_contiguous()):
+        if not is_dense(parameter):
             raise Unfit
-        if parameter.dtype != self.dtype or parameter.shape != shape:
+        self._parameters.append(parameter)  # before the checks, so that a later change is seen
+        if not (parameter.is_cpu and parameter.is_contiguous() and parameter.dtype == self.dtype):
             raise Unfit
-        self._parameters.append(parameter)
+        if parameter.shape != shape:
+            raise Unfit
         return parameter.data_ptr()
 
     def table(self, module: nn.Module, columns: int) -> tuple[int, int]:
@@ -97,6 +103,8 @@ class Program:
             raise Unfit
         self.reads(module, max_norm=None)
         rows = len(module.weight)
+        if rows == 0:  # row 0 is read without ids
+            raise Unfit
         return self.address(module, "weight", (rows, columns)), rows
 
     def linear(
@@ -158,6 +166,19 @@ class Program:
         counts = width // head_dim, kv_width // head_dim
         self.calls.attention(*heads, *counts, head_dim, scale, causal, window or 0, out)
 
+    def rope(self, x: Columns, cos: Columns, sin: Columns, heads: int, head_dim: int) -> None:
+        """Rotate x in place."""
+        if self._widths[cos[0]] != head_dim // 2 or head_dim % 2:
+            raise Unfit
+        self.calls.rope(x, cos, sin, heads, head_dim)
+
+    def silu_mul(self, gate_up: Sequence[nn.Module], x: Columns, out: Columns) -> None:
+        """out = silu(gate) up; x holds both, the outputs of gate_up."""
+        inner = self._widths[out[0]]
+        if any(columns_of(module) != inner for module in gate_up):
+            raise Unfit
+        self.calls.silu_mul(x, (x[0], inner), inner, out)
+
     def pick(self, x: Columns, out: Columns) -> None:
         """out = the picked rows of x."""
         self.calls.pick(x, self._widths[out[0]], out)
@@ -173,6 +194,13 @@ class Program:
             _state_of(self._parameters) == self._state
         )
 
+    def takes(self, inputs: Sequence[Tensor], ids: Sequence[Tensor | None] = ()) -> bool:
+        """Whether `run` can read these; if not, the ops give torch's errors."""
+        return all(
+            is_dense(t) and t.is_cpu and t.dtype == self.dtype and t.shape[1:] == (width,)
+            for t, width in zip(inputs, self._external, strict=False)
+        ) and all(t is None or (t.is_cpu and t.dtype in _IDS) for t in ids)
+
     def run(
         self,
         inputs: Sequence[Tensor],
@@ -187,6 +215,9 @@ class Program:
             packed: the sequences of the inputs.
             rows: (sequences,) the token of each sequence that is wanted; None for all.
             ids: (tokens,) each, for `embed`: input, type and position ids, of which the last two may be None.
+
+        Raises:
+            IndexError: an id that its table does not have.
         """
         out = torch.empty(
             packed.tokens if rows is None else len(rows), self.width, dtype=self.dtype

@@ -135,13 +135,13 @@ class PackedEncoder(PackedModel):
         program = None
         if layout.programs is not None and table_size(words):
             program = layout.programs.for_call(words.weight, packed.tokens, rows is not None)
-        if program is None:
-            return encode(layout.layers, self._embed(batch), packed, rows)
         positions = tokens.position_ids
         if positions is None and packed.starts_padded:
             positions = self.position_ids(tokens.input_ids, packed)
         ids = tokens.input_ids, tokens.token_type_ids, positions
-        return program.run((), packed, rows, ids)
+        if program is not None and program.takes((), ids):
+            return program.run((), packed, rows, ids)
+        return encode(layout.layers, self._embed(batch), packed, rows)
 
     def make_programs(self, layers: list[EncoderLayer]) -> Programs:
         tables = self.base_model.embeddings
