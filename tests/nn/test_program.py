@@ -292,6 +292,22 @@ def test_freed_with_the_model(model):
     assert alive() is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_were_replaced_are_freed(model, dtype):
+    batch = encoders.make_batch(model, (9, 3))
+    for pooling in (None, pooling_of(model)):
+        states(model, batch, pooling)
+    alive = weakref.ref(first_linear(model).weight)
+    state = {name: x.to(dtype, copy=True) for name, x in model.state_dict().items()}
+    if "embeddings.position_ids" in state:
+        state["embeddings.position_ids"] = model.embeddings.position_ids.clone()
+    model.load_state_dict(state, assign=True)
+    states(model, batch)
+    del state
+    gc.collect()
+    assert alive() is None
+
+
 def test_what_no_kernel_computes_runs_op_by_op(runs):
     model = encoders.make_model("bert")
     model.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()

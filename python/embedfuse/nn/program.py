@@ -278,7 +278,10 @@ class Programs:
         key = weight.dtype, picked
         program = self._recorded.get(key)
         if program is None or not program.is_current():
-            program = self._recorded[key] = self._make(*key)
+            # Those of another dtype or pooling would keep the old weights alive.
+            current = {k: p for k, p in self._recorded.items() if p.is_current()}
+            program = current[key] = self._make(*key)
+            self._recorded = current
         return program if program.fits else None
 
     def _make(self, dtype: torch.dtype, picked: bool) -> Program:
