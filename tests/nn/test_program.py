@@ -94,6 +94,12 @@ def test_same_bits_as_the_ops(model, dtype, pooled, runs):
     assert len(runs) == sum(sum(lengths) <= most_rows(dtype) for lengths in batches)
 
 
+def test_same_bits_with_padding_inside_a_text(model):
+    batch = encoders.make_batch(model, LENGTHS)
+    batch["input_ids"][3, 5] = model.config.pad_token_id
+    assert_same_bits(model, batch)
+
+
 def test_same_bits_in_several_steps(model, runs, monkeypatch):
     monkeypatch.setattr("embedfuse.nn.tower.STEP_TOKENS", 20)
     for pooling in (None, pooling_of(model)):
@@ -170,7 +176,8 @@ def test_another_tensor_at_the_same_address(model, runs):
     expected = states(model, batch)
     memory = weight.data
     halves = memory.flatten().view(torch.float16)
-    for other in (halves[: memory.numel()].view(memory.shape), memory[: len(memory) // 2]):
+    square = memory.view(memory.shape[::-1]) if memory.shape[0] != memory.shape[1] else memory[:1]
+    for other in (square, halves[: memory.numel()].view(memory.shape), memory[: len(memory) // 2]):
         weight.data = other
         with pytest.raises((RuntimeError, ValueError)):
             states(model, batch)
@@ -279,6 +286,42 @@ def test_threads(model):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_weights_may_be_replaced_during_a_run(model):
+    """By another thread: values may be those of before or after, and no freed memory is read."""
+    batch = encoders.make_batch(model, (60,) * 8)
+    expected = states(model, batch)
+    stop = threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(30):
+            torch.testing.assert_close(states(model, batch), expected, rtol=0, atol=1e-5)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_weights_that_were_away(model, runs):
+    batch = encoders.make_batch(model, (9, 3))
+    expected = states(model, batch)
+    kept = [parameter.data for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    with pytest.raises((RuntimeError, ValueError, IndexError, AssertionError)):
+        states(model, batch)
+    for parameter, data in zip(model.parameters(), kept, strict=True):
+        parameter.data = data
+    runs.clear()
+    assert torch.equal(states(model, batch), expected)
+    assert len(runs) == 1
 
 
 def test_freed_with_the_model(model):

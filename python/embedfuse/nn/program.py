@@ -103,9 +103,10 @@ class Program:
             raise Unfit
         self.reads(module, max_norm=None)
         rows = len(module.weight)
+        address = self.address(module, "weight", (rows, columns))
         if rows == 0:  # row 0 is read without ids
             raise Unfit
-        return self.address(module, "weight", (rows, columns)), rows
+        return address, rows
 
     def linear(
         self, modules: Sequence[nn.Module], x: Columns, out: Columns, gelu: bool = False
@@ -187,6 +188,8 @@ class Program:
         """Keep what is_current compares, in the form in which that is fastest."""
         self._read = tuple(zip(*self._slots, strict=True)) or ((), (), ())
         self._state = _state_of(self._parameters)
+        # So that memory which another thread gives back during a run is not freed before its end.
+        self._storages = [p.untyped_storage() for p in self._parameters]
 
     def is_current(self) -> bool:
         """Whether all that was read is unchanged: settings, parameters, and where these are in memory."""
@@ -247,11 +250,10 @@ def columns_of(module: nn.Module) -> int:
     return len(module.weight)
 
 
-# Not the shapes: a tensor of another shape is another parameter, or has another number of elements.
 _READ_OF_PARAMETERS = (
     Tensor.data_ptr,
     attrgetter("dtype"),
-    Tensor.numel,
+    attrgetter("shape"),
     Tensor.is_contiguous,
 )
 
