@@ -1,13 +1,14 @@
 """The pre-norm decoder tower (Mistral, LLaMA, Qwen) on packed tokens."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from embedfuse.nn.attention import attention
+from embedfuse.nn.decoder_buffers import DecoderBuffers
 from embedfuse.nn.linear import is_inference, linear, linears
 from embedfuse.nn.prefixes import Step
 from embedfuse.nn.program import NONE, Columns, Program, Programs, Unfit, columns_of
@@ -106,7 +107,7 @@ class DecoderLayer:
         )
 
     def record(
-        self, program: Program, y: Columns, residual: Columns, at: "Buffers"
+        self, program: Program, y: Columns, residual: Columns, at: DecoderBuffers
     ) -> tuple[Columns, Columns]:
         """The calls of __call__ in inference. residual: NONE in the first layer."""
         for module in (self.block, self.attention):
@@ -128,7 +129,7 @@ class DecoderLayer:
         program.linear([self.down], at.inner, at.y)
         return at.y, summed
 
-    def record_attention(self, program: Program, at: "Buffers") -> None:
+    def record_attention(self, program: Program, at: DecoderBuffers) -> None:
         """at.context = attention of at.input"""
         cos, sin = at.cos, at.sin
         if at.picked:
@@ -161,85 +162,6 @@ class DecoderLayer:
         )
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """What a layer keeps in a program. Those without a comment have all rows, or the picked ones."""
-
-    picked: bool
-    cos: Columns  # all rows
-    sin: Columns  # all rows
-    input: Columns  # all rows, normalised
-    summed: Columns  # all rows
-    qkv: Columns  # all rows: query, key and value, or without the query
-    query: Columns
-    key: Columns  # all rows
-    value: Columns  # all rows
-    query_normed: Columns
-    key_normed: Columns  # all rows
-    context: Columns
-    y: Columns
-    normed: Columns
-    gate_up: Columns
-    inner: Columns
-    # If picked, the picked rows of these:
-    picked_angles: tuple[Columns, Columns] = (NONE, NONE)
-    picked_input: Columns = NONE
-    picked_residual: Columns = NONE
-
-    @classmethod
-    def of(cls, program: Program, layer: DecoderLayer, cos: Columns, sin: Columns) -> "Buffers":
-        width, kv_width, _ = map(columns_of, layer.qkv)
-        hidden, inner = columns_of(layer.out), columns_of(layer.gate_up[0])
-        qkv = program.buffer(width + 2 * kv_width)
-        y = program.buffer(hidden)
-        gate_up = program.buffer(2 * inner, over=qkv)
-        return cls(
-            picked=False,
-            cos=cos,
-            sin=sin,
-            input=program.buffer(hidden),
-            summed=program.buffer(hidden),
-            qkv=qkv,
-            query=qkv,
-            key=(qkv[0], width),
-            value=(qkv[0], width + kv_width),
-            query_normed=program.buffer(width),
-            key_normed=program.buffer(kv_width),
-            context=program.buffer(width),
-            y=y,
-            normed=program.buffer(hidden),
-            gate_up=gate_up,
-            inner=program.buffer(inner),
-        )
-
-    def pick(self, program: Program, layer: DecoderLayer) -> "Buffers":
-        """Those of a last layer of which only the picked rows are wanted, after layers with these."""
-        width, kv_width, _ = map(columns_of, layer.qkv)
-        hidden, inner = columns_of(layer.out), columns_of(layer.gate_up[0])
-
-        def picked(columns: int) -> Columns:
-            return program.buffer(columns, per_sequence=True)
-
-        qkv = program.buffer(2 * kv_width, over=self.qkv)
-        return replace(
-            self,
-            picked=True,
-            qkv=qkv,
-            query=picked(width),
-            key=qkv,
-            value=(qkv[0], kv_width),
-            query_normed=picked(width),
-            context=picked(width),
-            y=picked(hidden),
-            normed=picked(hidden),
-            gate_up=picked(2 * inner),
-            inner=picked(inner),
-            picked_angles=(picked(layer.head_dim // 2), picked(layer.head_dim // 2)),
-            picked_input=picked(hidden),
-            picked_residual=picked(hidden),
-        )
-
-
 def record(layers: list[DecoderLayer], norm: nn.Module, program: Program, picked: bool) -> None:
     """The calls of decode_step without shared prefixes, for all tokens or for the picked ones."""
     if not layers:
@@ -249,7 +171,7 @@ def record(layers: list[DecoderLayer], norm: nn.Module, program: Program, picked
     y = program.buffer(hidden, external=True)
     cos, sin = program.buffer(half, external=True), program.buffer(half, external=True)
     out = program.buffer(hidden, per_sequence=picked, external=True)
-    at = Buffers.of(program, layers[0], cos, sin)
+    at = DecoderBuffers.of(program, layers[0], cos, sin)
     residual = NONE
     for layer in layers[:-1]:
         y, residual = layer.record(program, y, residual, at)

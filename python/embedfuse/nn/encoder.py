@@ -57,7 +57,7 @@ class EncoderLayer:
         y = activate(self.activation, self.up, x, inference)
         return add_norm(self.norm2, self.dropout2, linear(self.down, y, inference), x, inference)
 
-    def record(self, program: Program, x: Columns, out: Columns, at: "Buffers") -> None:
+    def record(self, program: Program, x: Columns, out: Columns, at: "EncoderBuffers") -> None:
         """The calls of __call__ in inference, with out for all rows or for the picked ones."""
         for module in (self.block, self.attention, self.dropout1, self.dropout2):
             program.reads(module, training=False)
@@ -81,7 +81,7 @@ class EncoderLayer:
 
 
 @dataclass
-class Buffers:
+class EncoderBuffers:
     """What a layer keeps in a program, of all rows or of the picked ones."""
 
     picked: Columns | None  # the layer's input
@@ -97,7 +97,7 @@ class Buffers:
     @classmethod
     def of(
         cls, program: Program, layer: EncoderLayer, per_sequence: bool, over: Columns = NONE
-    ) -> "Buffers":
+    ) -> "EncoderBuffers":
         width, hidden, inner = map(columns_of, (layer.qkv[0], layer.out, layer.up))
         picked = query = None
         if per_sequence:
@@ -133,7 +133,7 @@ class EncoderEmbeddings:
     dropout: nn.Module
     padding_idx: int | None
 
-    def record(self, program: Program, at: "Buffers", out: Columns) -> None:
+    def record(self, program: Program, at: "EncoderBuffers", out: Columns) -> None:
         program.reads(self.dropout, training=False)
         if type(self.dropout) is not nn.Dropout:
             raise Unfit
@@ -153,12 +153,12 @@ def record(
     program.width = hidden = columns_of(layers[0].out)
     x = program.buffer(hidden)
     out = program.buffer(hidden, per_sequence=picked, external=True)
-    at = Buffers.of(program, layers[0], per_sequence=False)
+    at = EncoderBuffers.of(program, layers[0], per_sequence=False)
     embeddings.record(program, at, x)
     for layer in layers[:-1]:
         layer.record(program, x, x, at)
     if picked:
-        at = Buffers.of(program, layers[-1], per_sequence=True, over=at.qkv)
+        at = EncoderBuffers.of(program, layers[-1], per_sequence=True, over=at.qkv)
     layers[-1].record(program, x, out, at)
 
 
