@@ -20,7 +20,7 @@ from embedfuse.ops import (
 from embedfuse.ops.info_nce.statistics import statistics
 from embedfuse.registry import use_backend
 
-SCALES = [2.0**k for k in range(-126, 121, 13)]  # of logits: inverse temperatures
+SCALES = [2.0**k for k in range(-126, 121, 26)]  # of logits: inverse temperatures
 _EDGE = torch.arange(86, 91, 0.25)  # e^z stops being a number of fp32 in there
 LOGITS = torch.cat((torch.arange(-400.0, 400, 8), _EDGE, -_EDGE))
 EXPONENTS = range(-45, 39)  # of ten: subnormal numbers to the largest
@@ -114,7 +114,7 @@ def check_pool_normalize():
 
 def check_maxsim():
     q, d = (torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(i)) for i in range(2))
-    for k in range(-45, 18):  # products are those of the vectors as they come
+    for k in (*range(-45, 17, 4), 17):  # products are those of the vectors as they come
         for sides in ((q * 10.0**k, d), (q, d * 10.0**k)):
             beside_fp64(
                 lambda *x: [maxsim(*x, normalize=True)], *sides, gradients=False, atol=SUBNORMAL

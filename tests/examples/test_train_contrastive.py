@@ -60,15 +60,15 @@ def test_pairs():
 
 
 def test_short_run_improves_recall(tmp_path):
-    options = ["--device", "cpu", "--limit", "1500", "--batch-size", "32", "--steps", "10"]
+    options = ["--device", "cpu", "--limit", "1000", "--batch-size", "32", "--steps", "6"]
     results = example.main(["--output", str(tmp_path), *options])
     recall = results["recall@1"]
     assert 0.5 < recall["before"] < 0.8
     assert recall["after"] > recall["before"] + 0.05
     assert json.loads((tmp_path / "results.json").read_text()) == results
     # The checkpoint is an embedder: it finds as many.
-    embedder = embedfuse.Embedder(str(tmp_path / "checkpoint-10"), device="cpu")
-    held_out = example.split(stdlib_pairs()[:1500])[1]
+    embedder = embedfuse.Embedder(str(tmp_path / "checkpoint-6"), device="cpu")
+    held_out = example.split(stdlib_pairs()[:1000])[1]
     queries, documents = (embedder.encode(list(side)).dense for side in zip(*held_out, strict=True))
     found = ((queries @ documents.T).argmax(1) == np.arange(len(held_out))).mean()
     assert found == pytest.approx(recall["after"], abs=0.03)  # texts longer than the example's

@@ -227,6 +227,7 @@ def test_the_end_of_the_program(m3_folder):
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow  # tests/integrations/test_processes.py sends the object to a process
 def test_several_devices(m3_folder, before):
     """FlagEmbedding pickles the object into one process per device."""
     model = fe.BGEM3FlagModel(m3_folder, use_fp16=False, devices=["cpu", "cpu"])

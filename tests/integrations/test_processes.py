@@ -144,7 +144,8 @@ def test_the_fused_path_is_on_in_processes(request):
 @pytest.mark.parametrize(
     "kind",
     [
-        "SentenceTransformer",
+        # tests/tools/test_pipelines.py has a pool that stays open.
+        pytest.param("SentenceTransformer", marks=pytest.mark.slow),
         "CrossEncoder",
         pytest.param("MultiVectorEncoder", marks=pytest.mark.slow),
     ],

@@ -26,7 +26,10 @@ resolves = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def loaded():
-    return st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+    model = st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+    del model[0].model.encoder.layer[4:]
+    model[0].model.config.num_hidden_layers = 4
+    return model
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_slots(queries, everything):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("depth", [37, 128, 200, 256, 300, 1024])
+@pytest.mark.parametrize("depth", [37, 128, 200, 256, 300, 512])
 def test_depths(depth, int8):
     args = list(arguments([20, 4, 33], depth, torch.float16, width=33))
     if int8:

@@ -35,12 +35,18 @@ def test_runs_here(op, dtype):
     assert op.refusal("triton", "cpu", dtype) is None
 
 
+def samples(op, dtype) -> list[tuple]:
+    """Without those of over a thousand rows: programs are the same for all rows."""
+    calls = op.make_samples("cpu", dtype, "test")
+    return [call for call in calls if len(call[0]) < 1000]
+
+
 # A kernel's types differ in loads and stores alone: all samples in fp32, every third in bf16. The next test
 # has float16.
 @pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1), (torch.bfloat16, 3)], ids=str)
 @per_op
 def test_samples(op, dtype, step):
-    for args in op.make_samples("cpu", dtype, "test")[::step]:
+    for args in samples(op, dtype)[::step]:
         testing.assert_close_to_reference(op, args, "triton")
 
 
@@ -53,7 +59,7 @@ def test_samples_with_another_config(name):
         return tunable.space(dtype, shape)[-1]
 
     with tuned.choosing(choose):
-        for args in OPS[name].make_samples("cpu", torch.float16, "test"):
+        for args in samples(OPS[name], torch.float16):
             testing.assert_close_to_reference(OPS[name], args, "triton")
     assert asked
 

@@ -147,3 +147,19 @@ def test_a_gradient_is_refused(backend, which):
         linear(*args)
     with torch.no_grad():
         assert linear(*args).eq(4).all()
+
+
+@pytest.mark.parametrize("rows", [3, 30])
+def test_gelu_keeps_its_digits_in_both_tails(cpp, rows):
+    """Where z is far below 0, z (1 + erf) / 2 would have none left."""
+    small = torch.logspace(-30, 0, 61)
+    z = torch.cat((torch.arange(-13, 13, 0.03), small, -small, torch.tensor([-1e4, 0, 1e4])))
+    wanted = z.double() * torch.erfc(-z.double() / 2**0.5) / 2
+    found = linear(torch.ones(rows, 1), z[:, None], gelu=True)
+    # The exponent z^2 / 2 is rounded to fp32.
+    bound = (8 + z.double() ** 2) * 2**-24 * wanted.abs() + 1e-37
+    assert ((found - wanted).abs() <= bound).all()
+    ends = torch.tensor([float("inf"), float("nan"), float("-inf")])
+    found = linear(torch.ones(rows, 1), ends[:, None], gelu=True)
+    wanted = torch.tensor([float("inf"), float("nan"), float("nan")]).expand(rows, -1)
+    torch.testing.assert_close(found, wanted, equal_nan=True)

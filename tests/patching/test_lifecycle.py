@@ -139,6 +139,7 @@ def test_save_pretrained(pair, tmp_path):
     assert_agree(patched, original)
 
 
+@pytest.mark.slow  # tests/tools/test_transforms.py compiles before and after patching
 @pytest.mark.parametrize("family", ["bert"])  # the original is traced, whatever the family
 def test_torch_compile(pair):
     patched, original = pair
