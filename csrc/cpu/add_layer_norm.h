@@ -60,7 +60,7 @@ void add_layer_norm_rows(int64_t begin, int64_t end, void* context) {
 }
 
 void add_layer_norm(const AddLayerNormArgs& a) {
-  const int64_t grain = 16384 / (a.hidden + 1) + 1;
+  const int64_t grain = grain_of(4 * a.hidden);
   void* context = (void*)&a;
   if (a.dtype == kFloat32) {
     return parallel_for(0, a.rows, grain, add_layer_norm_rows<float>, context);

@@ -59,7 +59,7 @@ void add_rms_norm_tokens(int64_t begin, int64_t end, void* context) {
 }
 
 void add_rms_norm(const AddRmsNormArgs& a) {
-  const int64_t grain = 16384 / (a.heads * a.hidden + 1) + 1;
+  const int64_t grain = grain_of(4 * a.heads * a.hidden);
   void* context = (void*)&a;
   if (a.dtype == kFloat32) {
     return parallel_for(0, a.tokens, grain, add_rms_norm_tokens<float>, context);

@@ -21,7 +21,7 @@ void embed_tokens(int64_t begin, int64_t end, void* context) {
 }
 
 void embed(const EmbedArgs& a) {
-  const int64_t grain = 16384 / (a.hidden + 1) + 1;
+  const int64_t grain = grain_of(4 * a.hidden);
   void* context = (void*)&a;
   if (a.dtype == kFloat32) return parallel_for(0, a.tokens, grain, embed_tokens<float>, context);
   if (a.dtype == kFloat16) return parallel_for(0, a.tokens, grain, embed_tokens<f16>, context);

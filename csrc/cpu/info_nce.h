@@ -176,7 +176,7 @@ inline void info_nce_rows(int64_t begin, int64_t end, void* context) {
 }
 
 inline void info_nce_all(InfoNceJob job) {
-  const int64_t grain = 8192 / (job.tile.columns + 1) + 1;
+  const int64_t grain = grain_of(8 * job.tile.columns);
   parallel_for(0, job.tile.rows, grain, info_nce_rows, &job);
 }
 

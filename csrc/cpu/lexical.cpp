@@ -129,8 +129,8 @@ void score_aligned(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// Rows that together hold about 4,096 entries: below, waking a thread costs more than it saves.
-int64_t grain(int64_t rows, int64_t entries) { return 4096 / (entries / (rows + 1) + 1) + 1; }
+// An entry is looked up: 16 units.
+int64_t grain(int64_t rows, int64_t entries) { return grain_of(16 * (entries / (rows + 1))); }
 
 }  // namespace
 

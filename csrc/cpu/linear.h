@@ -44,12 +44,10 @@ void pack_rows(const typename U::Element* x, int64_t stride, int64_t rows, int64
   }
 }
 
-// sums[m][row] = weight row m . x row, over VECS registers of rows. AHEAD: prefetches the next tile in memory, a
-// little with each step; all at once would fill the miss queue.
-template <class U, int VECS, bool AHEAD = false>
+// sums[m][row] = weight row m . x row, over VECS registers of rows.
+template <class U, int VECS>
 void multiply_tile(const typename U::Element* const weight[kTileColumns], const float* packed,
                    int64_t words, float* sums) {
-  const char* ahead = (const char*)weight[0] + kTileColumns * words * sizeof(float);
   for (int64_t begin = 0; begin == 0 || begin < words; begin += kWords) {
     const int64_t end = begin + kWords < words ? begin + kWords : words;
     Vec acc[kTileColumns][VECS];
@@ -59,7 +57,6 @@ void multiply_tile(const typename U::Element* const weight[kTileColumns], const 
     for (int64_t u = begin; u < end; ++u) {
       Vec x[VECS];
       for (int v = 0; v < VECS; ++v) x[v] = Vec::load(packed + u * kBlockRows + v * Vec::N);
-      if (AHEAD) __builtin_prefetch(ahead + u * kTileColumns * sizeof(float));
       for (int m = 0; m < kTileColumns; ++m) {
         const Vec w = Vec::all(U::word(weight[m] + u * U::kPerWord));
         for (int v = 0; v < VECS; ++v) acc[m][v] = U::multiply_add(w, x[v], acc[m][v]);
@@ -167,7 +164,7 @@ void linear_with(const LinearArgs& a, float* scratch) {
   for (int64_t row = 0; row < a.rows; row += step) {
     LinearJob job{a, scratch, row, a.rows - row < step ? a.rows - row : step};
     parallel_for(0, (job.rows + kBlockRows - 1) / kBlockRows, 1, linear_pack<U>, &job);
-    const int64_t grain = 65536 / (job.rows * a.depth + 1) + 1;
+    const int64_t grain = grain_of(job.rows * a.depth);
     int64_t groups = 0;
     for (int64_t p = 0; p < a.n_parts; ++p) groups += groups_of(a.parts[p]);
     parallel_for(0, groups, grain, linear_groups<U>, &job);

@@ -153,7 +153,7 @@ void dot_columns(int64_t begin, int64_t end, void* context) {
 }
 
 void linear_few_rows(const LinearArgs& a) {
-  const int64_t grain = 65536 / (a.depth + 1) + 1;
+  const int64_t grain = grain_of(a.depth);
   void* context = (void*)&a;
 #if EMBEDFUSE_ISA == EMBEDFUSE_AVX512_BF16
   if (a.dtype == kBFloat16)

@@ -133,11 +133,9 @@ inline void pool_columns(int64_t begin, int64_t end, void* context) {
 void pool_normalize(const PoolNormalizeArgs& a, float* scratch) {
   PoolJob job{a, scratch};
   const int64_t rows = a.cu_seqlens ? a.length : a.batch * (a.length ? a.length : 1);
-  // Under about 128 KB, waking the other threads costs more than they save.
-  const int64_t small = 32768;
-  if (a.batch >= num_threads() || rows * a.hidden < small) {
+  if (a.batch >= num_threads() || rows * a.hidden * 4 < 2 * kThreadWork) {
     // One more than the rows, so that empty sequences at the end are included.
-    return parallel_for(0, rows + 1, small / (a.hidden + 1) + 1, pool_rows, &job);
+    return parallel_for(0, rows + 1, grain_of(4 * a.hidden), pool_rows, &job);
   }
   parallel_for(0, a.hidden, 64, pool_columns, &job);
   for (int64_t b = 0; b < a.batch; ++b) store(a, b, scratch + b * a.hidden);

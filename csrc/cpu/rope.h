@@ -35,7 +35,7 @@ void rope_tokens(int64_t begin, int64_t end, void* context) {
 }
 
 void rope(const RopeArgs& a) {
-  const int64_t grain = 16384 / (a.heads * a.head_dim + 1) + 1;
+  const int64_t grain = grain_of(4 * a.heads * a.head_dim);
   void* context = (void*)&a;
   if (a.dtype == kFloat32) return parallel_for(0, a.tokens, grain, rope_tokens<float>, context);
   if (a.dtype == kFloat16) return parallel_for(0, a.tokens, grain, rope_tokens<f16>, context);

@@ -23,7 +23,7 @@ void sum_segments(int64_t begin, int64_t end, void* context) {
 
 void segment_sum(const SegmentSumArgs& a) {
   const int64_t per_row = a.indptr[a.rows] / (a.rows + 1) + 1;
-  const int64_t grain = 65536 / (per_row * a.depth + 1) + 1;
+  const int64_t grain = grain_of(per_row * a.depth);
   void* context = (void*)&a;
   if (a.dtype == kFloat32) return parallel_for(0, a.rows, grain, sum_segments<float>, context);
   if (a.dtype == kFloat16) return parallel_for(0, a.rows, grain, sum_segments<f16>, context);

@@ -24,7 +24,7 @@ void silu_mul_rows(int64_t begin, int64_t end, void* context) {
 }
 
 void silu_mul(const SiluMulArgs& a) {
-  const int64_t grain = 8192 / (a.columns + 1) + 1;
+  const int64_t grain = grain_of(8 * a.columns);
   void* context = (void*)&a;
   if (a.dtype == kFloat32) return parallel_for(0, a.rows, grain, silu_mul_rows<float>, context);
   if (a.dtype == kFloat16) return parallel_for(0, a.rows, grain, silu_mul_rows<f16>, context);

@@ -35,7 +35,7 @@ void token_weights_rows(int64_t begin, int64_t end, void* context) {
 }
 
 void token_weights(const TokenWeightsArgs& a) {
-  const int64_t grain = 65536 / (a.hidden + 1) + 1;
+  const int64_t grain = grain_of(a.hidden);
   void* context = (void*)&a;
   if (a.dtype == kFloat32) {
     return parallel_for(0, a.tokens, grain, token_weights_rows<float>, context);

@@ -280,8 +280,7 @@ void varlen_attention(const VarlenAttentionArgs& a) {
     const int64_t rows = a.cu_seqlens_q[b + 1] - a.cu_seqlens_q[b];
     pairs += (rows + Vec::N) * (a.cu_seqlens_k[b + 1] - a.cu_seqlens_k[b] + 16);
   }
-  // One thread per 4 million multiplications, which take it about 0.1 ms.
-  const int64_t wanted = 1 + pairs * a.heads * a.head_dim / 2000000;
+  const int64_t wanted = 1 + pairs * a.heads * a.head_dim / (4 * kThreadWork);
   const int64_t threads = wanted < num_threads() ? wanted : num_threads();
   AttentionJob job{a, 0};
   if (a.dtype == kFloat32) return parallel_for(0, threads, 1, attend_items<float>, &job);

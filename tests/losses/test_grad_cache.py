@@ -49,8 +49,9 @@ def test_as_loss_fn(loss, group, grad_cache):
     wanted.backward()
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-6, atol=0)
     for got, want in zip(gradients(cached), gradients(whole), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-        assert want.abs().max() > 1e-3
+        largest = want.abs().max().item()  # a small sum has the rounding of its large terms
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * largest)
+        assert largest > 1e-3
 
 
 def test_hard_negatives_by_keyword(grad_cache):

@@ -25,6 +25,14 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn fn, 
   }
 }
 
+// To wake another thread costs microseconds, so each gets at least this much work, of about 20 us. One unit is a weight
+// that is read from memory and multiplied; in the caches it is a quarter of an element that a norm passes over, an
+// eighth of an exponential, four products of attention.
+constexpr int64_t kThreadWork = 65536;
+
+// The least number of items for a thread, each of so many units.
+inline int64_t grain_of(int64_t work) { return kThreadWork / (work + 1) + 1; }
+
 inline int64_t num_threads() {
   uint32_t n = 1;
   if (thread_pool.num_threads) thread_pool.num_threads(&n);
