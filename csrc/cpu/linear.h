@@ -44,10 +44,12 @@ void pack_rows(const typename U::Element* x, int64_t stride, int64_t rows, int64
   }
 }
 
-// sums[m][row] = weight row m . x row, over VECS registers of rows.
-template <class U, int VECS>
+// sums[m][row] = weight row m . x row, over VECS registers of rows. AHEAD (for maxsim_tile.h): prefetches the next tile
+// in memory, a little with each step; all at once would fill the miss queue.
+template <class U, int VECS, bool AHEAD = false>
 void multiply_tile(const typename U::Element* const weight[kTileColumns], const float* packed,
                    int64_t words, float* sums) {
+  const char* ahead = (const char*)weight[0] + kTileColumns * words * sizeof(float);
   for (int64_t begin = 0; begin == 0 || begin < words; begin += kWords) {
     const int64_t end = begin + kWords < words ? begin + kWords : words;
     Vec acc[kTileColumns][VECS];
@@ -57,6 +59,7 @@ void multiply_tile(const typename U::Element* const weight[kTileColumns], const 
     for (int64_t u = begin; u < end; ++u) {
       Vec x[VECS];
       for (int v = 0; v < VECS; ++v) x[v] = Vec::load(packed + u * kBlockRows + v * Vec::N);
+      if (AHEAD) __builtin_prefetch(ahead + u * kTileColumns * sizeof(float));
       for (int m = 0; m < kTileColumns; ++m) {
         const Vec w = Vec::all(U::word(weight[m] + u * U::kPerWord));
         for (int v = 0; v < VECS; ++v) acc[m][v] = U::multiply_add(w, x[v], acc[m][v]);
@@ -77,7 +80,7 @@ void linear_block(const LinearArgs& a, const LinearPart& part, const float* pack
                   int64_t rows, int64_t column, int columns) {
   using T = typename U::Element;
   const int64_t words = a.depth / U::kPerWord;
-  float sums[Vec::N * kBlockRows];
+  alignas(64) float sums[Vec::N * kBlockRows];
   for (int half = 0; half < Vec::N; half += kTileColumns) {
     const T* weight[kTileColumns];  // past the last column, the last one again
     for (int m = 0; m < kTileColumns; ++m) {

@@ -12,7 +12,7 @@ namespace embedfuse {
 
 namespace {
 
-constexpr int64_t kLine = 64;  // bytes; no two buffers share a line of the cache
+constexpr int64_t kLine = 64;  // bytes of the cache; no two buffers share one
 
 // Larger arenas are not kept: to get their memory anew takes little of a run on so many tokens.
 constexpr int64_t kKeptBytes = 64 << 20;
@@ -210,9 +210,10 @@ void run_linear(const LinearArgs& args, bool few_rows) {
   if (few_rows) return cpu_kernels().linear_few_rows(args);
   // Reused by later calls (a few MB): new pages in every call would cost as much as the arithmetic.
   static thread_local std::vector<float> scratch;
-  const size_t wanted = cpu_kernels().linear_scratch(args);
+  const size_t wanted = cpu_kernels().linear_scratch(args) + kLine / sizeof(float);
   if (scratch.size() < wanted) scratch.resize(wanted);
-  cpu_kernels().linear(args, scratch.data());
+  // No register is loaded from two lines.
+  cpu_kernels().linear(args, (float*)((uintptr_t(scratch.data()) + kLine - 1) / kLine * kLine));
 }
 
 }  // namespace embedfuse
