@@ -207,8 +207,7 @@ def test_16_bits_on_the_cpu_become_fp32(folder, original, use):
     np.testing.assert_allclose(again, found, rtol=0, atol=3e-2)
 
 
-@pytest.mark.parametrize("numpy", [True, False])
-@pytest.mark.parametrize("use", ["use_fp16", "use_bf16"])
+@pytest.mark.parametrize(("use", "numpy"), [("use_fp16", True), ("use_bf16", False)])
 def test_16_bits_stay_on_other_devices(folder, use, numpy):
     """FlagEmbedding casts to fp32 on "cpu" alone; "cpu:0" is the same memory and keeps its dtype."""
     settings = {use: True, "devices": "cpu:0", "convert_to_numpy": numpy}

@@ -144,11 +144,16 @@ def reversed_rows(weight):
     weight.data = weight.data.flip(0)
 
 
+def lazily_negated(weight):
+    weight.data = torch._neg_view(weight.data)  # the same memory
+
+
 CHANGES = {
     "values": lambda model: new_values(first_linear(model).weight),
     "memory": lambda model: new_memory(first_linear(model).weight),
     "transposed": transposed,
     "rows": lambda model: reversed_rows(first_linear(model).weight),
+    "sign": lambda model: lazily_negated(first_linear(model).weight),
     "parameter": lambda model: setattr(
         first_linear(model), "weight", nn.Parameter(first_linear(model).weight * 2)
     ),

@@ -1,5 +1,6 @@
 """Bad input gets an error that names the argument, what came and what is accepted; nothing changes."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,21 @@ def test_token_out_of_the_vocabulary(model, token):
     batch["input_ids"][2, 1] = token
     with pytest.raises(IndexError, match=f"input_ids: token {token}; accepted are 0 to 210"):
         model(**batch)
+
+
+def test_a_table_that_grew_under_its_module(model):
+    """Some training scripts set the weight and leave num_embeddings."""
+    original = copy.deepcopy(model)
+    embedfuse.patch(model)
+    for m in (model, original):
+        words = m.embeddings.word_embeddings
+        words.weight = torch.nn.Parameter(torch.cat((words.weight, torch.ones(3, 48))))
+    batch = make_batch(model)
+    batch["input_ids"][2, 1] = VOCABULARY + 2
+    with torch.no_grad():
+        found, expected = (m(**batch).last_hidden_state for m in (model, original))
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
 
 
 def test_longer_than_the_position_table(model):

@@ -52,6 +52,7 @@ class Program:
         self._external: list[int] = []  # of the external ones
         self._slots: list[tuple[dict, str, object]] = []
         self._parameters: list[Tensor] = []
+        self._held: list[Tensor] = []  # their memory, so that it is not given back before a run's end
 
     def buffer(
         self,
@@ -90,12 +91,14 @@ class Program:
             return 0
         if not is_dense(parameter):
             raise Unfit
+        held = parameter.detach()  # of what it is now, whatever another thread makes of it
         self._parameters.append(parameter)  # before the checks, so that a later change is seen
-        if not (parameter.is_cpu and parameter.is_contiguous() and parameter.dtype == self.dtype):
+        self._held.append(held)
+        if not (held.is_cpu and held.is_contiguous() and held.dtype == self.dtype):
             raise Unfit
-        if parameter.shape != shape:
+        if held.shape != shape:
             raise Unfit
-        return parameter.data_ptr()
+        return held.data_ptr()
 
     def table(self, module: nn.Module, columns: int) -> tuple[int, int]:
         """Address and rows of an embedding table."""
@@ -187,9 +190,7 @@ class Program:
     def finish(self) -> None:
         """Keep what is_current compares, in the form in which that is fastest."""
         self._read = tuple(zip(*self._slots, strict=True)) or ((), (), ())
-        self._state = _state_of(self._parameters)
-        # So that memory which another thread gives back during a run is not freed before its end.
-        self._storages = [p.untyped_storage() for p in self._parameters]
+        self._state = _state_of(self._held)
 
     def is_current(self) -> bool:
         """Whether all that was read is unchanged: settings, parameters, and where these are in memory."""
@@ -255,6 +256,7 @@ _READ_OF_PARAMETERS = (
     attrgetter("dtype"),
     attrgetter("shape"),
     Tensor.is_contiguous,
+    Tensor.is_neg,
 )
 
 

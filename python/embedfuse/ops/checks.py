@@ -29,8 +29,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a kernel may read x by its address: strided, and no subclass of torch.Tensor."""
-    return type(x) in _READABLE and x.layout is torch.strided
+    """Whether a kernel may read x by its address: strided, no subclass of torch.Tensor, no lazy minus sign."""
+    return type(x) in _READABLE and x.layout is torch.strided and not x.is_neg()
 
 
 def kernel_takes(op: Op, first: Tensor, *others: Tensor | None) -> bool:

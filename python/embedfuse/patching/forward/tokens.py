@@ -78,7 +78,7 @@ def pooled_rows(packed: Packed, pooling: str | None) -> Tensor | None:
 def table_size(table: nn.Module) -> int | None:
     """Rows of a plain embedding table; None for one that computes (LoRA, max_norm)."""
     plain = type(table) is nn.Embedding and table.max_norm is None
-    return table.num_embeddings if plain else None
+    return len(table.weight) if plain else None
 
 
 def check_ids(batch: Batch, vocabulary: int | None) -> None:
