@@ -52,7 +52,9 @@ class Program:
         self._external: list[int] = []  # of the external ones
         self._slots: list[tuple[dict, str, object]] = []
         self._parameters: list[Tensor] = []
-        self._held: list[Tensor] = []  # their memory, so that it is not given back before a run's end
+        self._held: list[
+            Tensor
+        ] = []  # their memory, so that it is not given back before a run's end
 
     def buffer(
         self,
