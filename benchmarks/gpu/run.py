@@ -216,7 +216,7 @@ def run_logged(command: list[str], log: Path, end: float, environment: dict | No
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "EMBEDFUSE_GRAPHS": "1", **(environment or {})},
         start_new_session=True,
     )
     left = max(0.0, end - time.monotonic())

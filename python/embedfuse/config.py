@@ -32,7 +32,7 @@ VARIABLES = {
         "instruction set of the C++ kernels", CPU_ISAS, "the best that the processor has"
     ),
     "EMBEDFUSE_GRAPHS": Variable(
-        "1 runs small batches on a GPU as CUDA graphs, 0 does not", ("0", "1"), "1"
+        "1 runs small batches on a GPU as CUDA graphs, 0 does not", ("0", "1"), "0"
     ),
     "EMBEDFUSE_BUILD_CPP": Variable(
         "when building: 1 builds the C++ kernels, 0 leaves them out", ("0", "1"), "1"

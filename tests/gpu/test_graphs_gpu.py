@@ -17,6 +17,11 @@ FAMILIES = ["bert", "xlm_roberta", *decoders.FAMILIES]
 CLOSE = {"rtol": 0, "atol": 2**-6}
 
 
+@pytest.fixture(autouse=True)
+def graphs_are_on(monkeypatch):
+    monkeypatch.setenv("EMBEDFUSE_GRAPHS", "1")
+
+
 def make(family: str, dtype=torch.bfloat16):
     if family in decoders.FAMILIES:
         model = decoders.make_model(family, head_dim=16)

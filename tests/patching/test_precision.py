@@ -1,4 +1,4 @@
-"""The self-check where torch rounds what fp32 matrices are multiplied from, as `set_float32_matmul_precision` asks."""
+"""The self-check where fp32 matrices are multiplied in TF32 or bf16: `torch.set_float32_matmul_precision`."""
 
 import copy
 

@@ -29,7 +29,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a kernel may read x by its address: strided, no subclass of torch.Tensor, no lazy minus sign."""
+    """Whether a kernel may read x by its address: strided, no subclass, no lazy minus sign."""
     return type(x) in _READABLE and x.layout is torch.strided and not x.is_neg()
 
 

@@ -18,8 +18,8 @@ from embedfuse.patching.report import PatchError
 # 24 layers with random weights, bfloat16 differs by 0.03 to 0.04, and positions that are wrong by one move
 # the outputs by 0.57 to 0.9.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.12}
-# Where torch may round what fp32 matrices are multiplied from. Padded and packed rows are then rounded apart: on 24
-# layers of 1,024 columns TF32 makes 1.2e-3 of it.
+# Where torch may round what fp32 matrices are multiplied from. Padded and packed rows are then rounded
+# differently: TF32 on 24 layers of 1,024 columns makes 1.2e-3.
 BOUNDS_OF_PRECISION = {"tf32": BOUNDS[torch.float16], "bf16": BOUNDS[torch.bfloat16]}
 
 

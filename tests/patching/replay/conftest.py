@@ -5,7 +5,8 @@ from tests.recorded_graphs import RecordedGraphs
 
 
 @pytest.fixture(autouse=True)
-def none_made():
+def graphs_are_on(monkeypatch):
+    monkeypatch.setenv("EMBEDFUSE_GRAPHS", "1")
     RecordedGraphs.made.clear()
 
 

@@ -146,8 +146,8 @@ def device_refusal(graphs: GraphCache, device: torch.device) -> str | None:
     """Why batches on this device run without graphs."""
     if device.type != graphs.device_graphs.device_type:
         return f"the model runs on {device.type}"
-    if config.read("EMBEDFUSE_GRAPHS") == "0":
-        return "EMBEDFUSE_GRAPHS=0"
+    if config.read("EMBEDFUSE_GRAPHS") != "1":
+        return "EMBEDFUSE_GRAPHS is not 1"
     return None
 
 
