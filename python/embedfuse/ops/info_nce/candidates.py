@@ -201,7 +201,8 @@ def inverse_temperature(temperature: float | Tensor, q: Tensor) -> Tensor:
         raise TypeError(
             f"temperature: {type(temperature).__name__}; accepted are numbers and tensors"
         ) from None
-    return torch.tensor(_inverse(temperature, dtype), dtype=dtype, device=q.device)
+    # Filled there: a copy of the number would wait for the GPU.
+    return torch.full((), _inverse(temperature, dtype), dtype=dtype, device=q.device)
 
 
 def _inverse(temperature: float, dtype: torch.dtype) -> float:
