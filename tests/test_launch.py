@@ -1,7 +1,6 @@
 """Launches without Triton's look-up: what it would launch, with the same arguments, and nothing else."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """Launches without Triton's look-up, which takes ten times as long as handing the kernel to the driver.
 
-Triton compiles a kernel for the dtypes of its arguments, for pointers and integers that are multiples of 16, and
-for integers that are 1, and looks all of that up in each call. Here the integers of a launch are given once
-(`prepared` compares them exactly), so that a call compares its pointers alone.
+Triton compiles a kernel for the dtypes of its arguments, for pointers and integers that are multiples of 16,
+and for integers that are 1, and looks all of that up in each call. Here the integers of a launch are given
+once (`prepared` compares them exactly), so that a call compares its pointers alone.
 """
 
 import functools

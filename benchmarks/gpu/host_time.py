@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from embedfuse.triton_kernels.launch import Launch
+from torch import Tensor
 from transformers import MistralConfig, MistralModel, XLMRobertaConfig, XLMRobertaModel
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -123,7 +123,7 @@ def microseconds(call: Callable, repeats: int) -> float:
 
 def measure(programs: Programs, forward: Callable, repeats: int) -> list[float]:
     """Microseconds of an op: op by op with Triton's look-up and with ours, and in a program."""
-    by_ops = mock.patch.object(Programs, "for_call", lambda *args: None)
+    by_ops = mock.patch.object(Programs, "for_call", return_value=None)
     by_look_up = mock.patch.object(Launch, "__call__", Launch.by_look_up)
     times = []
     with torch.inference_mode(), as_on_a_gpu(), without_torch():

@@ -1,4 +1,4 @@
-"""Programs of a GPU, in Triton's interpreter: the bits of the ops, whatever ran before. Run by test_interpret.py."""
+"""Programs of a GPU in Triton's interpreter: the bits of the ops. Run by test_interpret.py."""
 
 import contextlib
 
@@ -26,7 +26,8 @@ FAMILIES = {
 F32, BF16 = torch.float32, torch.bfloat16
 # A window of 2 is narrower than the longest text.
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
-WINDOWS = {"mistral": {"sliding_window": 2}, "qwen3": {"sliding_window": 2}}
+DECODER = {"sliding_window": 2, "num_key_value_heads": 1}
+OF_FAMILY = {"mistral": DECODER, "qwen3": DECODER}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -49,9 +50,8 @@ def runs(monkeypatch):
 
 
 def make(family, dtype=F32):
-    sizes = SIZES | WINDOWS.get(family, {"intermediate_size": 48})
-    if family in WINDOWS:
-        sizes = {**sizes, "num_key_value_heads": 1}
+    # An encoder's inner product is larger than those whose memory it uses.
+    sizes = SIZES | OF_FAMILY.get(family, {"intermediate_size": 256})
     model = FAMILIES[family](family, **sizes)
     with embedfuse.use_backend("reference"):  # of patch's check
         embedfuse.patch(model)
