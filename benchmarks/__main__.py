@@ -11,6 +11,7 @@ COMMANDS = {
     "checkpoints": ("models.checkpoints", "write checkpoints with random weights"),
     "aot": ("kernels.aot", "what each Triton kernel uses of a chip; needs no GPU"),
     "tune": ("gpu.tune", "time the configs of the Triton kernels on this GPU, and store the best"),
+    "host": ("gpu.host_time", "host time of each op on a GPU, launches stubbed; needs no GPU"),
     "gpu": ("gpu.run", "tests, sanitizer and benchmarks on a GPU, part by part"),
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.launch import Launch, prepared
 from embedfuse.triton_kernels.tuned import Tunable
 
 
@@ -53,6 +54,14 @@ def candidates(dtype, hidden) -> Iterator[dict]:
 TUNABLE = Tunable("add_layer_norm", default_config, candidates)
 
 
+@prepared
+def prepare(device, dtype, hidden, s_x, s_r, eps) -> Launch:
+    """Called with the rows, then x, residual, weight, bias and out."""
+    config = TUNABLE.config_on(device, dtype, hidden=hidden)
+    block = triton.next_power_of_2(hidden)
+    return Launch(add_layer_norm_kernel, 1, s_x, s_r, hidden, eps, B_D=block, **config)
+
+
 def add_layer_norm(x, residual, weight, bias, eps):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/add_layer_norm.py)."""
     x, residual = (t if t.stride(1) == 1 else t.contiguous() for t in (x, residual))
@@ -61,20 +70,9 @@ def add_layer_norm(x, residual, weight, bias, eps):
     rows, hidden = x.shape
     out = x.new_empty(rows, hidden)
     if rows:
+        launch = prepare(x.device, x.dtype, hidden, x.stride(0), residual.stride(0), eps)
         with torch.cuda.device_of(x):
-            add_layer_norm_kernel[(rows,)](
-                x,
-                residual,
-                weight,
-                bias,
-                out,
-                x.stride(0),
-                residual.stride(0),
-                hidden,
-                eps,
-                B_D=triton.next_power_of_2(hidden),
-                **TUNABLE.config(x, hidden=hidden),
-            )
+            launch(rows, x, residual, weight, bias, out)
     return out
 
 

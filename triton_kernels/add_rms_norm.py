@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from embedfuse.triton_kernels.add_layer_norm import candidates, default_config
+from embedfuse.triton_kernels.launch import Launch, prepared
 from embedfuse.triton_kernels.tuned import Tunable
 
 TUNABLE = Tunable("add_rms_norm", default_config, candidates)
@@ -21,7 +22,7 @@ def add_rms_norm_kernel(
     p_r,  # (tokens, heads, hidden) or None
     p_w,  # (hidden)
     p_n,  # (tokens, heads, hidden)
-    p_s,  # (tokens, heads, hidden) or None
+    p_s,  # (tokens, heads, hidden) or None; may be p_r: a thread reads and writes the same elements
     s_x,
     s_xh,
     s_r,
@@ -47,6 +48,15 @@ def add_rms_norm_kernel(
     tl.store(p_n + i_r * hidden + o_d, b_n.to(dtype), mask=m_d)
 
 
+@prepared
+def prepare(device, dtype, heads, hidden, s_x, s_xh, s_r, s_rh, eps) -> Launch:
+    """Called with tokens times heads, then x, residual, weight, normed and summed."""
+    config = TUNABLE.config_on(device, dtype, hidden=hidden)
+    block = triton.next_power_of_2(hidden)
+    numbers = s_x, s_xh, s_r, s_rh, heads, hidden, eps
+    return Launch(add_rms_norm_kernel, 1, *numbers, B_D=block, **config)
+
+
 def add_rms_norm(x, residual, weight, eps):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/add_rms_norm.py)."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -57,21 +67,11 @@ def add_rms_norm(x, residual, weight, eps):
     summed = x.new_empty(0 if residual is None else x.shape)
     hidden, heads = x.shape[-1], 1 if x.dim() == 2 else x.shape[1]
     if x.numel():
+        strides = *_strides(x), *((0, 0) if residual is None else _strides(residual))
+        launch = prepare(x.device, x.dtype, heads, hidden, *strides, eps)
+        sums = None if residual is None else summed
         with torch.cuda.device_of(x):
-            add_rms_norm_kernel[(x.numel() // hidden,)](
-                x,
-                residual,
-                weight,
-                normed,
-                None if residual is None else summed,
-                *_strides(x),
-                *((0, 0) if residual is None else _strides(residual)),
-                heads,
-                hidden,
-                eps,
-                B_D=triton.next_power_of_2(hidden),
-                **TUNABLE.config(x, hidden=hidden),
-            )
+            launch(x.numel() // hidden, x, residual, weight, normed, sums)
     return normed, summed
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.launch import Launch, prepared
 
 
 @triton.jit
@@ -41,6 +42,17 @@ def rope_kernel(
     tl.store(p_a + half, (b_b * b_c + b_a * b_s).to(dtype), mask=m_x)
 
 
+@prepared
+def prepare(device, dtype, heads, half, s_x, s_xh, s_c, s_s) -> Launch:
+    """Called with the tokens, then x, cos and sin."""
+    b_d = triton.next_power_of_2(half)
+    b_h = min(triton.next_power_of_2(heads), max(1, 1024 // b_d))
+    warps = max(1, b_h * b_d // 256)  # eight elements per thread and half
+    options = {"half": half, "B_H": b_h, "B_D": b_d, "num_warps": warps}
+    groups = triton.cdiv(heads, b_h)
+    return Launch(rope_kernel, groups, s_x, s_xh, s_c, s_s, heads, **options)
+
+
 def rope_(x, cos, sin):
     """Launcher; arguments are those of the op (python/embedfuse/ops/rope.py)."""
     if x.stride(-1) != 1:
@@ -53,24 +65,10 @@ def rope_(x, cos, sin):
     half = head_dim // 2
     if not x.numel():
         return
-    b_d = triton.next_power_of_2(half)
-    b_h = min(triton.next_power_of_2(heads), max(1, 1024 // b_d))
+    strides = x.stride(0), x.stride(1), cos.stride(0), sin.stride(0)
+    launch = prepare(x.device, x.dtype, heads, half, *strides)
     with torch.cuda.device_of(x):
-        rope_kernel[(tokens, triton.cdiv(heads, b_h))](
-            x,
-            cos,
-            sin,
-            x.stride(0),
-            x.stride(1),
-            cos.stride(0),
-            sin.stride(0),
-            heads,
-            half=half,
-            B_H=b_h,
-            B_D=b_d,
-            # Eight elements per thread and half.
-            num_warps=max(1, b_h * b_d // 256),
-        )
+        launch(tokens, x, cos, sin)
 
 
 def aot_calls() -> Iterator[tuple]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.launch import Launch, prepared
 
 
 @triton.jit
@@ -29,25 +30,24 @@ def silu_mul_kernel(
     tl.store(p_o + i_r * columns + o_d, b_o.to(p_o.dtype.element_ty), mask=m_d)
 
 
+@prepared
+def prepare(device, dtype, columns, s_g, s_u) -> Launch:
+    """Called with the rows, then gate, up and out."""
+    block = min(2048, triton.next_power_of_2(columns))
+    # Eight elements per thread: 16 bytes of a 16-bit row in one load.
+    options = {"B_D": block, "num_warps": max(1, block // 256)}
+    return Launch(silu_mul_kernel, triton.cdiv(columns, block), s_g, s_u, columns, **options)
+
+
 def silu_mul(gate, up):
     """Launcher; arguments and result are those of the op (python/embedfuse/ops/silu_mul.py)."""
     gate, up = (t if t.stride(1) == 1 else t.contiguous() for t in (gate, up))
     rows, columns = gate.shape
     out = gate.new_empty(rows, columns)
-    block = min(2048, triton.next_power_of_2(max(columns, 1)))
     if gate.numel():
+        launch = prepare(gate.device, gate.dtype, columns, gate.stride(0), up.stride(0))
         with torch.cuda.device_of(gate):
-            silu_mul_kernel[(rows, triton.cdiv(columns, block))](
-                gate,
-                up,
-                out,
-                gate.stride(0),
-                up.stride(0),
-                columns,
-                B_D=block,
-                # Eight elements per thread: 16 bytes of a 16-bit row in one load.
-                num_warps=max(1, block // 256),
-            )
+            launch(rows, gate, up, out)
     return out
 
 

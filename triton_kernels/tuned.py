@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from embedfuse.triton_kernels import launch
 
 logger = logging.getLogger("embedfuse")
 
@@ -53,7 +54,10 @@ class Tunable:
     def config(self, x: torch.Tensor, **shape) -> dict:
         """The config of a call whose main tensor is x. Round sizes that change from call to call to powers of
         two: the config of each shape is cached."""
-        return _config(self, x.device, x.dtype, tuple(shape.items()))
+        return self.config_on(x.device, x.dtype, **shape)
+
+    def config_on(self, device: torch.device, dtype: torch.dtype, **shape) -> dict:
+        return _config(self, device, dtype, tuple(shape.items()))
 
     def space(self, dtype: torch.dtype, shape: dict) -> list[dict]:
         """All configs for such a call, the default first."""
@@ -67,12 +71,17 @@ def choosing(choose: Callable[[Tunable, torch.dtype, dict], dict]) -> Iterator[N
     """Inside the block choose(tunable, dtype, shape) gives every config: for tuning and for tables."""
     global _choose
     before, _choose = _choose, choose
-    _config.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _choose = before
-        _config.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    _config.cache_clear()
+    launch.forget()
 
 
 @functools.lru_cache(maxsize=4096)

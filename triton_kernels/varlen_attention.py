@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from embedfuse.triton_kernels.launch import Launch, prepared
 from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.registry import triton_interprets
@@ -178,6 +179,34 @@ def varlen_attention_kernel(
     tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=m_i[:, None] & (o_d < DEPTH)[None, :])
 
 
+@prepared
+def prepare(
+    device, dtype, heads, kv_heads, head_dim, rows, scale, causal, window, *strides
+) -> Launch:
+    """rows: average_rows. strides: of query, key and value, each of tokens and heads.
+
+    Called with the tiles, then query, key, value, out, both cu_seqlens, and numbers=(batch,).
+    """
+    # Triton multiplies 16 bits badly before sm_80, and in its interpreter (3.9) the bit patterns of bf16.
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    widen = old or (triton_interprets() and dtype == torch.bfloat16)
+    if widen:
+        config = default_config(torch.float32, head_dim, rows)
+    else:
+        config = TUNABLE.config_on(device, dtype, head_dim=head_dim, rows=rows)
+    shape = {"CAUSAL": causal, "GROUP": heads // kv_heads, "DEPTH": head_dim, "WIDEN": widen}
+    numbers = float(scale), window, *strides, heads * head_dim
+    return Launch(varlen_attention_kernel, kv_heads, *numbers, **shape, **config)
+
+
+def average_rows(tokens, group, batch) -> int:
+    """Rows of an average sequence, times the heads that share its keys, as a config depends on them."""
+    rows = -(-tokens * group // batch)
+    return min(
+        64, 1 << (rows - 1).bit_length()
+    )  # triton.next_power_of_2 takes longer than a launch
+
+
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, window):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/varlen_attention.py)."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -187,39 +216,17 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causa
     out = query.new_empty(query.shape)
     if not out.numel():
         return out
-    # Triton multiplies 16 bits badly before sm_80, and in its interpreter (3.9) the bit patterns of bf16.
-    old = query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0)
-    widen = old or (triton_interprets() and query.dtype == torch.bfloat16)
-    rows = min(64, triton.next_power_of_2(triton.cdiv(tokens * group, batch)))
-    if widen:
-        config = default_config(torch.float32, head_dim, rows)
-    else:
-        config = TUNABLE.config(query, head_dim=head_dim, rows=rows)
+    shape = heads, kv_heads, head_dim, average_rows(tokens, group, batch)
+    strides = (stride for x in (query, key, value) for stride in x.stride()[:2])
+    launch = prepare(query.device, query.dtype, *shape, scale, causal, window, *strides)
+    bounds = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     with torch.cuda.device_of(query):
-        varlen_attention_kernel[(tokens * group // config["B_M"] + batch, kv_heads)](
-            query,
-            key,
-            value,
-            out,
-            cu_seqlens_q.contiguous(),
-            cu_seqlens_k.contiguous(),
-            batch,
-            float(scale),
-            window,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            out.stride(0),
-            CAUSAL=causal,
-            GROUP=group,
-            DEPTH=head_dim,
-            WIDEN=widen,
-            **config,
-        )
+        launch(tiles(launch, tokens, batch), query, key, value, out, *bounds, numbers=(batch,))
     return out
+
+
+def tiles(launch: Launch, tokens: int, batch: int) -> int:
+    return tokens * launch.options["GROUP"] // launch.options["B_M"] + batch
 
 
 def aot_calls() -> Iterator[tuple]:

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 import triton
+from embedfuse.triton_kernels import launch as prepared
 from embedfuse.triton_kernels import tuned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
@@ -130,8 +131,12 @@ def kernel_modules() -> list[ModuleType]:
 def replaced(module: ModuleType, wrap: Callable) -> Iterator[list]:
     """Inside the block wrap(kernel) replaces each kernel of the module; yields the replacements."""
     wrapped = {key: wrap(kernel) for key, kernel in kernels_of(module).items()}
-    with mock.patch.multiple(module, **wrapped):
-        yield list(wrapped.values())
+    prepared.forget()
+    try:
+        with mock.patch.multiple(module, **wrapped):
+            yield list(wrapped.values())
+    finally:
+        prepared.forget()
 
 
 def recorded_launches(module: ModuleType) -> list[Launch]:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -82,3 +83,23 @@ def require_gpu() -> None:
         raise Unavailable(f"torch {torch.__version__} is built without CUDA")
     if not torch.cuda.is_available():
         raise Unavailable("no CUDA device is visible")
+
+
+@functools.cache
+def comparison() -> Callable[..., bool]:
+    """Whether modules, tables and slots are as they were: csrc/bindings/watch.h, or the same in Python."""
+    try:
+        return cpu().unchanged
+    except Unavailable:
+        return _unchanged
+
+
+def _unchanged(objects, classes, dicts, lengths, owners, keys, values) -> bool:
+    return (
+        tuple(map(type, objects)) == classes
+        and tuple(map(len, dicts)) == lengths
+        and all(
+            key in owner and owner[key] is value
+            for owner, key, value in zip(owners, keys, values, strict=True)
+        )
+    )

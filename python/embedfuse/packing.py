@@ -41,11 +41,11 @@ class Packed:
     def sequences(self) -> int:
         return len(self.cu_seqlens) - 1
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.shape[1] if self.lengths is None else sum(self.lengths)
 
-    @property
+    @cached_property
     def max_seqlen(self) -> int:
         """The longest length; of unknown lengths their bound, the number of tokens."""
         return self.shape[1] if self.lengths is None else max(self.lengths, default=0)

@@ -9,7 +9,7 @@ from benchmarks.__main__ import COMMANDS, main
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_listed_program_is_there(name, capsys):
-    pytest.importorskip("triton" if name == "tune" else "torch")
+    pytest.importorskip("triton" if name in ("tune", "host") else "torch")
     module, meaning = COMMANDS[name]
     assert callable(importlib.import_module(f"benchmarks.{module}").run)
     with pytest.raises(SystemExit) as exit:

@@ -15,6 +15,7 @@ BY_HAND = [path for name in KERNELS if (path := ROOT / f"tests/ops/test_{name}.p
 MAXSIM = [path for path in BY_HAND if path.stem == "test_maxsim"]
 FILES = {
     "samples": ["cases_triton.py"],
+    "programs": ["cases_programs.py"],
     "maxsim": ["cases_maxsim.py", *MAXSIM],
     "by hand": ["cases_ranges.py", *(path for path in BY_HAND if path not in MAXSIM)],
 }

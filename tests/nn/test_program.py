@@ -1,5 +1,6 @@
 """A tower as one native call: the same bits as op by op, and no stale weight, setting or address."""
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -11,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import embedfuse
 from embedfuse import native
-from embedfuse.nn.program import Program, Programs
+from embedfuse.nn.program import Program, Programs, kernels_run
 from embedfuse.ops.linear import most_rows
+from embedfuse.ops.varlen_attention import OP as VARLEN
 from tests.patching import decoders, encoders
 
 FAMILIES = {
@@ -254,6 +256,31 @@ def test_a_forced_backend(model, runs, backend):
     with embedfuse.use_backend(backend):
         states(model, encoders.make_batch(model, LENGTHS))
     assert bool(runs) is (backend == "cpp")
+
+
+class OnGpu:
+    """A weight on a GPU: all that the choice depends on."""
+
+    is_cpu, device, dtype = False, torch.device("cuda", 0), torch.float16
+
+
+@pytest.mark.parametrize(
+    ("backend", "accelerates", "runs"),
+    [
+        (None, True, True),
+        ("triton", True, True),
+        ("cpp", True, False),
+        ("reference", False, False),
+        (None, False, False),
+    ],
+)
+def test_on_a_gpu(backend, accelerates, runs, monkeypatch):
+    """Where Triton runs the ops: of any size, in inference."""
+    monkeypatch.setattr(VARLEN, "accelerates", lambda x: accelerates)
+    with contextlib.nullcontext() if backend is None else embedfuse.use_backend(backend):
+        assert not kernels_run(OnGpu(), 5)
+        with torch.inference_mode():
+            assert [kernels_run(OnGpu(), tokens) for tokens in (0, 5, 10**6)] == [False, runs, runs]
 
 
 def test_ids_out_of_range(model):

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import masking_utils
 
 import embedfuse
+from embedfuse.native import _unchanged
 from embedfuse.patching import watch
 from tests.patching import decoders
 from tests.patching.edits import CHANGES, attention_of, blocks, first_norm
@@ -197,7 +198,7 @@ def test_both_comparisons_see_the_same(monkeypatch, native):
     """The C++ one, and the Python one where it was not built."""
     model = make_model("bert")
     if not native:
-        monkeypatch.setattr(watch, "comparison", lambda: watch._unchanged)
+        monkeypatch.setattr(watch, "comparison", lambda: _unchanged)
     seen = watch.Watch(model, type(model))
     layer = model.encoder.layer[1]
     for owner, name, value in (

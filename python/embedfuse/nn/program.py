@@ -1,11 +1,13 @@
-"""A tower on the CPU as one native call: what depends on the model and its dtype alone is decided once.
+"""A tower as one call: what depends on the model and its dtype alone is decided once.
 
 A program is a list of the kernel calls that the ops would make, so its values have the same bits. It is
-recorded from a tower's layers, and again as soon as anything that it depends on has changed.
+recorded from a tower's layers, and again as soon as anything that it depends on has changed. On the CPU one
+native call runs the list, on a GPU nn.device_calls.
 """
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from embedfuse.nn.tower import split_into_steps
 from embedfuse.ops.checks import is_dense
 from embedfuse.ops.linear import FEW_ROWS, most_rows
 from embedfuse.ops.varlen_attention import MAX_HEAD_DIM
+from embedfuse.ops.varlen_attention import OP as VARLEN
 from embedfuse.packing import Packed
 from embedfuse.registry import forced_backend, triton_interprets
 
@@ -37,16 +40,19 @@ class Program:
 
     Args:
         dtype: of the weights and of all rows.
+        device: of these.
 
     Attributes:
         width: columns of the states.
         fits: whether it holds the whole tower.
+        counts_positions: whether it finds the position ids itself.
     """
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
         self.width = 0
-        self.calls = native.cpu().Program(native.DTYPES[dtype], FEW_ROWS)
+        self.counts_positions = self._native = not runs_triton(device)
+        self.calls = _calls(dtype, device)
         self.fits = True
         self._widths: list[int] = []  # of each buffer
         self._external: list[int] = []  # of the external ones
@@ -81,8 +87,8 @@ class Program:
             if attributes[name] != value:
                 raise Unfit
 
-    def address(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> int:
-        """Of a parameter; 0 where it is None."""
+    def parameter(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
+        """As the calls take it: its address, or 0 for None; on a GPU the tensor, or None."""
         parameters = module._parameters
         if name not in parameters:  # a plain tensor in its place
             self._slots.append((parameters, name, _NO_PARAMETER))  # never equal: looked for again
@@ -90,28 +96,28 @@ class Program:
         parameter = parameters[name]
         self._slots.append((parameters, name, parameter))
         if parameter is None:
-            return 0
+            return 0 if self._native else None
         if not is_dense(parameter):
             raise Unfit
         held = parameter.detach()  # of what it is now, whatever another thread makes of it
         self._parameters.append(parameter)  # before the checks, so that a later change is seen
         self._held.append(held)
-        if not (held.is_cpu and held.is_contiguous() and held.dtype == self.dtype):
+        if (held.dtype, held.device) != (self.dtype, self.device):
             raise Unfit
-        if held.shape != shape:
+        if held.shape != shape or not held.is_contiguous():
             raise Unfit
-        return held.data_ptr()
+        return held.data_ptr() if self._native else held
 
-    def table(self, module: nn.Module, columns: int) -> tuple[int, int]:
-        """Address and rows of an embedding table."""
+    def table(self, module: nn.Module, columns: int) -> tuple[Any, int]:
+        """An embedding table as the calls take it, and its rows."""
         if type(module) is not nn.Embedding:
             raise Unfit
         self.reads(module, max_norm=None)
         rows = len(module.weight)
-        address = self.address(module, "weight", (rows, columns))
+        table = self.parameter(module, "weight", (rows, columns))
         if rows == 0:  # row 0 is read without ids
             raise Unfit
-        return address, rows
+        return table, rows
 
     def linear(
         self, modules: Sequence[nn.Module], x: Columns, out: Columns, gelu: bool = False
@@ -121,8 +127,8 @@ class Program:
         parts, width = [], 0
         for module in modules:
             columns = columns_of(module)
-            weight = self.address(module, "weight", (columns, depth))
-            parts += [weight, self.address(module, "bias", (columns,)), columns]
+            weight = self.parameter(module, "weight", (columns, depth))
+            parts += [weight, self.parameter(module, "bias", (columns,)), columns]
             width += columns
         if width != self._widths[out[0]]:
             raise Unfit
@@ -134,7 +140,7 @@ class Program:
             raise Unfit
         self.reads(norm, eps=norm.eps)
         shape = (self._widths[x[0]],)
-        weight, bias = (self.address(norm, name, shape) for name in ("weight", "bias"))
+        weight, bias = (self.parameter(norm, name, shape) for name in ("weight", "bias"))
         self.calls.add_layer_norm(x, residual, weight, bias, norm.eps, out)
 
     def add_rms_norm(
@@ -148,7 +154,7 @@ class Program:
     ) -> None:
         """normed = norm(summed), summed = x + residual, per head; without a residual, x alone."""
         width = self._widths[normed[0]] // heads
-        weight, eps = self.address(norm, "weight", (width,)), norm.variance_epsilon
+        weight, eps = self.parameter(norm, "weight", (width,)), norm.variance_epsilon
         self.reads(norm, variance_epsilon=eps)
         self.calls.add_rms_norm(x, residual, weight, heads, width, eps, normed, summed)
 
@@ -196,16 +202,18 @@ class Program:
 
     def is_current(self) -> bool:
         """Whether all that was read is unchanged: settings, parameters, and where these are in memory."""
-        return native.cpu().unchanged((), (), (), (), *self._read) and (
+        return native.comparison()((), (), (), (), *self._read) and (
             _state_of(self._parameters) == self._state
         )
 
     def takes(self, inputs: Sequence[Tensor], ids: Sequence[Tensor | None] = ()) -> bool:
         """Whether `run` can read these; if not, the ops give torch's errors."""
         return all(
-            is_dense(t) and t.is_cpu and t.dtype == self.dtype and t.shape[1:] == (width,)
+            is_dense(t)
+            and (t.dtype, t.device) == (self.dtype, self.device)
+            and t.shape[1:] == (width,)
             for t, width in zip(inputs, self._external, strict=False)
-        ) and all(t is None or (t.is_cpu and t.dtype in _IDS) for t in ids)
+        ) and all(t is None or (t.device == self.device and t.dtype in _IDS) for t in ids)
 
     def run(
         self,
@@ -220,30 +228,41 @@ class Program:
             inputs: the external buffers in their order, without the last, which is made here.
             packed: the sequences of the inputs.
             rows: (sequences,) the token of each sequence that is wanted; None for all.
-            ids: (tokens,) each, for `embed`: input, type and position ids, of which the last two may be None.
+            ids: (tokens,) each, for `embed`: input, type and position ids. The types may be None, and the
+                positions if the program counts them.
 
         Raises:
-            IndexError: an id that its table does not have.
+            IndexError: an id that its table does not have. On a GPU torch says so when it can.
         """
-        out = torch.empty(
-            packed.tokens if rows is None else len(rows), self.width, dtype=self.dtype
-        )
+        shape = packed.tokens if rows is None else len(rows), self.width
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
         inputs = [t.contiguous() for t in inputs]
         ids = [None if t is None else t.to(torch.int64).contiguous() for t in ids]
         first = 0
         for tokens, step, step_rows in split_into_steps(out, packed, rows):
-            external = [t[tokens].data_ptr() for t in inputs]
-            picked = None if step_rows is None else step_rows.to(torch.int32)
-            self.calls.run(
-                [*external, out[first:].data_ptr()],
-                step.tokens,
-                step.sequences,
-                step.cu_seqlens.data_ptr(),
-                0 if picked is None else picked.data_ptr(),
-                *(0 if t is None else t[tokens].data_ptr() for t in ids or (None, None, None)),
-            )
-            first += step.tokens if step_rows is None else step.sequences
+            last = first + (step.tokens if step_rows is None else step.sequences)
+            external = [*(t[tokens] for t in inputs), out[first:last]]
+            step_ids = [None if t is None else t[tokens] for t in ids or (None, None, None)]
+            run = self._run_native if self._native else self.calls.run
+            run(external, step, step_rows, step_ids)
+            first = last
         return out
+
+    def _run_native(
+        self,
+        external: Sequence[Tensor],
+        packed: Packed,
+        rows: Tensor | None,
+        ids: Sequence[Tensor | None],
+    ) -> None:
+        picked = None if rows is None else rows.to(torch.int32)
+        self.calls.run(
+            [t.data_ptr() for t in external],
+            packed.tokens,
+            packed.sequences,
+            packed.cu_seqlens.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (picked, *ids)),
+        )
 
 
 def columns_of(module: nn.Module) -> int:
@@ -266,6 +285,14 @@ def _state_of(parameters: list[Tensor]) -> list[list]:
     return [list(map(read, parameters)) for read in _READ_OF_PARAMETERS]
 
 
+def _calls(dtype: torch.dtype, device: torch.device) -> Any:
+    if not runs_triton(device):
+        return native.cpu().Program(native.DTYPES[dtype], FEW_ROWS)
+    from embedfuse.nn.device_calls import DeviceCalls  # imports Triton
+
+    return DeviceCalls(dtype, device)
+
+
 class Programs:
     """The programs of a tower, recorded when a call first needs one.
 
@@ -275,23 +302,23 @@ class Programs:
 
     def __init__(self, record: Callable[[Program, bool], None]):
         self._record = record
-        self._recorded: dict[tuple[torch.dtype, bool], Program] = {}
+        self._recorded: dict[tuple, Program] = {}
 
     def for_call(self, weight: Tensor, tokens: int, picked: bool) -> Program | None:
         """The program for so many tokens, by a weight of the model; None where the ops or modules run."""
         if not kernels_run(weight, tokens):
             return None
-        key = weight.dtype, picked
+        key = weight.dtype, weight.device, picked, forced_backend()
         program = self._recorded.get(key)
         if program is None or not program.is_current():
             # Those of another dtype or pooling would keep the old weights alive.
             current = {k: p for k, p in self._recorded.items() if p.is_current()}
-            program = current[key] = self._make(*key)
+            program = current[key] = self._make(*key[:3])
             self._recorded = current
         return program if program.fits else None
 
-    def _make(self, dtype: torch.dtype, picked: bool) -> Program:
-        program = Program(dtype)
+    def _make(self, dtype: torch.dtype, device: torch.device, picked: bool) -> Program:
+        program = Program(dtype, device)
         try:
             self._record(program, picked)
         except Unfit:
@@ -301,16 +328,24 @@ class Programs:
 
 
 def kernels_run(weight: Tensor, tokens: int) -> bool:
-    """Whether every op of a tower would run its C++ kernel, unseen by torch's dispatcher.
+    """Whether every op of a tower would run its kernel, unseen by torch's dispatcher.
 
     Modes of torch (a FLOP counter, fake tensors) look at each op, so they get them.
     """
+    if runs_triton(weight.device):
+        runs = VARLEN.accelerates(weight) and forced_backend() in (None, "triton")
+    else:
+        fits = weight.is_cpu and tokens <= most_rows(weight.dtype)
+        runs = fits and forced_backend() in (None, "cpp")
     return (
-        weight.is_cpu
+        runs
+        and tokens > 0
         and is_inference(weight)
-        and 0 < tokens <= most_rows(weight.dtype)
-        and forced_backend() in (None, "cpp")
-        and not triton_interprets()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._is_torch_function_mode_enabled()
+        and not torch.compiler.is_compiling()
     )
+
+
+def runs_triton(device: torch.device) -> bool:
+    return device.type == "cuda" or triton_interprets()

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from embedfuse.patching.watch import comparison
+from embedfuse.native import comparison
 
 
 class ModuleTree:

@@ -1,15 +1,14 @@
 """Watch: what the forward of a model depends on, and whether any of it has changed."""
 
-import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from embedfuse import native
+from embedfuse.native import comparison
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
@@ -174,23 +173,3 @@ def _copied(value):
     if type(value) is dict:
         return {name: _copied(item) for name, item in value.items()}
     return [_copied(item) for item in value] if type(value) is list else value
-
-
-@functools.cache
-def comparison() -> Callable[..., bool]:
-    try:
-        return native.cpu().unchanged
-    except native.Unavailable:
-        return _unchanged
-
-
-def _unchanged(objects, classes, dicts, lengths, owners, keys, values) -> bool:
-    """The same as csrc/bindings/watch.h."""
-    return (
-        tuple(map(type, objects)) == classes
-        and tuple(map(len, dicts)) == lengths
-        and all(
-            key in owner and owner[key] is value
-            for owner, key, value in zip(owners, keys, values, strict=True)
-        )
-    )

@@ -136,7 +136,8 @@ class PackedEncoder(PackedModel):
         if layout.programs is not None and table_size(words):
             program = layout.programs.for_call(words.weight, packed.tokens, rows is not None)
         positions = tokens.position_ids
-        if positions is None and packed.starts_padded:
+        counted = program is None or (program.counts_positions and not packed.starts_padded)
+        if positions is None and not counted:
             positions = self.position_ids(tokens.input_ids, packed)
         ids = tokens.input_ids, tokens.token_type_ids, positions
         if program is not None and program.takes((), ids):

@@ -96,7 +96,7 @@ class PackedModel(Patched):
         """The model's layers, wherever it keeps their modules."""
 
     def make_programs(self, layers: list) -> Programs | None:
-        """What runs these layers on the CPU in one call."""
+        """What runs these layers in one call."""
         return None
 
     @abstractmethod
