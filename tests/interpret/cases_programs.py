@@ -14,8 +14,8 @@ from embedfuse.nn.flash import Flash
 from embedfuse.nn.program import Programs
 from embedfuse.ops.varlen_attention import varlen_attention
 from embedfuse.packing import unpadded
+from tests.no_wait import META, NoTensorOfAList, NoWait
 from tests.patching import decoders, encoders
-from tests.pipeline.test_overlap import META, NoTensorOfAList, NoWait
 
 FAMILIES = {
     "bert": encoders.make_model,
