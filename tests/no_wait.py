@@ -1,19 +1,12 @@
-<<<<<<< HEAD
-"""Modes that fail on what would make the host wait for a GPU, without a GPU."""
-=======
 """What fails on an operation that waits for a GPU, without one."""
->>>>>>> wt-gpu
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-<<<<<<< HEAD
-=======
 META = torch.device("meta")
 
->>>>>>> wt-gpu
 
 class NoWait(TorchDispatchMode):
     """Fails on operations that wait for a GPU, with tensors of device "meta" in place of a GPU's.

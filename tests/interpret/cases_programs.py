@@ -69,11 +69,18 @@ def by_ops(model, batch, pooling=None):
         return states(model, batch, pooling)
 
 
-@pytest.mark.parametrize(("dtype", "pooled"), [(F32, False), (F32, True), (BF16, False)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype", "pooled"),
+    [
+        *(("bert", F32, False), ("xlm_roberta", F32, True), ("xlm_roberta", BF16, False)),
+        *(("mistral", F32, True), ("qwen3", F32, False), ("qwen3", BF16, False)),
+    ],
+    ids=str,
+)
 def test_same_bits_as_the_ops(family, dtype, pooled, runs):
     model = make(family, dtype)
     pooling = model.pruned_poolings[-1] if pooled else None
-    batches = [encoders.make_batch(model, n) for n in ((2, 1), (5, 1, 3), (1,), (2, 2))]
+    batches = [encoders.make_batch(model, n) for n in ((2, 1), (5, 1, 3), (1,))]
     if dtype == F32:
         batches[1]["input_ids"][0, 1] = model.config.pad_token_id  # inside a text
     found = [states(model, batch, pooling) for batch in batches]

@@ -9,19 +9,10 @@ from embedfuse import Embedder, ops
 from embedfuse.pipeline import scores
 from embedfuse.pipeline.batches import delayed
 from embedfuse.pipeline.embeddings import OUTPUTS
-<<<<<<< HEAD
-from tests.no_wait import NoTensorOfAList, NoWait
-from tests.pipeline.families import make, write_sentence_transformers
-from tests.pipeline.reference import tensors
-
-META = torch.device("meta")
-
-=======
 from tests.no_wait import META, NoTensorOfAList, NoWait
 from tests.pipeline.families import make, write_sentence_transformers
 from tests.pipeline.reference import tensors
 
->>>>>>> wt-gpu
 
 @pytest.fixture
 def copied(monkeypatch):
