@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 import embedfuse
 from benchmarks.kernels.machine_code import kernel_modules
 from embedfuse.nn.decoder import decode
-from embedfuse.nn.program import Programs
+from embedfuse.nn.programs import Programs
 from embedfuse.packing import unpadded
 from embedfuse.patching.forward.tokens import Batch, Tokens
 

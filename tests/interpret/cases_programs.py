@@ -11,7 +11,7 @@ import embedfuse
 from embedfuse.nn import device_calls
 from embedfuse.nn.device_calls import DeviceCalls
 from embedfuse.nn.flash import Flash
-from embedfuse.nn.program import Programs
+from embedfuse.nn.programs import Programs
 from embedfuse.ops.varlen_attention import varlen_attention
 from embedfuse.packing import unpadded
 from tests.no_wait import META, NoTensorOfAList, NoWait

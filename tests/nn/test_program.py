@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import embedfuse
 from embedfuse import native
-from embedfuse.nn.program import Program, Programs, kernels_run
+from embedfuse.nn.program import Program
+from embedfuse.nn.programs import Programs, kernels_run
 from embedfuse.ops.linear import most_rows
 from embedfuse.ops.varlen_attention import OP as VARLEN
 from tests.patching import decoders, encoders

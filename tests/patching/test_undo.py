@@ -12,7 +12,8 @@ import torch
 
 import embedfuse
 from embedfuse.nn import encoder as tower
-from embedfuse.nn.program import Program, Programs
+from embedfuse.nn.program import Program
+from embedfuse.nn.programs import Programs
 from embedfuse.patching.forward import encoder
 from tests.patching.encoders import make_batch, make_model, states
 

@@ -25,9 +25,9 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn fn, 
   }
 }
 
-// To wake another thread costs microseconds, so each gets at least this much work, of about 20 us. One unit is a weight
-// that is read from memory and multiplied; in the caches it is a quarter of an element that a norm passes over, an
-// eighth of an exponential, four products of attention.
+// To wake another thread costs microseconds, so each gets at least this much work, which takes 5 to 20 us. Counted are
+// weights that are read from memory and multiplied; an element of a norm counts as 4 of them, an exponential as 8, a
+// lookup as 16, four products of attention as 1.
 constexpr int64_t kThreadWork = 65536;
 
 // The least number of items for a thread, each of so many units.

@@ -11,7 +11,8 @@ from embedfuse.nn.attention import attention
 from embedfuse.nn.decoder_buffers import DecoderBuffers
 from embedfuse.nn.linear import is_inference, linear, linears
 from embedfuse.nn.prefixes import Step
-from embedfuse.nn.program import NONE, Columns, Program, Programs, Unfit, columns_of
+from embedfuse.nn.program import NONE, Columns, Program, Unfit, columns_of
+from embedfuse.nn.programs import Programs
 from embedfuse.nn.tower import checkpointed, project, split_into_steps
 from embedfuse.ops.add_rms_norm import OP as ADD_RMS_NORM
 from embedfuse.ops.checks import kernel_takes

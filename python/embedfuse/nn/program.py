@@ -5,7 +5,7 @@ recorded from a tower's layers, and again as soon as anything that it depends on
 native call runs the list, on a GPU nn.device_calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from embedfuse import native
-from embedfuse.nn.linear import is_inference
 from embedfuse.nn.tower import split_into_steps
 from embedfuse.ops.checks import is_dense
-from embedfuse.ops.linear import FEW_ROWS, most_rows
+from embedfuse.ops.linear import FEW_ROWS
 from embedfuse.ops.varlen_attention import MAX_HEAD_DIM
-from embedfuse.ops.varlen_attention import OP as VARLEN
 from embedfuse.packing import Packed
-from embedfuse.registry import forced_backend, triton_interprets
+from embedfuse.registry import triton_interprets
 
 Columns = tuple[int, int]
 """A buffer of a program and the first column that is meant; NONE for none."""
@@ -291,60 +289,6 @@ def _calls(dtype: torch.dtype, device: torch.device) -> Any:
     from embedfuse.nn.device_calls import DeviceCalls  # imports Triton
 
     return DeviceCalls(dtype, device)
-
-
-class Programs:
-    """The programs of a tower, recorded when a call first needs one.
-
-    Args:
-        record: makes the calls of a program, given it and whether only picked rows are wanted; raises Unfit.
-    """
-
-    def __init__(self, record: Callable[[Program, bool], None]):
-        self._record = record
-        self._recorded: dict[tuple, Program] = {}
-
-    def for_call(self, weight: Tensor, tokens: int, picked: bool) -> Program | None:
-        """The program for so many tokens, by a weight of the model; None where the ops or modules run."""
-        if not kernels_run(weight, tokens):
-            return None
-        key = weight.dtype, weight.device, picked, forced_backend()
-        program = self._recorded.get(key)
-        if program is None or not program.is_current():
-            # Those of another dtype or pooling would keep the old weights alive.
-            current = {k: p for k, p in self._recorded.items() if p.is_current()}
-            program = current[key] = self._make(*key[:3])
-            self._recorded = current
-        return program if program.fits else None
-
-    def _make(self, dtype: torch.dtype, device: torch.device, picked: bool) -> Program:
-        program = Program(dtype, device)
-        try:
-            self._record(program, picked)
-        except Unfit:
-            program.fits = False
-        program.finish()
-        return program
-
-
-def kernels_run(weight: Tensor, tokens: int) -> bool:
-    """Whether every op of a tower would run its kernel, unseen by torch's dispatcher.
-
-    Modes of torch (a FLOP counter, fake tensors) look at each op, so they get them.
-    """
-    if runs_triton(weight.device):
-        runs = VARLEN.accelerates(weight) and forced_backend() in (None, "triton")
-    else:
-        fits = weight.is_cpu and tokens <= most_rows(weight.dtype)
-        runs = fits and forced_backend() in (None, "cpp")
-    return (
-        runs
-        and tokens > 0
-        and is_inference(weight)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch.compiler.is_compiling()
-    )
 
 
 def runs_triton(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
-from embedfuse.nn.program import Programs
+from embedfuse.nn.programs import Programs
 from embedfuse.patching.watch import (
     GLOBAL_HOOKS,
     HOOKS,

@@ -11,7 +11,7 @@ from embedfuse.nn.decoder import DecoderLayer, decode, record
 from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS
 from embedfuse.nn.linear import is_inference
 from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
-from embedfuse.nn.program import Programs
+from embedfuse.nn.programs import Programs
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embedfuse.nn.encoder import EncoderEmbeddings, EncoderLayer, encode, norm_of_sum, record
 from embedfuse.nn.linear import is_inference
-from embedfuse.nn.program import Programs
+from embedfuse.nn.programs import Programs
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe
 from embedfuse.patching.forward.packed_model import PackedModel

@@ -31,7 +31,7 @@ from embedfuse.nn.decoder import DecoderLayer
 from embedfuse.nn.encoder import EncoderLayer
 from embedfuse.nn.graphs import GraphCache
 from embedfuse.nn.prefixes import PrefixCache
-from embedfuse.nn.program import Programs
+from embedfuse.nn.programs import Programs
 from embedfuse.packing import Irregular, Packed, one_each, pack, pad_right
 from embedfuse.patching.check import Probe, check_loaded, parameter_bytes, self_check
 from embedfuse.patching.forward.admission import UNREPORTED, call_refusal
