@@ -202,9 +202,8 @@ def prepare(
 def average_rows(tokens, group, batch) -> int:
     """Rows of an average sequence, times the heads that share its keys, as a config depends on them."""
     rows = -(-tokens * group // batch)
-    return min(
-        64, 1 << (rows - 1).bit_length()
-    )  # triton.next_power_of_2 takes longer than a launch
+    # triton.next_power_of_2 takes longer than a launch.
+    return min(64, 1 << (rows - 1).bit_length())
 
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, window):
