@@ -1,1 +1,1 @@
-"""What runs on a GPU only: `make gpu`, kernels and whole models at full size, and tuning."""
+"""`make gpu`: kernels and whole models at full size, and tuning. host_time.py alone needs no GPU."""

@@ -129,7 +129,7 @@ void score_aligned(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// An entry is looked up: 16 units.
+// 16 for each entry, which is looked up.
 int64_t grain(int64_t rows, int64_t entries) { return grain_of(16 * (entries / (rows + 1))); }
 
 }  // namespace

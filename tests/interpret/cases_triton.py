@@ -38,7 +38,9 @@ def test_runs_here(op, dtype):
 def samples(op, dtype) -> list[tuple]:
     """Without those of over a thousand rows: programs are the same for all rows."""
     calls = op.make_samples("cpu", dtype, "test")
-    return [call for call in calls if len(call[0]) < 1000]
+    few = [call for call in calls if len(call[0]) < 1000]
+    assert len(few) >= len(calls) - 1
+    return few
 
 
 # A kernel's types differ in loads and stores alone: all samples in fp32, every third in bf16. The next test
