@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import embedfuse
 from embedfuse import native, registry
@@ -232,3 +234,52 @@ def test_every_op_says_what_it_means_and_whether_it_has_a_gradient():
     without = {name for name, op in registry.OPS.items() if not op.differentiable}
     assert {"linear", "varlen_attention", "segment_sum"} < without
     assert {"maxsim", "pool_normalize", "rope_", "info_nce_forward"}.isdisjoint(without)
+
+
+def seen(op, monkeypatch, x) -> bool:
+    """Whether torch's dispatcher saw a call on x."""
+    calls, overload = [], op.overload
+    monkeypatch.setattr(op, "overload", lambda *args: calls.append(args) or overload(*args))
+    op(x)
+    return bool(calls)
+
+
+class Other(torch.Tensor):
+    pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(1, device="meta"), torch.ones(1)._neg_view(), torch.ones(1).as_subclass(Other)],
+    ids=["meta", "minus sign", "subclass"],
+)
+def test_the_dispatcher_sees_what_it_resolves(op, monkeypatch, x):
+    op.impl("cpp", times(2))
+    assert not seen(op, monkeypatch, torch.ones(1))
+    assert not seen(op, monkeypatch, nn.Parameter(torch.ones(1)))
+    assert seen(op, monkeypatch, x)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.enable_grad, torch.profiler.profile, lambda: FlopCounterMode(display=False)],
+    ids=["gradient", "profiler", "mode"],
+)
+def test_the_dispatcher_runs_where_something_looks(op, monkeypatch, around):
+    op.impl("cpp", times(2))
+    with torch.no_grad(), around():
+        assert seen(op, monkeypatch, torch.ones(1))
+
+
+def test_the_dispatcher_runs_inside_transforms(op, monkeypatch):
+    op.impl("cpp", times(2))
+    with torch.no_grad():
+        assert torch.vmap(lambda x: x * seen(op, monkeypatch, torch.ones(1)))(torch.ones(2)).all()
+
+
+def test_a_minus_sign_is_resolved():
+    x, weight, bias = torch.randn(2, 8), torch.randn(3, 8), torch.randn(3)
+    with torch.no_grad():
+        found = LINEAR(x._neg_view(), [weight._neg_view()], [bias])
+    torch.testing.assert_close(found, x @ weight.T + bias)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "bindings/layouts.h"
 #include "bindings/watch.h"
 #include "cpu/dispatch.h"
 #include "cpu/program.h"
@@ -123,6 +124,7 @@ PYBIND11_MODULE(_cpu, m) {
   add_program(m);
   add_scores(m);
   m.def("unchanged", &unchanged);
+  m.def("layouts", &layouts);
   m.def("set_thread_pool", &set_thread_pool);
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &select_isa);

@@ -5,10 +5,12 @@ import functools
 import importlib
 import json
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from embedfuse import config
 
@@ -92,6 +94,20 @@ def comparison() -> Callable[..., bool]:
         return cpu().unchanged
     except Unavailable:
         return _unchanged
+
+
+@functools.cache
+def layouts() -> Callable[[list[Tensor]], object]:
+    """Address, dtype, shape and strides of each tensor, to be compared (csrc/bindings/layouts.h)."""
+    try:
+        return functools.partial(cpu().layouts, Tensor.__dlpack_c_exchange_api__)
+    except Unavailable:
+        return _layouts
+
+
+def _layouts(tensors: list[Tensor]) -> list[list]:
+    reads = (Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.stride)
+    return [list(map(read, tensors)) for read in reads]
 
 
 def _unchanged(objects, classes, dicts, lengths, owners, keys, values) -> bool:

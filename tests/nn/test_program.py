@@ -397,3 +397,29 @@ def test_what_no_kernel_computes_runs_op_by_op(runs):
     model.encoder.layer[1].intermediate.intermediate_act_fn.approximate = "tanh"
     assert torch.equal(states(model, batch), by_ops(model, batch))
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("layouts", [native.layouts(), native._layouts])
+def test_layouts_tell_where_tensors_are_and_what_they_hold(layouts):
+    x = torch.arange(64.0).view(8, 8)
+    same, others = (
+        x.detach(),
+        {
+            "address": x.clone(),
+            "offset": torch.arange(65.0)[1:].view(8, 8),
+            "strides": x.t(),
+            "shape": x.view(4, 16),
+            "dimensions": x.view(64),
+            "dtype": x.view(torch.int32),
+        },
+    )
+    assert layouts([x]) == layouts([same])
+    assert layouts([x, same]) != layouts([x])
+    for what, other in others.items():
+        assert layouts([other]) != layouts([x]), what
+
+
+def test_layouts_of_what_has_no_address():
+    meta, sparse = torch.ones(3, device="meta"), torch.ones(3).to_sparse()
+    for x in (meta, sparse):
+        assert native.layouts()([x]) == native.layouts()([x]) != native.layouts()([x.clone()])

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from embedfuse import native
 from embedfuse.packing import LengthsUnknown
 
 # An H100 needs as long for the arithmetic of so many tokens in 16 bits as for reading the weights
@@ -157,18 +158,14 @@ class Snapshot:
         self.tensors = [tensor for _, _, tensor in self._slots if tensor is not None]
         self._plain = [t for t in self.tensors if type(t) in (Tensor, nn.Parameter)]
         self._storages = [tensor.detach() for tensor in self._plain]
-        self._addresses = self._read()
-
-    def _read(self) -> tuple[list, ...]:
-        reads = (Tensor.data_ptr, Tensor.size, Tensor.stride)
-        return [t.dtype for t in self._plain], *(list(map(read, self._plain)) for read in reads)
+        self._layouts = native.layouts()(self._plain)
 
     def matches(self, modules: list[nn.Module]) -> bool:
         return (
             modules is self.modules
             and list(map(type, modules)) == self._kinds
             and all(owner.get(name) is tensor for owner, name, tensor in self._slots)
-            and self._read() == self._addresses
+            and native.layouts()(self._plain) == self._layouts
         )
 
 

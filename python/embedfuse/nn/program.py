@@ -6,7 +6,6 @@ native call runs the list, on a GPU nn.device_calls.
 """
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ Columns = tuple[int, int]
 NONE: Columns = (-1, 0)
 _NO_PARAMETER = object()
 _IDS = (torch.int64, torch.int32)
+_NO_IDS = (None, None, None)
 
 
 class Unfit(Exception):
@@ -236,12 +236,15 @@ class Program:
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
         inputs = [t.contiguous() for t in inputs]
         ids = [None if t is None else t.to(torch.int64).contiguous() for t in ids]
+        run = self._run_native if self._native else self.calls.run
         first = 0
         for tokens, step, step_rows in split_into_steps(out, packed, rows):
+            if step is packed:  # the only one
+                run([*inputs, out], packed, rows, ids or _NO_IDS)
+                break
             last = first + (step.tokens if step_rows is None else step.sequences)
             external = [*(t[tokens] for t in inputs), out[first:last]]
-            step_ids = [None if t is None else t[tokens] for t in ids or (None, None, None)]
-            run = self._run_native if self._native else self.calls.run
+            step_ids = [None if t is None else t[tokens] for t in ids or _NO_IDS]
             run(external, step, step_rows, step_ids)
             first = last
         return out
@@ -270,17 +273,8 @@ def columns_of(module: nn.Module) -> int:
     return len(module.weight)
 
 
-_READ_OF_PARAMETERS = (
-    Tensor.data_ptr,
-    attrgetter("dtype"),
-    attrgetter("shape"),
-    Tensor.is_contiguous,
-    Tensor.is_neg,
-)
-
-
-def _state_of(parameters: list[Tensor]) -> list[list]:
-    return [list(map(read, parameters)) for read in _READ_OF_PARAMETERS]
+def _state_of(parameters: list[Tensor]) -> tuple:
+    return native.layouts()(parameters), list(map(Tensor.is_neg, parameters))
 
 
 def _calls(dtype: torch.dtype, device: torch.device) -> Any:

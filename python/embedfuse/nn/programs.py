@@ -5,11 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from embedfuse.nn.linear import is_inference
 from embedfuse.nn.program import Program, Unfit, runs_triton
 from embedfuse.ops.linear import most_rows
 from embedfuse.ops.varlen_attention import OP as VARLEN
-from embedfuse.registry import forced_backend
+from embedfuse.registry import forced_backend, nothing_looks
 
 
 class Programs:
@@ -59,8 +58,6 @@ def kernels_run(weight: Tensor, tokens: int) -> bool:
     return (
         runs
         and tokens > 0
-        and is_inference(weight)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch.compiler.is_compiling()
+        and nothing_looks()
+        and not torch.is_autocast_enabled(weight.device.type)
     )

@@ -27,8 +27,11 @@ def split_into_steps(
             f"rows: shape {tuple(rows.shape)}; accepted is one row per sequence, ({packed.sequences},)"
         )
     split = is_inference(x) and x.is_cpu and packed.tokens > STEP_TOKENS
+    if not split:
+        yield slice(0, packed.tokens), packed, rows
+        return
     first_token = first_sequence = 0
-    for step in packed.split(STEP_TOKENS) if split else [packed]:
+    for step in packed.split(STEP_TOKENS):
         last_token, last_sequence = first_token + step.tokens, first_sequence + step.sequences
         step_rows = None if rows is None else rows[first_sequence:last_sequence] - first_token
         yield slice(first_token, last_token), step, step_rows

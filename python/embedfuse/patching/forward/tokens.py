@@ -85,7 +85,9 @@ def check_ids(batch: Batch, vocabulary: int | None) -> None:
     """Raise IndexError for a token id outside of the embedding table. vocabulary: its size, if known."""
     ids = batch.tokens.input_ids if batch.packed.ids is None else batch.packed.ids
     if vocabulary and ids.is_cpu and ids.numel():  # reading them from a GPU would wait for it
-        low, high = (int(end) for end in ids.aminmax())
+        # Of a query the list is there sooner than torch's two ends.
+        ends = ids.tolist() if ids.numel() <= 64 else [int(end) for end in ids.aminmax()]
+        low, high = min(ends), max(ends)
         if low < 0 or high >= vocabulary:
             bad = low if low < 0 else high
             raise IndexError(f"input_ids: token {bad}; accepted are 0 to {vocabulary - 1}")
