@@ -25,6 +25,7 @@ CACHES = (
     flash.load_flash_attention_3,
     flash.load_torch_varlen,
     flash.accepts,
+    flash.reads_groups,
 )
 
 
@@ -43,8 +44,11 @@ class Stub:
 
     def __init__(self, scale_name, tuple_=False):
         self.scale_name, self.tuple, self.calls = scale_name, tuple_, []
+        self.demands_heads = False
 
     def __call__(self, query, key, value, *bounds, **options):
+        if self.demands_heads and key.shape[1] != query.shape[1]:
+            raise RuntimeError("Number of heads must match")
         self.calls.append((bounds[2:], key.shape[1], dict(options)))
         left, right = options["window_size"]
         with use_backend("reference"):
@@ -156,15 +160,18 @@ def test_a_backend_asked_for_goes_first(gpu):
     [(False, None, (-1, -1)), (True, None, (-1, 0)), (True, 1, (0, 0)), (True, 3, (2, 0))],
 )
 @pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize("name", ["fa3", "fa3 of 2024", "torch", "torch without enable_gqa"])
+@pytest.mark.parametrize(
+    "name", ["fa3", "fa3 of 2024", "torch", "torch 2.11", "torch that demands heads"]
+)
 def test_arguments_and_values(gpu, monkeypatch, name, group, causal, window, window_size):
     lengths_q, lengths_k = [2, 1, 4], [3, 5, 4]
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(7, 4, 8, generator=generator)
     k, v = torch.randn(2, 12, 4 // group, 8, generator=generator)
     stub = Stub("softmax_scale" if "fa3" in name else "scale", name == "fa3 of 2024")
+    stub.demands_heads = "demands" in name
     monkeypatch.setattr(
-        flash, "accepts", lambda function, argument: "without" not in name or argument == "scale"
+        flash, "accepts", lambda function, argument: name == "torch" or argument == "scale"
     )
     gpu((9, 0), stub, stub)
     chosen = FLASH_ATTENTION_3 if "fa3" in name else TORCH_VARLEN
@@ -181,8 +188,28 @@ def test_arguments_and_values(gpu, monkeypatch, name, group, causal, window, win
         options |= {"softmax_scale": 0.3, "causal": causal}
     else:
         options |= {"scale": 0.3} | ({"enable_gqa": True} if (name, group) == ("torch", 2) else {})
-    kv_heads = 4 if "without" in name else 4 // group
-    assert stub.calls == [((4, 5), kv_heads, options)]
+    kv_heads = 4 if "demands" in name else 4 // group
+    assert stub.calls[-1] == ((4, 5), kv_heads, options)
+
+
+def test_groups_are_read_where_the_values_are_right():
+    def reads_the_first(query, key, value, *bounds, **options):
+        return query + key.sum()
+
+    assert flash.reads_groups(Stub("scale"), CPU, F32)
+    assert not flash.reads_groups(reads_the_first, CPU, F32)
+
+
+def test_gradients_get_repeated_keys(monkeypatch):
+    def product(query, key, value, *bounds, **options):
+        heads.append(key.shape[1])
+        return query * key * value
+
+    heads: list[int] = []
+    packed = unpadded([3, 5], CPU)
+    q, k = torch.randn(8, 4, 8), torch.randn(8, 2, 8)
+    flash.run_torch_varlen(product, q, k, k, packed, packed, 0.3, True, None)
+    assert heads == [4]
 
 
 def test_the_op_gets_no_lengths(gpu, monkeypatch):

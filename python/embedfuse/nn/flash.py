@@ -94,11 +94,32 @@ def accepts(function: Callable, argument: str) -> bool:
     return argument in inspect.signature(function).parameters
 
 
+@functools.cache
+def reads_groups(function: Callable, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a varlen_attn without enable_gqa (torch 2.11) computes grouped heads all the same.
+
+    Its kernel does. Repeated keys and values would be a copy of both in every layer.
+    """
+    query = torch.eye(8, device=device, dtype=dtype).view(4, 2, 8)
+    key = query[:, :1]
+    ends = torch.tensor([0, 4], dtype=torch.int32, device="cpu").to(device)
+    try:
+        found, wanted = (
+            function(query, x, x, ends, ends, 4, 4, scale=1.0, window_size=(-1, -1))
+            for x in (key, key.repeat_interleave(2, 1))
+        )
+    except (RuntimeError, ValueError):
+        return False
+    return torch.allclose(found, wanted)
+
+
 def run_torch_varlen(function, query, key, value, queries, packed, scale, causal, window) -> Tensor:
     options, group_size = {}, query.shape[1] // key.shape[1]
     if group_size > 1 and accepts(function, "enable_gqa"):
         options["enable_gqa"] = True
-    elif group_size > 1:
+    elif group_size > 1 and (
+        torch.is_grad_enabled() or not reads_groups(function, query.device, query.dtype)
+    ):
         key, value = (x.repeat_interleave(group_size, 1) for x in (key, value))
     return function(
         query,
