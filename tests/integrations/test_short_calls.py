@@ -138,14 +138,18 @@ def walks(monkeypatch):
     return seen
 
 
-@resolves
-def test_sentence_transformer_walks_once(model, walks):
+def test_sentence_transformer_walks_once(model, walks, monkeypatch):
+    applied = []
+    apply = nn.Module._apply
+    monkeypatch.setattr(nn.Module, "_apply", lambda *args: applied.append(1) or apply(*args))
     expected = model.encode("a text")
     embedfuse.patch(model)
     model.encode("another")
     walks.clear()
+    applied.clear()
     found = model.encode("a text")
-    assert walks == []
+    assert applied == []
+    assert walks == [] or not hasattr(BaseModel, "_resolve_inference_device")
     assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-6)
 
 

@@ -1,8 +1,10 @@
-"""ModuleTree: the modules inside a module, known without walking through them at each call."""
+"""The modules and tensors inside a module, and what changes them, without a walk at each call."""
 
-from torch import nn
+from collections.abc import Callable
 
-from embedfuse.native import comparison
+from torch import Tensor, nn
+
+from embedfuse.native import comparison, layouts
 
 
 class ModuleTree:
@@ -44,3 +46,26 @@ def first_parameter(module: nn.Module) -> nn.Parameter | None:
         if inner is not None and (found := first_parameter(inner)) is not None:
             return found
     return None
+
+
+def telling_changes(
+    fn: Callable[[Tensor], Tensor], changed: Callable[[], None]
+) -> Callable[[Tensor], Tensor]:
+    """fn, which nn.Module._apply gives every tensor; changed() is called for each that it moves or writes.
+
+    Libraries call to(device) before every batch, which nearly always changes none.
+    """
+
+    def told(tensor: Tensor) -> Tensor:
+        before = _state(tensor)
+        found = fn(tensor)
+        if found is not tensor or before is None or _state(tensor) != before:
+            changed()
+        return found
+
+    return told
+
+
+def _state(tensor: Tensor) -> tuple | None:
+    """Where a tensor is and how often it was written; None where torch does not count that."""
+    return None if tensor.is_inference() else (layouts()([tensor]), tensor._version)

@@ -161,7 +161,8 @@ def test_moving_frees_as_it_goes():
         pooled(model, (9, 3))
     alive = []
     model._apply(lambda t: (alive.append(graphs(model)._snapshot is not None), t.clone())[1])
-    assert not any(alive)
+    assert alive.index(False) == 1
+    assert not any(alive[1:])
 
 
 def test_precision_of_fp32_is_seen():
@@ -174,3 +175,32 @@ def test_precision_of_fp32_is_seen():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert captures() == 2
+
+
+def double(tensor):
+    return tensor.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda model: model.to("cpu"), True),
+        (lambda model: model.float(), True),
+        (lambda model: nn.Sequential(model).to(torch.device("cpu"), torch.float32), True),
+        (lambda model: model._apply(torch.clone), False),
+        (lambda model: model._apply(double), False),
+        (lambda model: model.share_memory(), False),
+        (lambda model: model.embeddings.word_embeddings.double(), True),  # seen when it is run
+    ],
+    ids=["to", "float", "from outside", "clone", "in place", "shared", "a module"],
+)
+@torch.no_grad()
+def test_what_moves_nothing_keeps_graphs(change, kept):
+    """Libraries call to(device) before every batch."""
+    model, _ = pair_of("bert")
+    for _ in range(2):
+        pooled(model, (9, 3))
+    layout = model._embedfuse.layout
+    change(model)
+    assert (model._embedfuse.layout is layout) == kept
+    assert (len(graphs(model)) > 0) == kept

@@ -1,5 +1,7 @@
 """What `encode` and `predict` of sentence-transformers ask of all modules, answered without their walks."""
 
+from typing import Any
+
 import torch
 from sentence_transformers.base.model import BaseModel
 
@@ -25,6 +27,14 @@ class QuickInference(PatchedWrapper):
             if asked and {tensor.device for tensor in self.tree_of(self).tensors} == {found}:
                 return found
         return original(device)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        # Before 6.2 encode and predict call to(device), which walks through all modules.
+        if _RESOLVE is None and not kwargs and len(args) == 1:
+            there = {tensor.device for tensor in self.tree_of(self).tensors}
+            if there == {args[0]} or {str(device) for device in there} == {args[0]}:
+                return self
+        return super().to(*args, **kwargs)
 
     def train(self, mode: bool = True):
         # encode calls eval(); to read the flags is faster than to set them.

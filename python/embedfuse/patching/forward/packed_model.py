@@ -40,6 +40,7 @@ from embedfuse.patching.forward.tokens import Batch, PackedStates, Tokens, poole
 from embedfuse.patching.layout import Layout, has_own_forward, is_hooked
 from embedfuse.patching.report import PatchError, Report
 from embedfuse.patching.swap import Options, Patched, PatchState, outlives_patch
+from embedfuse.patching.tree import telling_changes
 
 
 @dataclass(eq=False)
@@ -315,10 +316,13 @@ class PackedModel(Patched):
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
+        return super()._apply(telling_changes(fn, self._forget), recurse)
+
+    def _forget(self) -> None:
+        """What depends on the weights, or on their dtype and device."""
         self._embedfuse.prefixes.forget()
-        self._embedfuse.graphs.forget()  # before, because they keep the old weights alive
+        self._embedfuse.graphs.forget()
         self._embedfuse.layout = None  # model_refusal may depend on the dtype
-        return super()._apply(fn, recurse)
 
 
 def attention_in_use(model: PackedModel, layout: Layout) -> list[str]:
