@@ -88,6 +88,7 @@ def aot_calls() -> Iterator[tuple]:
             yield add_layer_norm, (x, x, weight, weight, 1e-5)
     x, weight = empty(100, 768, dtype=torch.float16), empty(768, dtype=torch.float16)
     yield add_layer_norm, (x, x, weight, None, 1e-12)
+    yield add_layer_norm, (x[:1], x[:1], weight, weight, 1e-12)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

@@ -91,6 +91,7 @@ def aot_calls() -> Iterator[tuple]:
             x, weight = empty(100, hidden, dtype=dtype), empty(hidden, dtype=dtype)
             yield add_rms_norm, (x, x, weight, 1e-5)
             yield add_rms_norm, (x, None, weight, 1e-5)
+    yield add_rms_norm, (x[:1], x[:1], weight, 1e-5)
     x = empty(100, 48, 128, dtype=torch.float16)
     yield add_rms_norm, (x[:, :32], None, empty(128, dtype=torch.float16), 1e-6)
 

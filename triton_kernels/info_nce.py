@@ -257,6 +257,10 @@ def aot_calls() -> Iterator[tuple]:
             yield update, (scaled, first, False, row, row, row, key, None)
             for tile in ((inputs, first, False), (scaled, first, False)):
                 yield gradient, (*tile, row, row, row, row, scores)
+    scores, row, key = scores[:1, :1], row[:1], key[:1]
+    tile = (scores, None, None, None, one, None, key, *[None] * 4), 0, False
+    yield update, (*tile, row, row, row, key, None)
+    yield gradient, (*tile, row, row, row, row, None)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

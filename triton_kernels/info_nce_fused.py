@@ -208,8 +208,10 @@ def statistics(x, y, scale, bias, target, limit, x_keys, y_keys, first, sigmoid,
     """(tiles, rows): maximum (sigmoid: 0), sums relative to it, total, count. first: number of column 0."""
     rows, columns = len(x), len(y)
     tiles = triton.cdiv(columns, config["B_N"])
-    maximum, sums, total = x.new_zeros(3, tiles, rows, dtype=torch.float32)
-    count = x.new_empty(tiles, rows, dtype=torch.int32)
+    # Not slices of one: these are unaligned for most numbers of rows, which is another program to compile.
+    maximum = x.new_zeros(tiles, rows, dtype=torch.float32)
+    sums, total = (torch.empty_like(maximum) for _ in range(2))
+    count = torch.empty_like(maximum, dtype=torch.int32)
     if rows:
         with torch.cuda.device_of(x):
             statistics_kernel[(triton.cdiv(rows, config["B_Q"]) * tiles,)](
@@ -283,6 +285,9 @@ def aot_calls() -> Iterator[tuple]:
                 yield forward, (x, y, *inputs, False)
                 tile = x, y, scores, one, bias, *masks, 0, bias is not None
                 yield gradient, (*tile, row, row, row, row)
+    x, y, scores, row, key = x[:1], y[:1], scores[:1, :1], row[:1], key[:1]
+    yield forward, (x, y, one, None, key, *[None] * 6, False, False)
+    yield gradient, (x, y, scores, one, None, key, *[None] * 3, 0, False, row, row, row, row)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

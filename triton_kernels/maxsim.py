@@ -285,6 +285,9 @@ def aot_calls() -> Iterator[tuple]:
             for rows, queries in tiles if depth > 128 else tiles[::2] if depth > 64 else tiles[:1]:
                 for call in calls(dtype, rows, queries, depth):
                     yield maxsim, call
+    one = empty(1, 128, dtype=torch.bfloat16)
+    yield maxsim, (one, empty(1, 2), [one], empty(1, 2), None, None, None, False, 0)
+    yield maxsim, (one, empty(1, 2), [one], empty(1, 2), None, None, None, False, 1)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

@@ -190,6 +190,8 @@ def aot_calls() -> Iterator[tuple]:
             yield pool_normalize, (x, None, mask, pooling, True, torch.float16)
         yield pool_normalize, (x, None, None, pooling, False, torch.float32)
         yield pool_normalize, (packed, cu_seqlens, None, pooling, True, torch.bfloat16)
+        yield pool_normalize, (packed[:1], cu_seqlens[:2], None, pooling, True, torch.float16)
+        yield pool_normalize, (x[:1, :1], None, mask[:1, :1], pooling, True, torch.float16)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

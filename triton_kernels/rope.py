@@ -78,3 +78,5 @@ def aot_calls() -> Iterator[tuple]:
             x = torch.empty(100, heads + 2, head_dim, dtype=dtype, device="meta")[:, :heads]
             cos = torch.empty(100, head_dim, dtype=dtype, device="meta")[:, : head_dim // 2]
             yield rope_, (x, cos, cos)
+    yield rope_, (x[:1], cos[:1], cos[:1])
+    yield rope_, (x[:1, :1], cos[:1], cos[:1])

@@ -239,6 +239,8 @@ def aot_calls() -> Iterator[tuple]:
             qkv = torch.empty(tokens, 4 * group + 8, head_dim, dtype=dtype, device="meta")
             parts = qkv.split([4 * group, 4, 4], 1)
             yield varlen_attention, (*parts, bounds, bounds, 0.1, causal, window)
+    one = [part[:1] for part in parts]
+    yield varlen_attention, (*one, bounds[:2], bounds[:2], 0.1, True, 1)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

@@ -1,5 +1,6 @@
 """Compiles what the Triton launchers launch, to machine code for each chip, without a GPU."""
 
+import importlib
 import re
 
 import pytest
@@ -7,7 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.kernels.machine_code import kernel_modules, launches, resources
+from benchmarks.kernels.machine_code import (
+    kernel_modules,
+    launches,
+    recorded_launches,
+    resources,
+)
 from benchmarks.kernels.occupancy import CHIPS
 from embedfuse.registry import triton_interprets
 
@@ -38,6 +44,18 @@ def distinct_launches() -> list:
         for launch_of in found.values()
         for i, (chip, launch) in enumerate(launch_of.items())
     ]
+
+
+def test_what_info_nce_allocates_is_aligned():
+    """Of one row too. Another alignment is another program, which would be compiled in a user's call."""
+    module = importlib.import_module("embedfuse.triton_kernels.info_nce_fused")
+    for launch in recorded_launches(module):
+        starts = [t.storage_offset() * t.element_size() for t in tensors_of(launch)]
+        assert not any(start % 16 for start in starts), launch
+
+
+def tensors_of(launch) -> list[torch.Tensor]:
+    return [t for t in launch.args if isinstance(t, torch.Tensor)]
 
 
 @pytest.mark.parametrize(("launch", "chip"), distinct_launches())
