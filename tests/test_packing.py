@@ -68,3 +68,12 @@ def test_gradient_reaches_the_tokens_only():
     states = torch.ones(6, 2, dtype=torch.double, requires_grad=True)
     (packed.pad(states) * torch.arange(24.0).view(3, 4, 2)).sum().backward()
     assert states.grad[:, 0].tolist() == [0, 2, 4, 12, 14, 18]
+
+
+def test_a_mask_on_the_host_is_read_there():
+    """A GPU's would have to be waited for; nothing can be read from the meta device."""
+    mask = torch.tensor([[1, 1, 0], [0, 1, 0]])
+    packed = pack(torch.zeros(2, 3, dtype=torch.int64, device="meta"), mask)
+    assert (packed.lengths, packed.starts_padded) == ((2, 1), True)
+    assert {packed.index.device.type, packed.cu_seqlens.device.type} == {"meta"}
+    assert pack(torch.zeros(2, 3), mask).index.tolist() == [0, 1, 4]

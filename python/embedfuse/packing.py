@@ -176,7 +176,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attentio
                 f"{name}: shape {tuple(attention_mask.shape)}; accepted is that of input_ids, "
                 f"{tuple(input_ids.shape)}",
             )
-        keep = attention_mask.to(device) != 0
+        if not attention_mask.is_cpu:  # one on the host stays there: it would be read back
+            attention_mask = attention_mask.to(device)
+        keep = attention_mask != 0
         if keep.is_cpu and keep.all():
             lengths, starts_padded = [length] * batch, False
         else:
@@ -186,10 +188,13 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, name: str = "attentio
             f"{name} leaves a row without tokens",
             f"{name}: row {lengths.index(0)} has no token; every row needs one",
         )
-    index = None
-    if keep is not None and sum(lengths) != batch * length:
-        index = keep.flatten().nonzero().squeeze(1)
-    (cu_seqlens,) = to_device(device, cu_seqlens_of(lengths))
+    index, tokens = None, sum(lengths)
+    cu_seqlens = cu_seqlens_of(lengths)
+    if keep is not None and tokens != batch * length:
+        index = torch.nonzero_static(keep.flatten(), size=tokens).squeeze(1)  # nonzero would wait
+    on_host = [cu_seqlens] if index is None or not index.is_cpu else [cu_seqlens, index]
+    cu_seqlens, *moved = to_device(device, *on_host)
+    index = moved[0] if moved else index
     return Packed(tuple(lengths), cu_seqlens, (batch, length), index, starts_padded)
 
 

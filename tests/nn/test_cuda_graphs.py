@@ -1,6 +1,7 @@
 """CudaGraphs on a torch.cuda that is played: which stream captures, and who waits for whom."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -20,12 +21,13 @@ class Stream:
 @pytest.fixture
 def played(monkeypatch):
     """What CudaGraphs uses of torch.cuda. captures: (pool, stream) of each."""
-    played = SimpleNamespace(main=Stream("main"), captures=[])
+    played = SimpleNamespace(main=Stream("main"), captures=[], pools=[], end=lambda: None)
 
     @contextlib.contextmanager
     def graph(graph, pool, stream, capture_error_mode):
         played.captures.append((pool, stream))
         yield
+        played.end()
 
     for name, value in {
         "graph_pool_handle": object,
@@ -39,6 +41,10 @@ def played(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        call = functools.partial(lambda name, *args: played.pools.append((name, *args)), name)
+        monkeypatch.setattr(torch._C, name, call, raising=False)
+    monkeypatch.setattr(CudaGraphs, "failed", None)
     return played
 
 
@@ -64,3 +70,37 @@ def test_a_forward_that_raises_is_waited_for(played):
         CudaGraphs(torch.device("cuda", 0)).capture(raises)
     assert [stream.name for stream in played.main.waited_for] == ["side"]
     assert played.captures == []
+    assert CudaGraphs.failed is None
+
+
+def test_after_a_failed_capture_there_are_no_others(played, monkeypatch):
+    """torch's allocators may go on as if it were running: its pool is closed, and no model captures again."""
+
+    def end():
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    graphs, others = CudaGraphs(torch.device("cuda", 0)), CudaGraphs(torch.device("cuda", 0))
+    played.end = end
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.capture(lambda: torch.ones(1))
+    ((pool, _),) = played.captures
+    assert played.pools == [("_cuda_endAllocateToPool", 0, pool), ("_cuda_releasePool", 0, pool)]
+    for device_graphs in (graphs, others):
+        with pytest.raises(RuntimeError, match="earlier capture failed: RuntimeError: operation"):
+            device_graphs.capture(lambda: torch.ones(1))
+    assert len(played.captures) == 1
+
+
+def test_a_pool_that_torch_closed_is_not_released_again(played, monkeypatch):
+    def closed(*args):
+        raise RuntimeError("not currently recording to mempool_id")
+
+    def forward():
+        if played.captures:
+            raise ValueError("a wrong text")
+        return torch.ones(1)
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", closed)
+    with pytest.raises(ValueError, match="a wrong text"):
+        CudaGraphs(torch.device("cuda", 0)).capture(forward)
+    assert played.pools == []

@@ -86,9 +86,15 @@ class Graph:
 
 
 class CudaGraphs:
-    """Captures forwards on one GPU. Replays must not overlap, because they share a memory pool."""
+    """Captures forwards on one GPU. Replays must not overlap, because they share a memory pool.
+
+    Attributes:
+        failed: Why the process captures nothing any more: after a capture that ended by an error torch's
+            allocators may go on as if it were running.
+    """
 
     device_type = "cuda"
+    failed: str | None = None
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -103,7 +109,12 @@ class CudaGraphs:
         """A function that replays the forward, and the output that it writes.
 
         Other threads may use the GPU meanwhile, but not wait for the whole device (torch.cuda.synchronize).
+
+        Raises:
+            RuntimeError: What the forward raises, and after a failed capture.
         """
+        if CudaGraphs.failed is not None:
+            raise RuntimeError(f"an earlier capture failed: {CudaGraphs.failed}")
         graph, side = torch.cuda.CUDAGraph(), self._side
         with _capturing, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
@@ -116,12 +127,23 @@ class CudaGraphs:
                     # before, it is allocated in the graph's pool; cleared after, no other code uses it.
                     torch._C._cuda_clearCublasWorkspaces()
                     how = {"pool": self._pool, "stream": side, "capture_error_mode": "thread_local"}
-                    with torch.cuda.graph(graph, **how):
-                        output = forward()
+                    try:
+                        with torch.cuda.graph(graph, **how):
+                            output = forward()
+                    except BaseException as error:
+                        CudaGraphs.failed = f"{type(error).__name__}: {error}"
+                        self._end_allocation()
+                        raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
                 current.wait_stream(side)  # a forward that raised may still read the buffers
         return graph.replay, output
+
+    def _end_allocation(self) -> None:
+        """What torch leaves out where the end of a capture raises: its pool would take all later memory."""
+        with contextlib.suppress(RuntimeError):  # it was not left out
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            torch._C._cuda_releasePool(self.device.index, self._pool)
 
     @contextlib.contextmanager
     def one_at_a_time(self) -> Iterator[None]:
