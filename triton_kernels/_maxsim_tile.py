@@ -80,6 +80,7 @@ def best_products(
     p_s,
     p_z,
     s_d,
+    s_ds,
     depth,
     PLACES: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -89,7 +90,7 @@ def best_products(
     B_D: tl.constexpr,
 ):
     """Per row of the tile: the maximum over a document, and the first row of the document that gives it."""
-    d_start, d_rows = tl.load(p_ds + 2 * i_d), tl.load(p_ds + 2 * i_d + 1)
+    d_start, d_rows = tl.load(p_ds + i_d * s_ds), tl.load(p_ds + i_d * s_ds + 1)
     d_rows = (d_rows - d_start).to(tl.int32)
     lowest, nowhere = float("-inf"), 0
     if p_z is not None:
@@ -148,6 +149,7 @@ def tile_scores(
     p_z,
     p_a,
     s_d,
+    s_ds,
     depth,
     width,
     NORMALIZE: tl.constexpr,
@@ -168,6 +170,7 @@ def tile_scores(
         p_s,
         p_z,
         s_d,
+        s_ds,
         depth,
         p_a is not None,
         NORMALIZE,
@@ -186,10 +189,11 @@ def tile_scores(
 
 
 @triton.jit
-def text_of(p_spans, i, texts):
+def text_of(p_spans, s_spans, i, texts):
     """First row and number of rows of texts by number; no rows for a number past the last."""
-    first = tl.load(p_spans + 2 * i, mask=i < texts, other=0)
-    return first, (tl.load(p_spans + 2 * i + 1, mask=i < texts, other=0) - first).to(tl.int32)
+    p = p_spans + i * s_spans
+    first = tl.load(p, mask=i < texts, other=0)
+    return first, (tl.load(p + 1, mask=i < texts, other=0) - first).to(tl.int32)
 
 
 @triton.jit

@@ -81,9 +81,9 @@ TUNABLE = Tunable("maxsim", default_config, candidates)
 @triton.jit(do_not_specialize=["queries", "count", "step", "width"])
 def maxsim_kernel(
     p_q,  # (rows, depth)
-    p_qs,  # (queries, 2)
+    p_qs,  # (queries, 2), columns adjacent
     p_d,  # (rows, depth)
-    p_ds,  # (documents, 2)
+    p_ds,  # (documents, 2), likewise
     p_s,  # (rows of p_d) or None
     p_z,  # (documents) or None
     p_p,  # (pairs, 2) or None
@@ -91,6 +91,8 @@ def maxsim_kernel(
     p_a,  # (pairs, width) or None
     s_q,
     s_d,
+    s_qs,
+    s_ds,
     queries,
     count,  # pairs listed, or documents
     step,  # programs that share them
@@ -108,7 +110,7 @@ def maxsim_kernel(
     o_r = tl.arange(0, B_Q) % SLOT
     i_q = tl.program_id(0).to(tl.int64) // step * (B_Q // SLOT) + tl.arange(0, B_Q) // SLOT
     if ONE_SLICE and p_p is None:
-        q_start, q_rows = text_of(p_qs, i_q, queries)
+        q_start, q_rows = text_of(p_qs, s_qs, i_q, queries)
         # A tile that fits is loaded once for all documents, and the loop below loads none.
         fits = rows_to_visit(q_rows, p_a, width) <= SLOT
         p_r, m_r = p_q + (q_start + o_r) * s_q, o_r < q_rows
@@ -134,6 +136,7 @@ def maxsim_kernel(
                 p_z,
                 p_a,
                 s_d,
+                s_ds,
                 depth,
                 width,
                 NORMALIZE,
@@ -151,7 +154,7 @@ def maxsim_kernel(
         else:
             o_o = tl.zeros([B_Q], tl.int64) + n
             i_t, i_d = tl.load(p_p + 2 * o_o), tl.load(p_p + 2 * n + 1)
-        q_start, q_rows = text_of(p_qs, i_t, queries)
+        q_start, q_rows = text_of(p_qs, s_qs, i_t, queries)
         b_score = tl.zeros([B_Q], tl.float64)
         for t in range(0, rows_to_visit(q_rows, p_a, width), SLOT):
             p_r, m_r = p_q + (q_start + t + o_r) * s_q, t + o_r < q_rows
@@ -176,6 +179,7 @@ def maxsim_kernel(
                 p_z,
                 p_a,
                 s_d,
+                s_ds,
                 depth,
                 width,
                 NORMALIZE,
@@ -201,7 +205,10 @@ def programs_of(device: torch.device, per_processor: int, tiles: int, count: int
 def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, normalize, width):
     """Launcher; arguments and results are those of the op (python/embedfuse/ops/maxsim/op.py)."""
     document = documents[0] if len(documents) == 1 else torch.cat(documents)
-    query, document = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, document))
+    sides = query, query_spans, document, document_spans
+    query, query_spans, document, document_spans = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in sides
+    )
     queries, depth = len(query_spans), query.shape[1]
     results = queries * len(document_spans) if pairs is None else len(pairs)
     scores = query.new_empty(results, dtype=torch.float32)
@@ -227,16 +234,15 @@ def maxsim(query, query_spans, documents, document_spans, scale, zero, pairs, no
     with torch.cuda.device_of(query):
         maxsim_kernel[(step * tiles,)](
             query,
-            query_spans.contiguous(),
+            query_spans,
             document,
-            document_spans.contiguous(),
+            document_spans,
             None if scale is None else scale.contiguous(),
             None if zero is None else zero.contiguous().view(torch.uint8),
             None if pairs is None else pairs.contiguous(),
             scores,
             argmax if width else None,
-            query.stride(0),
-            document.stride(0),
+            *(x.stride(0) for x in (query, document, query_spans, document_spans)),
             queries,
             count,
             step,
@@ -288,6 +294,10 @@ def aot_calls() -> Iterator[tuple]:
     one = empty(1, 128, dtype=torch.bfloat16)
     yield maxsim, (one, empty(1, 2), [one], empty(1, 2), None, None, None, False, 0)
     yield maxsim, (one, empty(1, 2), [one], empty(1, 2), None, None, None, False, 1)
+    ends = empty(5).as_strided((4, 2), (1, 1))
+    for depth in (128, 1024):
+        x = empty(100, depth, dtype=torch.bfloat16)
+        yield maxsim, (x, ends[:1], [x], ends, None, None, None, False, 0)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:

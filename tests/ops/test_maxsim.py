@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedfuse import testing
 from embedfuse.ops import maxsim, maxsim_packed, maxsim_rerank, quantize_int8
@@ -258,3 +259,30 @@ def test_gradient_of_lists(backend):
     scores.square().sum().backward()
     torch.testing.assert_close(q.grad, q_packed.grad, **CLOSE)
     torch.testing.assert_close(d.grad, d_packed.grad, **CLOSE)
+
+
+class Launches(TorchDispatchMode):
+    """The ops that compute; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if all(r.alias_info is None for r in function._schema.returns):
+            self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **kwargs or {})
+
+
+def test_whole_texts_need_two_launches_before_the_kernel():
+    """On a GPU each takes about as long as a small call."""
+    q, d = tensor(2, 4, 16), tensor(3, 9, 16, seed=1)
+    int8, packed = quantize_int8(d), (q.flatten(0, 1), cu(4, 4), d.flatten(0, 1), cu(9, 9, 9))
+    for call in (lambda: maxsim(q, d), lambda: maxsim(q, int8)):
+        with Launches() as launches:
+            call()
+        assert launches.names == ["arange", "arange", "maxsim"]
+    with Launches() as launches:
+        maxsim_packed(*packed)
+    assert launches.names.count("_to_copy") == 2
+    assert not {"stack", "cat", "clone", "zeros"} & set(launches.names)

@@ -21,7 +21,8 @@ from embedfuse.ops.checks import (
 )
 from embedfuse.ops.maxsim.int8 import Int8
 from embedfuse.ops.maxsim.op import OP, MaxSim
-from embedfuse.ops.maxsim.spans import padded_spans
+from embedfuse.ops.maxsim.spans import neighbours, padded_spans
+from embedfuse.transfers import to_device
 
 Texts = Tensor | Int8 | Sequence[Tensor] | Sequence[Int8]
 REDUCTIONS = ("sum", "mean")
@@ -120,7 +121,7 @@ def maxsim_packed(
         check_cu_seqlens(name, cu_seqlens)
         check_device(name, cu_seqlens, "q", q)
         check_cu_seqlens_values(name, cu_seqlens, len(x))
-        spans.append(torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), 1).long())
+        spans.append(neighbours(cu_seqlens.long()))
     if pairs is not None:
         _check_pairs(pairs, q, len(cu_q) - 1, len(cu_d) - 1)
     width = 0
@@ -185,7 +186,7 @@ def _scores_of_sides(
 
 def _rows(
     name: str, x: Texts, mask: Tensor | None, q: Tensor | None
-) -> tuple[list[Tensor], int, Tensor, Tensor, Tensor | None]:
+) -> tuple[list[Tensor], int, Tensor, Tensor | None, Tensor | None]:
     """Matrices that hold the rows of the texts, the number of rows of the longest text, then as padded_spans.
 
     q: the tensor whose dtype, dim and device are accepted; None for queries, which set them.
@@ -228,10 +229,10 @@ def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
     rows = [values for values, _ in parts]
     lengths = [text.shape[0] for text in rows]  # not len(): a tensor's takes microseconds
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    spans = torch.stack((ends[:-1], ends[1:]), 1)[: len(texts)].to(like.device)
+    (ends,) = to_device(like.device, ends)
+    spans = neighbours(ends)[: len(texts)]
     scales = [s.expand(n) for (_, s), n in zip(parts, lengths, strict=True) if s is not None]
-    unpadded = torch.zeros(len(texts), dtype=torch.bool, device=like.device)
-    return rows, max(lengths), spans, unpadded, torch.cat(scales) if scales else None
+    return rows, max(lengths), spans, None, torch.cat(scales) if scales else None
 
 
 def _values_and_scale(d: Tensor | Int8) -> tuple[Tensor, Tensor | None]:

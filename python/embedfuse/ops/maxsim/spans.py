@@ -8,19 +8,21 @@ from embedfuse.ops.checks import check_device, check_shape
 
 def padded_spans(
     name: str, x: Tensor, mask: Tensor | None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Rows (rows, dim) of x (texts, length, dim), without a copy unless the mask has holes or x cannot be
     viewed as a matrix; spans (texts, 2) int64, first row and row after the last; (texts,) bool, whether the
-    mask leaves any row out; and scale, (texts, length) or (texts, 1), by rows."""
+    mask leaves any row out, or None; and scale, (texts, length) or (texts, 1), by rows."""
     texts, length, _ = x.shape
     if scale is not None:
         scale = scale.expand(texts, length)
     if mask is None:
         rows, pitch = _rows(x)
-        first = torch.arange(texts, device=x.device) * pitch
-        spans = torch.stack((first, first + length), 1)
-        unpadded = torch.zeros(texts, dtype=torch.bool, device=x.device)
-        return rows, spans, unpadded, _scale_rows(scale, rows, pitch)
+        if pitch == length > 0:
+            spans = neighbours(torch.arange(0, texts * length + 1, length, device=x.device))
+        else:
+            first = torch.arange(texts, device=x.device) * pitch
+            spans = torch.stack((first, first + length), 1)
+        return rows, spans, None, _scale_rows(scale, rows, pitch)
     check_shape(f"{name}_mask", mask, x.shape[:2])
     check_device(f"{name}_mask", mask, name, x)
     keep = mask != 0
@@ -46,10 +48,17 @@ def padded_spans(
     return rows, spans, padded, _scale_rows(scale, rows, pitch)
 
 
+def neighbours(ends: Tensor) -> Tensor:
+    """Spans (texts, 2) of texts that lie end to end, a view of the int64 `ends` (texts + 1,)."""
+    return ends.contiguous().as_strided((len(ends) - 1, 2), (1, 1))
+
+
 def _scale_rows(scale: Tensor | None, rows: Tensor, pitch: int) -> Tensor | None:
     if scale is None:
         return None
-    return torch.nn.functional.pad(scale, (0, pitch - scale.shape[1])).flatten()[: len(rows)]
+    if pitch > scale.shape[1]:
+        scale = torch.nn.functional.pad(scale, (0, pitch - scale.shape[1]))
+    return scale.flatten()[: len(rows)]
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
