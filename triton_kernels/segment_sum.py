@@ -1,4 +1,4 @@
-"""out_r = sum over the entries k of segment r of w_k x_{i_k}
+"""out_r = sum over the entries k of segment r with i_k >= 0 of w_k x_{i_k}
 
 One program per row of the result and slice of its columns; no atomics, so the bits are always the same.
 Limits: a long segment is one program.
@@ -30,9 +30,9 @@ def segment_sum_kernel(
     b_acc = tl.zeros([B_K, B_D], tl.float32)
     for k in range(tl.load(p_ptr + row), end, B_K):
         o_k = k + tl.arange(0, B_K)
-        m_k = o_k < end
+        b_i = tl.load(p_i + o_k, mask=o_k < end, other=-1)
+        m_k = b_i >= 0
         b_w = tl.load(p_w + o_k, mask=m_k, other=0)
-        b_i = tl.load(p_i + o_k, mask=m_k, other=0)
         p_r = p_x + b_i[:, None] * s_x + o_d[None, :]
         b_x = tl.load(p_r, mask=m_k[:, None] & m_d[None, :], other=0).to(tl.float32)
         b_acc += b_w[:, None] * b_x

@@ -164,8 +164,8 @@ void segment_sum(uintptr_t x, int dtype, int64_t stride, int64_t rows_of_x, int6
     }
   }
   for (int64_t k = args.indptr[0]; k < args.indptr[rows]; ++k) {
-    if (args.index[k] < 0 || args.index[k] >= rows_of_x) {
-      throw py::value_error("index: " + std::to_string(args.index[k]) + "; accepted are 0 to " +
+    if (args.index[k] >= rows_of_x) {
+      throw py::value_error("index: " + std::to_string(args.index[k]) + "; accepted are up to " +
                             std::to_string(rows_of_x - 1));
     }
   }

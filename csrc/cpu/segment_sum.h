@@ -1,4 +1,4 @@
-// out_r = sum over the entries k of segment r of w_k x_{i_k}
+// out_r = sum over the entries k of segment r with i_k >= 0 of w_k x_{i_k}
 //
 // A row of the result stays in the L1 cache while one thread adds its entries in order, so the result does not
 // depend on the number of threads. Included once per ISA (no include guard).
@@ -10,6 +10,7 @@ void sum_segments(int64_t begin, int64_t end, void* context) {
     float* out = a.out + row * a.depth;
     for (int64_t j = 0; j < a.depth; ++j) out[j] = 0.f;
     for (int64_t k = a.indptr[row]; k < a.indptr[row + 1]; ++k) {
+      if (a.index[k] < 0) continue;
       const T* x = (const T*)a.x + a.index[k] * a.stride;
       const float w = a.weights[k];
       int64_t j = 0;

@@ -286,3 +286,12 @@ def test_whole_texts_need_two_launches_before_the_kernel():
         maxsim_packed(*packed)
     assert launches.names.count("_to_copy") == 2
     assert not {"stack", "cat", "clone", "zeros"} & set(launches.names)
+
+
+@pytest.mark.parametrize("of", ["queries", "documents"])
+def test_only_the_gradient_to_documents_sorts(of):
+    q, d = tensor(2, 4, 16), tensor(3, 9, 16, seed=1)
+    scores = maxsim(q.requires_grad_(of == "queries"), d.requires_grad_(of == "documents"))
+    with Launches() as launches:
+        scores.sum().backward()
+    assert launches.names.count("sort") == (of == "documents")

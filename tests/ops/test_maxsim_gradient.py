@@ -51,6 +51,15 @@ def test_padded(backend, dtype, mask, normalize, padding):
         assert error <= tolerance * exact.grad.abs().max()
 
 
+def test_views_with_rows_between_the_texts(backend):
+    wide = leaf(3, 9, 12, seed=0, dtype=torch.float32)
+    copy, d = wide.detach().clone().requires_grad_(), leaf(3, 7, 12, seed=1, dtype=torch.float32)
+    maxsim(wide[:, 2:5], d).square().sum().backward()
+    maxsim(copy[:, 2:5].clone(), d).square().sum().backward()
+    torch.testing.assert_close(wide.grad, copy.grad)
+    assert wide.grad[:, 2:5].abs().min() > 0
+
+
 def test_packed_and_pairs(backend):
     q, d = leaf(7, 6, seed=0, dtype=torch.float32), leaf(12, 6, seed=1, dtype=torch.float32)
     cu_q, cu_d = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3, 3, 7], [0, 5, 6, 12]))

@@ -1,6 +1,6 @@
 """Weighted sums of rows: a sparse matrix in compressed rows times a dense matrix.
 
-Formula: out_r = sum over k in [indptr[r], indptr[r + 1]) of weights[k] x[index[k]].
+Formula: out_r = sum over k in [indptr[r], indptr[r + 1]) of weights[k] x[index[k]]; none of index[k] < 0.
 Limits: no gradient; the C++ kernel copies x where the columns of a row are not adjacent.
 """
 
@@ -25,7 +25,7 @@ def segment_sum(x: Tensor, weights: Tensor, index: Tensor, indptr: Tensor) -> Te
     Args:
         x: (rows, depth), float16, bfloat16, float32 or float64.
         weights: (entries,) fp32 (fp64 with fp64 x), on x's device, as all that follow.
-        index: (entries,) int64, rows of x.
+        index: (entries,) int64, rows of x; an entry whose index is negative adds nothing.
         indptr: (segments + 1,) int64, 0 <= first <= ... <= entries.
 
     Returns:
@@ -64,7 +64,8 @@ def _(x, weights, index, indptr):
     bounds = indptr.tolist()
     for r in range(len(out)):
         entries = slice(*bounds[r : r + 2])
-        out[r] = (weights[entries, None] * x[index[entries]]).sum(0)
+        kept = index[entries] >= 0
+        out[r] = (weights[entries][kept, None] * x[index[entries][kept]]).sum(0)
     return out
 
 
@@ -111,7 +112,9 @@ def _(device, dtype, size):
         indptr = torch.tensor([0, *lengths]).cumsum(0)
         entries = int(indptr[-1])
         weights = torch.randn(entries, generator=generator).to(device)
-        index = torch.randint(max(rows, 1), (entries,), generator=generator).to(device)
+        index = torch.randint(-(rows // 4), max(rows, 1), (entries,), generator=generator).to(
+            device
+        )
         return x, weights, index, indptr.to(device)
 
     if size == "bench":

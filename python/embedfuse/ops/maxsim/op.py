@@ -93,19 +93,20 @@ class MaxSim(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, query_spans, d, document_spans, pairs, argmax = ctx.saved_tensors
-        pairs = listed_pairs(query_spans, document_spans, pairs)
+        q, query_spans, d, document_spans, given, argmax = ctx.saved_tensors
+        pairs = listed_pairs(query_spans, document_spans, given)
         rows_q = query_spans[pairs[:, 0], :1] + torch.arange(argmax.shape[1], device=q.device)
-        rows_d = document_spans[pairs[:, 1], :1] + argmax
+        rows_d = torch.where(argmax < 0, -1, document_spans[pairs[:, 1], :1] + argmax)
         weights = grad[:, None].expand(argmax.shape)
-        entries = (rows_q, rows_d, weights, argmax >= 0)
-        rows_q, rows_d, weights, found = (x.flatten() for x in entries)
         of_q, of_d = _direction(q, ctx.normalize), _direction(d, ctx.normalize)
         grad_q = grad_d = None
-        if ctx.needs_input_grad[0]:
-            grad_q = _gradient(q, of_d, rows_q, rows_d, weights, found, ctx.normalize)
+        if ctx.needs_input_grad[0] and given is None and len(pairs):
+            grad_q = _of_all_pairs(of_d, rows_d, weights, query_spans, len(q))
+        elif ctx.needs_input_grad[0]:
+            grad_q = _of_entries(of_d, rows_q, rows_d, weights, rows_d >= 0, len(q))
         if ctx.needs_input_grad[2]:
-            grad_d = _gradient(d, of_q, rows_d, rows_q, weights, found, ctx.normalize)
+            grad_d = _of_entries(of_q, rows_d, rows_q, weights, rows_d >= 0, len(d))
+        grad_q, grad_d = (_through(x, g, ctx.normalize) for x, g in ((q, grad_q), (d, grad_d)))
         return grad_q, None, grad_d, None, None, None, None, None
 
 
@@ -113,12 +114,35 @@ def _direction(x: Tensor, normalize: bool) -> Tensor:
     return _unit(x.to(torch.promote_types(x.dtype, torch.float32)))[0] if normalize else x
 
 
-def _gradient(x, other, rows, other_rows, weights, found, normalize) -> Tensor:
-    """Of x: each entry adds weight times a row of `other` to a row; entries that are not found add
-    nothing."""
-    rows, order = torch.where(found, rows, len(x)).sort(stable=True)
-    indptr = torch.searchsorted(rows, torch.arange(len(x) + 1, device=x.device))
-    grad = segment_sum(other, weights[order], other_rows[order], indptr)
+def _of_entries(other, rows, other_rows, weights, found, count: int) -> Tensor:
+    """(count, depth): each entry that is found adds weight times a row of `other` to a row."""
+    rows = torch.where(found, rows, count).flatten()
+    # Half the passes of int64.
+    rows, order = (rows.int() if count < 2**31 else rows).sort(stable=True)
+    indptr = torch.searchsorted(rows, torch.arange(count + 1, device=rows.device, dtype=rows.dtype))
+    return segment_sum(other, weights.flatten()[order], other_rows.flatten()[order], indptr)
+
+
+def _of_all_pairs(d, rows_d, weights, query_spans, count: int) -> Tensor:
+    """_of_entries for the rows of the queries, which lie one after the other: nothing has to be sorted.
+
+    Entries (queries, documents, width) of a query row are put side by side. Places past the end of a query
+    hold no row of a document, so they may count to any row.
+    """
+    queries, width = len(query_spans), rows_d.shape[1]
+    documents = len(rows_d) // max(queries, 1)
+    each = (x.reshape(queries, documents, width).mT.flatten() for x in (weights, rows_d))
+    rows, starts = torch.arange(count + 1, device=d.device), query_spans[:, 0].contiguous()
+    query = torch.searchsorted(starts, rows, right=True) - 1
+    place = rows - starts[query.clamp_min(0)]
+    indptr = (query * width + place.clamp_max(width)).clamp(0, queries * width) * documents
+    return segment_sum(d, *each, indptr)
+
+
+def _through(x: Tensor, grad: Tensor | None, normalize: bool) -> Tensor | None:
+    """The gradient to x, given that to its direction."""
+    if grad is None:
+        return None
     if normalize:
         y, norm = _unit(x.to(grad.dtype))
         # Below EPS the division is by a constant, so nothing is projected out.
