@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
@@ -92,8 +93,11 @@ def test_every_setting(pair):
     tried = 0
     for path, name, value in settings(original):
         for other in others(value):
-            for model in pair:
-                setattr(owner_of(model, path), name, copy.copy(other))
+            try:
+                for model in pair:
+                    setattr(owner_of(model, path), name, copy.copy(other))
+            except StrictDataclassFieldValidationError:  # transformers takes no such value
+                continue
             assert_alike(patched, original, f"{path}.{name} = {other!r}")
             for model in pair:
                 setattr(owner_of(model, path), name, value)
