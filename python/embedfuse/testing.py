@@ -4,7 +4,8 @@
 
 `exact` is the reference in fp64, `torch` the reference in the dtype of the value, both on the same inputs.
 The bound applies to the root mean square, which hardly depends on chance, and to the largest element, which
-one wrong number changes. The floor is for references that happen to round to the exact value.
+one wrong number changes. The floor is for references that happen to round to the exact value; for sums of
+tensor cores it grows with the number of products (`floor_of`).
 """
 
 import contextlib
@@ -20,6 +21,22 @@ from embedfuse.registry import Op, use_backend
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # By dtype of the output: one step of the 16-bit formats just below 1, about sixteen of fp32.
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def floor_of(first: Tensor, tensor_cores: bool) -> float:
+    """The floor of fp32 results, by an op's first argument (..., depth).
+
+    Tensor cores add 16-bit products, eight (sm_80) or more at a time, and cut off what is below the 24 bits
+    of the sum: up to 2^-24 of it each time, always towards zero.
+
+    Args:
+        first: The argument.
+        tensor_cores: Whether products of it may be added up by them.
+    """
+    floor = FLOOR[torch.float32]
+    if not tensor_cores or first.dtype not in (torch.float16, torch.bfloat16) or not first.dim():
+        return floor
+    return floor + first.shape[-1] / 8 * 2**-24
 
 
 def backends(op: Op, device: str) -> list[str]:
@@ -123,16 +140,18 @@ def assert_within_bounds(
     Raises:
         AssertionError: As in `assert_close_to_reference`.
     """
-    outputs = _tuple(outputs)
+    outputs, floors = _tuple(outputs), FLOOR | {torch.float32: floor_of(args[0], args[0].is_cuda)}
     assert len(outputs) == len(references[0])
     for index, (value, in_torch, exact) in enumerate(zip(outputs, *references, strict=True)):
         name = f"{op.name}[{backend}] output {index}"
         assert (value.dtype, value.shape) == (in_torch.dtype, in_torch.shape), name
         if value.is_floating_point():
-            assert_as_good(value, in_torch, exact, scale=scale, name=name)
+            floor = floors[value.dtype]
+            assert_as_good(value, in_torch, exact, scale=scale, name=name, floor=floor)
         elif op.name == "maxsim" and value.numel():
             chosen = [_chosen_products(args, argmax) for argmax in (value, in_torch, exact)]
-            assert_as_good(chosen[0].float(), chosen[1].float(), chosen[2], name=name)
+            floor = floors[torch.float32]
+            assert_as_good(chosen[0].float(), chosen[1].float(), chosen[2], name=name, floor=floor)
         else:
             assert torch.equal(value, exact), name
     return outputs
@@ -166,6 +185,7 @@ def assert_as_good(
     *,
     scale: float | None = None,
     name: str = "value",
+    floor: float | None = None,
 ) -> None:
     """Compare a result with that of plain torch in the same dtype and with the exact one.
 
@@ -175,6 +195,7 @@ def assert_as_good(
         exact: The result in fp64, of the same shape.
         scale: What FLOOR is relative to, instead of the size of `exact`. For values that cancel.
         name: What the message calls the result.
+        floor: In place of FLOOR of the dtype.
 
     Raises:
         AssertionError: The error is above the bound of this module, or the dtype, the shape or the places of
@@ -186,9 +207,10 @@ def assert_as_good(
     errors, torch_errors = _difference(value, exact), _difference(in_torch, exact)
     assert torch_errors.isfinite().all(), f"{name}: plain torch overflows {value.dtype} here"
     size = exact.nan_to_num(0, 0, 0)
+    floor = FLOOR[value.dtype] if floor is None else floor
     for measure in (_rms, _largest):
         error, torch_error = measure(errors), measure(torch_errors)
-        bound = 2 * torch_error + FLOOR[value.dtype] * (scale or measure(size))
+        bound = 2 * torch_error + floor * (scale or measure(size))
         assert error <= bound, (
             f"{name}: {measure.__name__[1:]} error {error:.3g}, allowed {bound:.3g}, torch {torch_error:.3g}"
         )

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from torch.testing import assert_close
 from transformers import masking_utils
