@@ -204,7 +204,7 @@ def test_waits_for_nothing(family, pooled, monkeypatch):
     packed = unpadded([5, 1, 3], torch.device("cpu"))
     packed = type(packed)(packed.lengths, packed.cu_seqlens.to(META), packed.shape, None)
     program = model.current_layout().programs._make(F32, META, pooled)
-    assert program.fits
+    assert program.refusal is None
     inputs = [torch.empty(9, width, device=META) for width in program._external[:-1]]
     ids = [torch.empty(9, dtype=torch.int64, device=META)] * 3
     rows = torch.empty(3, dtype=torch.int64, device=META) if pooled else None

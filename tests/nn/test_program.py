@@ -1,6 +1,7 @@
 """A tower as one native call: the same bits as op by op, and no stale weight, setting or address."""
 
 import contextlib
+import copy
 import gc
 import threading
 import weakref
@@ -423,3 +424,31 @@ def test_layouts_of_what_has_no_address():
     meta, sparse = torch.ones(3, device="meta"), torch.ones(3).to_sparse()
     for x in (meta, sparse):
         assert native.layouts()([x]) == native.layouts()([x]) != native.layouts()([x.clone()])
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda m: None, None),
+        (lambda m: setattr(m.encoder.layer[1].intermediate, "intermediate_act_fn", nn.ReLU()),
+         "the activation is a ReLU, not exact GELU"),
+        (lambda m: m.encoder.layer[0].output.LayerNorm.register_parameter("weight", None),
+         "a norm is a LayerNorm, or has no weight"),
+        (lambda m: m.encoder.layer[0].output.LayerNorm.double(),
+         "LayerNorm.weight is torch.float64 on cpu; others are torch.float32 on cpu"),
+        (lambda m: m.encoder.layer[1].train(), "BertLayer.training is True"),
+        (lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0),
+         "word_embeddings is a Embedding, or has a max_norm"),
+    ],
+)  # fmt: skip
+@torch.inference_mode()
+def test_the_report_says_why_layers_run_op_by_op(edit, reason):
+    model = encoders.make_model("bert")
+    report = embedfuse.patch(model)
+    assert report.layers == "one call"
+    edit(model)
+    with contextlib.suppress(RuntimeError):  # of torch, where dtypes differ
+        states(model, encoders.make_batch(model))
+    assert report.layers == ("one call" if reason is None else f"op by op: {reason}")
+    assert f"layers        {report.layers}" in str(report)
+    assert copy.deepcopy(model)._embedfuse.report.layers == "no inference has come"

@@ -114,7 +114,7 @@ class DecoderLayer:
         for module in (self.block, self.attention):
             program.reads(module, training=False)
         if not is_silu(self.activation):
-            raise Unfit
+            raise Unfit(f"the activation is a {type(self.activation).__name__}, not SiLU")
         summed = NONE if residual == NONE else at.summed
         program.add_rms_norm(self.norm1, y, residual, at.input, summed)
         residual = y if residual == NONE else summed
@@ -166,7 +166,7 @@ class DecoderLayer:
 def record(layers: list[DecoderLayer], norm: nn.Module, program: Program, picked: bool) -> None:
     """The calls of decode_step without shared prefixes, for all tokens or for the picked ones."""
     if not layers:
-        raise Unfit
+        raise Unfit("there is no layer")
     program.width = hidden = columns_of(layers[0].out)
     half = layers[0].head_dim // 2
     y = program.buffer(hidden, external=True)

@@ -61,8 +61,8 @@ class EncoderLayer:
         """The calls of __call__ in inference, with out for all rows or for the picked ones."""
         for module in (self.block, self.attention, self.dropout1, self.dropout2):
             program.reads(module, training=False)
-        if any(type(dropout) is not nn.Dropout for dropout in (self.dropout1, self.dropout2)):
-            raise Unfit
+        for dropout in (self.dropout1, self.dropout2):
+            is_dropout(dropout)
         if at.picked is None:
             program.linear(self.qkv, x, at.qkv)
         else:
@@ -135,8 +135,7 @@ class EncoderEmbeddings:
 
     def record(self, program: Program, at: "EncoderBuffers", out: Columns) -> None:
         program.reads(self.dropout, training=False)
-        if type(self.dropout) is not nn.Dropout:
-            raise Unfit
+        is_dropout(self.dropout)
         hidden = program.width
         tables = [program.table(m, hidden) for m in (self.words, self.types, self.positions)]
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
@@ -149,7 +148,7 @@ def record(
 ) -> None:
     """The calls from token ids to the states of all tokens, or of the picked ones."""
     if not layers:
-        raise Unfit
+        raise Unfit("there is no layer")
     program.width = hidden = columns_of(layers[0].out)
     x = program.buffer(hidden)
     out = program.buffer(hidden, per_sequence=picked, external=True)
@@ -176,9 +175,15 @@ def is_exact_gelu(activation: nn.Module) -> bool:
     return type(activation) is GELUActivation and activation.act is F.gelu
 
 
+def is_dropout(module: nn.Module) -> None:
+    """Unfit if it is another module, which may compute something in inference too."""
+    if type(module) is not nn.Dropout:
+        raise Unfit(f"a dropout is a {type(module).__name__}")
+
+
 def reads_exact_gelu(program: Program, activation: nn.Module) -> None:
     if not is_exact_gelu(activation):
-        raise Unfit
+        raise Unfit(f"the activation is a {type(activation).__name__}, not exact GELU")
     setting = {"approximate": "none"} if type(activation) is nn.GELU else {"act": F.gelu}
     program.reads(activation, **setting)
 

@@ -28,7 +28,7 @@ _NO_IDS = (None, None, None)
 
 
 class Unfit(Exception):
-    """A layer has something that no kernel computes: the tower runs module by module."""
+    """A layer has something that no kernel computes, and what: the tower runs op by op."""
 
 
 class Program:
@@ -42,7 +42,7 @@ class Program:
 
     Attributes:
         width: columns of the states.
-        fits: whether it holds the whole tower.
+        refusal: why it does not hold the whole tower; None if it does.
         counts_positions: whether it finds the position ids itself.
     """
 
@@ -51,7 +51,7 @@ class Program:
         self.width = 0
         self.counts_positions = self._native = not runs_triton(device)
         self.calls = _calls(dtype, device)
-        self.fits = True
+        self.refusal: str | None = None
         self._widths: list[int] = []  # of each buffer
         self._external: list[int] = []  # of the external ones
         self._slots: list[tuple[dict, str, object]] = []
@@ -83,38 +83,39 @@ class Program:
         for name, value in settings.items():
             self._slots.append((attributes, name, attributes[name]))
             if attributes[name] != value:
-                raise Unfit
+                raise Unfit(f"{type(module).__name__}.{name} is {attributes[name]!r:.80}")
 
     def parameter(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
         """As the calls take it: its address, or 0 for None; on a GPU the tensor, or None."""
-        parameters = module._parameters
+        parameters, what = module._parameters, f"{type(module).__name__}.{name}"
         if name not in parameters:  # a plain tensor in its place
             self._slots.append((parameters, name, _NO_PARAMETER))  # never equal: looked for again
-            raise Unfit
+            raise Unfit(f"{what} is no parameter")
         parameter = parameters[name]
         self._slots.append((parameters, name, parameter))
         if parameter is None:
             return 0 if self._native else None
         if not is_dense(parameter):
-            raise Unfit
+            raise Unfit(f"{what} is a {type(parameter).__name__}, or not dense")
         held = parameter.detach()  # of what it is now, whatever another thread makes of it
         self._parameters.append(parameter)  # before the checks, so that a later change is seen
         self._held.append(held)
         if (held.dtype, held.device) != (self.dtype, self.device):
-            raise Unfit
+            others = f"others are {self.dtype} on {self.device}"
+            raise Unfit(f"{what} is {held.dtype} on {held.device}; {others}")
         if held.shape != shape or not held.is_contiguous():
-            raise Unfit
+            raise Unfit(f"{what} has shape {tuple(held.shape)}, not {shape}, or is not contiguous")
         return held.data_ptr() if self._native else held
 
     def table(self, module: nn.Module, columns: int) -> tuple[Any, int]:
         """An embedding table as the calls take it, and its rows."""
         if type(module) is not nn.Embedding:
-            raise Unfit
+            raise Unfit(f"an embedding is a {type(module).__name__}")
         self.reads(module, max_norm=None)
         rows = len(module.weight)
         table = self.parameter(module, "weight", (rows, columns))
         if rows == 0:  # row 0 is read without ids
-            raise Unfit
+            raise Unfit("an embedding has no row")
         return table, rows
 
     def linear(
@@ -129,13 +130,13 @@ class Program:
             parts += [weight, self.parameter(module, "bias", (columns,)), columns]
             width += columns
         if width != self._widths[out[0]]:
-            raise Unfit
+            raise Unfit(f"linear layers have {width} columns, not {self._widths[out[0]]}")
         self.calls.linear(x, parts, depth, gelu, out)
 
     def add_layer_norm(self, norm: nn.Module, x: Columns, residual: Columns, out: Columns) -> None:
         """out = norm(x + residual)"""
         if type(norm) is not nn.LayerNorm or norm.weight is None:
-            raise Unfit
+            raise Unfit(f"a norm is a {type(norm).__name__}, or has no weight")
         self.reads(norm, eps=norm.eps)
         shape = (self._widths[x[0]],)
         weight, bias = (self.parameter(norm, name, shape) for name in ("weight", "bias"))
@@ -170,23 +171,23 @@ class Program:
         """out = attention of query, key and value, which are `heads`, the outputs of qkv."""
         width, kv_width, value_width = map(columns_of, qkv)
         if width % head_dim or kv_width % head_dim or width % kv_width or kv_width != value_width:
-            raise Unfit
+            raise Unfit(f"query, key, value: {width}, {kv_width}, {value_width} columns")
         if head_dim > MAX_HEAD_DIM:
-            raise Unfit
+            raise Unfit(f"head_dim is {head_dim}, above {MAX_HEAD_DIM}")
         counts = width // head_dim, kv_width // head_dim
         self.calls.attention(*heads, *counts, head_dim, scale, causal, window or 0, out)
 
     def rope(self, x: Columns, cos: Columns, sin: Columns, heads: int, head_dim: int) -> None:
         """Rotate x in place."""
         if self._widths[cos[0]] != head_dim // 2 or head_dim % 2:
-            raise Unfit
+            raise Unfit(f"head_dim is {head_dim}, angles are {self._widths[cos[0]]}")
         self.calls.rope(x, cos, sin, heads, head_dim)
 
     def silu_mul(self, gate_up: Sequence[nn.Module], x: Columns, out: Columns) -> None:
         """out = silu(gate) up; x holds both, the outputs of gate_up."""
         inner = self._widths[out[0]]
         if any(columns_of(module) != inner for module in gate_up):
-            raise Unfit
+            raise Unfit("gate and up have other numbers of columns than the layer below")
         self.calls.silu_mul(x, (x[0], inner), inner, out)
 
     def pick(self, x: Columns, out: Columns) -> None:
@@ -269,7 +270,7 @@ class Program:
 def columns_of(module: nn.Module) -> int:
     """Of a linear layer's output."""
     if type(module) is not nn.Linear:
-        raise Unfit
+        raise Unfit(f"a linear layer is a {type(module).__name__}")
     return len(module.weight)
 
 

@@ -16,10 +16,11 @@ class Programs:
 
     Args:
         record: makes the calls of a program, given it and whether only picked rows are wanted; raises Unfit.
+        tell: is told of each program that is made why it does not hold the layers, or None.
     """
 
-    def __init__(self, record: Callable[[Program, bool], None]):
-        self._record = record
+    def __init__(self, record: Callable[[Program, bool], None], tell: Callable[[str | None], None]):
+        self._record, self._tell = record, tell
         self._recorded: dict[tuple, Program] = {}
 
     def for_call(self, weight: Tensor, tokens: int, picked: bool) -> Program | None:
@@ -33,14 +34,15 @@ class Programs:
             current = {k: p for k, p in self._recorded.items() if p.is_current()}
             program = current[key] = self._make(*key[:3])
             self._recorded = current
-        return program if program.fits else None
+        return program if program.refusal is None else None
 
     def _make(self, dtype: torch.dtype, device: torch.device, picked: bool) -> Program:
         program = Program(dtype, device)
         try:
             self._record(program, picked)
-        except Unfit:
-            program.fits = False
+        except Unfit as unfit:
+            program.refusal = str(unfit)
+        self._tell(program.refusal)
         program.finish()
         return program
 

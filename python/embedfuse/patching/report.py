@@ -23,6 +23,7 @@ class Report:
         repaired: What gave wrong vectors before, and why; the vectors are not those of the unpatched model.
         unrepaired: What may give wrong vectors and could not be repaired, and why.
         deviations: max |patched row - original row| / max |original row| of each output in the self-check.
+        layers: Whether inference runs all layers as one call, or why op by op, which takes the host longer.
         graphs: How many CUDA graphs run small batches, or why there are none.
         memory_bytes: Parameter memory after patching minus before.
         original_calls: How many calls ran on the original code since patching, by reason.
@@ -34,6 +35,7 @@ class Report:
     repaired: dict[str, str] = field(default_factory=dict)
     unrepaired: dict[str, str] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
+    layers: str = "no inference has come"
     graphs: str = "none: no batch has come"
     memory_bytes: int = 0
     original_calls: Counter = field(default_factory=Counter)
@@ -44,9 +46,13 @@ class Report:
             logger.warning("%s: this call runs on the original code: %s", self.model, reason)
         self.original_calls[reason] += 1
 
+    def one_call(self, refusal: str | None) -> None:
+        """Whether inference runs the layers as one call: None, or why not."""
+        self.layers = "one call" if refusal is None else f"op by op: {refusal}"
+
     def without_calls(self) -> "Report":
         """As before any call: a copy counts its own, and a hash of the model does not change by calls."""
-        return replace(self, original_calls=Counter(), graphs=Report.graphs)
+        return replace(self, original_calls=Counter(), layers=Report.layers, graphs=Report.graphs)
 
     def __setstate__(self, state):
         vars(self).update({"unrepaired": {}, **state})  # reports of 0.1 have no unrepaired
@@ -61,6 +67,7 @@ class Report:
             f"  checked       {name}: largest deviation {value:.1e} of its longest row"
             for name, value in self.deviations.items()
         ]
+        lines.append(f"  layers        {self.layers}")
         lines.append(f"  CUDA graphs   {self.graphs}")
         lines.append(f"  memory        {self.memory_bytes:+,} bytes")
         lines += [

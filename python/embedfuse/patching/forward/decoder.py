@@ -150,7 +150,7 @@ class PackedDecoder(PackedModel):
         return decode(layout.layers, self.norm, x, cos, sin, packed, rows, shared, layout.programs)
 
     def make_programs(self, layers: list[DecoderLayer]) -> Programs:
-        return Programs(partial(record, layers, self.norm))
+        return Programs(partial(record, layers, self.norm), self._embedfuse.report.one_call)
 
     def _shared_steps(self, batch: Batch, x: Tensor, rows: Tensor | None) -> Iterator[Step] | None:
         """Steps that run prefixes which texts share once; None where every token has to run."""

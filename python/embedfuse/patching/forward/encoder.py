@@ -135,6 +135,9 @@ class PackedEncoder(PackedModel):
         program = None
         if layout.programs is not None and table_size(words):
             program = layout.programs.for_call(words.weight, packed.tokens, rows is not None)
+        else:
+            kind = type(words).__name__
+            self._embedfuse.report.one_call(f"word_embeddings is a {kind}, or has a max_norm")
         positions = tokens.position_ids
         counted = program is None or (program.counts_positions and not packed.starts_padded)
         if positions is None and not counted:
@@ -154,7 +157,7 @@ class PackedEncoder(PackedModel):
             dropout=tables.dropout,
             padding_idx=self.uncounted_id(tables),
         )
-        return Programs(partial(record, embeddings, layers))
+        return Programs(partial(record, embeddings, layers), self._embedfuse.report.one_call)
 
     def _embed(self, batch: Batch) -> Tensor:
         tables, tokens = self.base_model.embeddings, batch.tokens
