@@ -50,7 +50,7 @@ bench: $(VENV)/installed
 # On a machine with a GPU, in eight minutes: everything, into OUT/results.tgz and OUT/summary.md; fetches nothing.
 # PART=retry: in three minutes, what was red in the archive LAST. PART=rehearse: everything here, without a GPU.
 gpu:
-	PYTHONPATH=python:. $(PYTHON) -m benchmarks gpu $(PART) --out $(OUT) $(if $(LAST),--last $(LAST)) $(ARGS)
+	$(PYTHON) -m benchmarks gpu $(PART) --out $(OUT) $(if $(LAST),--last $(LAST)) $(ARGS)
 
 # The compiled modules for such a machine, in bundle/, which then builds nothing.
 gpu-bundle:

@@ -5,6 +5,7 @@ are there already; else `_cuda` is built, in seconds, and the CPU runs on torch.
 """
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ LINK = PACKAGE / "triton_kernels"
 
 def put_in_place() -> list[str]:
     """Returns what was done, a line each."""
-    if not LINK.exists():
+    if not os.path.lexists(LINK):
         LINK.symlink_to("../../triton_kernels")
     carried = FOLDER / "embedfuse"
     if reason := stale(carried):

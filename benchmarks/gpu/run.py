@@ -110,7 +110,8 @@ def run_stages(
 def run_stage(stage: Stage, work: Path, seconds: float, environment: dict[str, str]) -> str:
     """Run the commands of a stage; returns the state."""
     end, log = time.monotonic() + seconds, work / f"{stage.name}.txt"
-    python_path = os.pathsep.join([str(ROOT / "python"), str(ROOT)])
+    folders = str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")
+    python_path = os.pathsep.join(filter(None, folders))
     settings = {"PYTHONUNBUFFERED": "1", "EMBEDFUSE_GRAPHS": "1", "PYTHONPATH": python_path}
     states = []
     for command in stage.commands(work, seconds):
