@@ -7,7 +7,9 @@ import contextlib
 import copy
 import functools
 import importlib
+import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -21,6 +23,9 @@ import embedfuse
 from benchmarks.harness.rehearsal import size
 from benchmarks.models import checkpoints, workloads
 from benchmarks.models.workloads import LONGEST
+
+
+DISTINCT = 64  # a text takes 20 ms to make
 
 
 class ModelPair:
@@ -44,7 +49,7 @@ class ModelPair:
 
     def __init__(self, name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16):
         self.name, self.device, self.dtype = name, device, dtype
-        self._texts: dict[tuple[int, ...], list[str]] = {}
+        self._texts: dict[tuple[int, int], list[str]] = {}
         make_config, self.write_files, self.pooling = MODELS[name]
         torch.manual_seed(0)
         with torch.device(device):
@@ -70,11 +75,14 @@ class ModelPair:
         return AutoTokenizer.from_pretrained(self.folder)
 
     def texts(self, lengths: Sequence[int]) -> list[str]:
-        """Texts of so many tokens."""
-        key = tuple(lengths)
-        if key not in self._texts:
-            self._texts[key] = workloads.texts_of(self.tokenizer, lengths)
-        return self._texts[key]
+        """Texts of so many tokens; of the same length there are `DISTINCT` different ones."""
+        given: dict[int, itertools.cycle] = {}
+        for length, count in Counter(lengths).items():
+            key = length, min(count, DISTINCT)
+            if key not in self._texts:
+                self._texts[key] = workloads.texts_of(self.tokenizer, [length] * key[1])
+            given[length] = itertools.cycle(self._texts[key])
+        return [next(given[length]) for length in lengths]
 
     @functools.cached_property
     def embedder(self) -> embedfuse.Embedder:
