@@ -25,15 +25,17 @@ def kernels():
 
 small = {"B_Q": 64, "B_N": 64, "B_D": 64, "num_warps": 4, "num_stages": 2}
 listed = precompile.tasks()
-name = info_nce_fused.STATISTICS.name
+name = info_nce_fused.GRADIENT.name
 index = next(index for index, kernel, _ in listed if kernel == name)
 print("tasks", len(listed), len({(index, kernel) for index, kernel, _ in listed[:10]}))
 print("outcome", precompile.compile_one((index, name, small)))
 before = kernels()
 print("kernels", len(before))
+print("types", sorted({"bf16" in p.read_text() for p in Path(sys.argv[1]).rglob("*.ttir")}))
 with compiling(), tuned.choosing(lambda *_, **__: small):
     calls = info_nce_fused.op_calls("cpu", torch.bfloat16, ((96, 1024, 128),))
-    op, args = next(calls)
+    next(calls)
+    op, args = next(calls)  # the backward
     OPS[op](*args)
 print("more", len(kernels() - before))
 print("bad", precompile.compile_one((index, name, {**small, "num_warps": 3})))
@@ -52,5 +54,6 @@ def test_larger_calls_find_what_small_ones_compiled(tmp_path):
     assert found["tasks"].split()[1] == "10"
     assert found["outcome"] == "compiled"
     assert found["kernels"] == "1"
+    assert found["types"] == "[True]"
     assert found["more"] == "0"
     assert found["bad"] != "compiled"
