@@ -1,6 +1,8 @@
-# demo · test · test-all · test-newest · test-oldest · bench · gpu · docs · lint · wheel: each sets up what it needs.
+# demo · test · test-all · test-newest · test-oldest · bench · gpu · gpu-bundle · docs · lint · wheel: each sets up
+# what it needs.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
+BUNDLE_PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
@@ -10,7 +12,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc triton_kernels -type f -not
 # A process per core, of one thread each; the files that take minutes begin first (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-newest test-oldest bench gpu docs lint wheel clean
+.PHONY: demo test test-all test-newest test-oldest bench gpu gpu-bundle docs lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/embedfuse demo $(ARGS)
@@ -45,11 +47,16 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -q -p benchmarks.harness.record --benchmark-only --results=$(OUT)/bench.json $(ARGS)
 	$(BIN)/python -m benchmarks report $(OUT)/bench.json
 
-# On a machine with a GPU: builds into the Python that is there, fetches nothing.
-# PART: tests, sanitizer, models, kernels or tune, each in eight minutes; default the first four in this order.
+# On a machine with a GPU, in eight minutes: everything, into OUT/results.tgz and OUT/summary.md; fetches nothing.
+# PART=retry: in three minutes, what was red in the archive LAST. PART=rehearse: everything here, without a GPU.
 gpu:
-	EMBEDFUSE_BUILD_CUDA=1 $(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	$(PYTHON) -m benchmarks gpu --out $(OUT) $(PART)
+	$(PYTHON) -m benchmarks gpu $(PART) --out $(OUT) $(if $(LAST),--last $(LAST)) $(ARGS)
+
+# The compiled modules for such a machine, in bundle/, which then builds nothing.
+gpu-bundle:
+	$(BUNDLE_PYTHON) -m venv .venv-bundle
+	.venv-bundle/bin/python -m pip install -q --disable-pip-version-check $$(grep -E '^(setuptools|pybind11|ninja)==' requirements-dev.txt)
+	.venv-bundle/bin/python -m benchmarks.gpu.bundle
 
 # site/index.html, from docs/ and the docstrings; fetches nothing.
 docs: $(VENV)/packages
@@ -77,5 +84,5 @@ $(VENV)/installed: $(VENV)/packages $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest build dist out site python/embedfuse.egg-info python/embedfuse/_build.json
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-bundle build bundle dist out site python/embedfuse.egg-info python/embedfuse/_build.json
 	find python triton_kernels -name '*.so' -delete -o -name __pycache__ -prune -exec rm -rf {} +

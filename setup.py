@@ -117,8 +117,8 @@ class NinjaBuild(build_ext):
                 raise BuildError("EMBEDFUSE_BUILD_CUDA=1, but no nvcc: set CUDA_HOME or the PATH")
             return self.leave_out(ext, "nvcc was not found")
         nvcc = home / "bin" / "nvcc"
-        folders = (home / "lib64", home / "targets/x86_64-linux/lib")
-        folder = next((path for path in folders if path.exists()), home)
+        folders = [home / name for name in ("lib64", "targets/x86_64-linux/lib", "lib")]
+        folder = next((f for f in folders if (f / "libcudart_static.a").exists()), folders[0])
         libs = f"-L{folder} -lcudart_static -ldl -lrt -lpthread"
         try:
             cxx, command = find_cxx(), f"{nvcc} {NVCC_FLAGS} {gencode_flags(nvcc)}"

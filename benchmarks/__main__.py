@@ -12,7 +12,7 @@ COMMANDS = {
     "aot": ("kernels.aot", "what each Triton kernel uses of a chip; needs no GPU"),
     "tune": ("gpu.tune", "time the configs of the Triton kernels on this GPU, and store the best"),
     "host": ("gpu.host_time", "host time of each op on a GPU, launches stubbed; needs no GPU"),
-    "gpu": ("gpu.run", "tests, sanitizer and benchmarks on a GPU, part by part"),
+    "gpu": ("gpu.run", "tests, benchmarks, tuning and profiles on a GPU, in one run"),
 }
 
 

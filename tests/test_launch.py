@@ -20,7 +20,7 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 
-from benchmarks.gpu.host_time import StubDriver
+from benchmarks.kernels.stubbed import StubDriver
 from embedfuse.registry import triton_interprets
 
 if triton_interprets():

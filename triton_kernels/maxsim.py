@@ -301,16 +301,21 @@ def aot_calls() -> Iterator[tuple]:
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:
-    """(op, its arguments): a query of 32 tokens, and 128 of them, against 1,000 and 128 documents of 300."""
+    """(op, its arguments): the depths of usual models, against 1,000 and 128 documents."""
+    yield from op_calls(device, dtype, (96, 128, 768, 1024), 1000, 128)
+
+
+def op_calls(device, dtype, depths, documents: int, pairs: int) -> Iterator[tuple]:
+    """A query of 32 tokens against documents of 300, and as many queries as documents."""
 
     def side(count, length, depth):
         starts = torch.arange(0, count * length, length, device=device)
         x = torch.randn(count * length, depth, device=device) / depth**0.5
         return x.to(dtype), torch.stack((starts, starts + length), 1)
 
-    for depth in (96, 128, 768, 1024):
-        query, document = side(1, 32, depth), side(1000, 300, depth)
-        many, fewer = side(128, 32, depth), side(128, 300, depth)
+    for depth in depths:
+        query, document = side(1, 32, depth), side(documents, 300, depth)
+        many, fewer = side(pairs, 32, depth), side(pairs, 300, depth)
         yield "maxsim", (*many, [fewer[0]], fewer[1], None, None, None, False, 0)
         yield "maxsim", (*query, [document[0]], document[1], None, None, None, False, 0)
         scale = torch.ones(len(document[0]), device=device) / 127

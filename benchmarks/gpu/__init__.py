@@ -1,1 +1,1 @@
-"""`make gpu`: kernels and whole models at full size, and tuning. host_time.py alone needs no GPU."""
+"""`make gpu`: tests, kernels, whole models at full size, tuning and profiles in one run."""

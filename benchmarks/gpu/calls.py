@@ -2,14 +2,16 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
-from embedfuse.triton_kernels import tuned
+from embedfuse.triton_kernels import info_nce_fused, maxsim, tuned
 from triton.testing import do_bench
 
 from benchmarks.gpu.search import Rejected
+from benchmarks.harness.timing import DEVICE, seconds
 from benchmarks.kernels.machine_code import kernel_modules, replaced, tunables_of
 from embedfuse import testing, use_backend
 from embedfuse.registry import OPS, Op
@@ -41,7 +43,7 @@ class OpCall:
 def header(chip: str) -> dict:
     return {
         "chip": chip,
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "a rehearsal",
         "triton": triton.__version__,
         "torch": torch.__version__,
     }
@@ -55,6 +57,25 @@ def calls(device: str, kernels: list[str]) -> Iterator[OpCall]:
         for dtype in DTYPES:
             for name, args in module.tuning_calls(device, dtype):
                 yield OpCall(OPS[name], args)
+
+
+HEADLINE = [info_nce_fused.STATISTICS.name, info_nce_fused.GRADIENT.name, maxsim.TUNABLE.name]
+
+
+def headline_calls(device: str, full: bool) -> Iterator[OpCall]:
+    """Calls of `HEADLINE` as in the rows of targets.py, one at a time.
+
+    Args:
+        device: Of their tensors.
+        full: Whether at full size; else so small that any processor runs them. The same kernels are compiled.
+    """
+    sizes = ((4096, 16_384, 1024), (16_384, 16_384, 768)) if full else ((64, 512, 64),)
+    counts = (1000, 128) if full else (8, 8)
+    for name, args in itertools.chain(
+        maxsim.op_calls(device, torch.bfloat16, (128, 1024), *counts),
+        info_nce_fused.op_calls(device, torch.bfloat16, sizes),
+    ):
+        yield OpCall(OPS[name], args)
 
 
 def attempt(call: OpCall, tunable: tuned.Tunable, config: dict) -> float:
@@ -71,9 +92,10 @@ def attempt(call: OpCall, tunable: tuned.Tunable, config: dict) -> float:
         try:
             with compile_recorders() as recorders:
                 call.check()
-            if any(compiled.n_spills for recorder in recorders for compiled in recorder.compiled):
+            compiled = [kernel for recorder in recorders for kernel in recorder.compiled]
+            if any(kernel is not None and kernel.n_spills for kernel in compiled):
                 raise Rejected("spill")
-            return 1e3 * do_bench(call, return_mode="median")
+            return microseconds(call)
         except AssertionError as error:
             raise Rejected("wrong") from error
         except torch.AcceleratorError:  # the device is lost
@@ -82,8 +104,14 @@ def attempt(call: OpCall, tunable: tuned.Tunable, config: dict) -> float:
             raise Rejected(type(error).__name__) from error
 
 
+def microseconds(call: Callable) -> float:
+    if DEVICE == "cpu":  # a rehearsal, in Triton's interpreter
+        return 1e6 * seconds(call, 1)[0]
+    return 1e3 * do_bench(call, return_mode="median")
+
+
 class CompileRecorder:
-    """Replaces a kernel: launches it, and records the compiled kernels."""
+    """Replaces a kernel: launches it, and records the compiled kernels; None of one that is interpreted."""
 
     def __init__(self, kernel: triton.JITFunction):
         self.kernel, self.compiled = kernel, []

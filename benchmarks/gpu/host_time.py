@@ -8,10 +8,8 @@ kernel.
 import argparse
 import contextlib
 import importlib
-import os
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -19,11 +17,9 @@ import torch.nn.functional as F
 from embedfuse.triton_kernels.launch import Launch
 from torch import Tensor
 from transformers import MistralConfig, MistralModel, XLMRobertaConfig, XLMRobertaModel
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
 import embedfuse
-from benchmarks.kernels.machine_code import kernel_modules
+from benchmarks.kernels.stubbed import as_on_a_gpu
 from embedfuse.nn.decoder import decode
 from embedfuse.nn.programs import Programs
 from embedfuse.packing import unpadded
@@ -31,28 +27,6 @@ from embedfuse.patching.forward.tokens import Batch, Tokens
 
 LENGTHS = (3, 5)
 NARROW = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 64, "vocab_size": 100}
-
-
-class StubDriver:
-    """Triton's view of an H100 whose launches do nothing."""
-
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-        load_binary=lambda name, kernel, shared, device: (object(), 0, 0, 0, 1024),
-        unload_module=lambda module: None,
-    )
-
-    def launcher_cls(self, source, metadata) -> Callable:
-        return lambda *args: None
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def towers() -> dict[str, tuple[Programs, Callable[[], Tensor]]]:
@@ -75,19 +49,6 @@ def towers() -> dict[str, tuple[Programs, Callable[[], Tensor]]]:
         "BGE-M3, 24 layers": (layouts[0].programs, lambda: encoder.run_layers(batch, None)),
         "Mistral, 4 layers": (programs, decoded),
     }
-
-
-@contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Inside the block ops on CPU tensors run their Triton launchers, compiled and not interpreted."""
-    kernel_modules()  # Triton decides when they are imported whether it interprets them
-    importlib.import_module("embedfuse.nn.device_calls")
-    with (
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        mock.patch.object(driver, "_active", StubDriver()),
-        embedfuse.use_backend("triton"),
-    ):
-        yield
 
 
 @contextlib.contextmanager
@@ -126,6 +87,9 @@ def measure(programs: Programs, forward: Callable, repeats: int) -> list[float]:
     by_ops = mock.patch.object(Programs, "for_call", return_value=None)
     by_look_up = mock.patch.object(Launch, "__call__", Launch.by_look_up)
     times = []
+    importlib.import_module(
+        "embedfuse.nn.device_calls"
+    )  # before Triton would interpret its kernels
     with torch.inference_mode(), as_on_a_gpu(), without_torch():
         for patches in ((by_ops, by_look_up), (by_ops,), ()):
             with contextlib.ExitStack() as stack:

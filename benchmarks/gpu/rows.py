@@ -9,13 +9,13 @@ import torch
 from benchmarks.harness.peaks import Peaks
 from benchmarks.harness.record import lost_context, one_line
 from benchmarks.harness.targets import TARGETS
-from benchmarks.harness.timing import cuda_seconds
+from benchmarks.harness.timing import DEVICE, seconds, time_once
 from benchmarks.peers.gpu import Peer
 from embedfuse.registry import Cost
 
-GROUPS = 5
+GROUPS = 3
 ROUNDS = 20
-SECONDS = 0.5  # of a group; a call that takes longer is timed once
+SECONDS = 0.25  # of a group; a call that takes longer is timed once
 
 
 def figures(
@@ -48,6 +48,7 @@ def figures(
     scale = {"µs": 1e6, "ms": 1e3}[TARGETS[row].unit]
     return {
         **mine,
+        "wall_seconds": time_once(ours)[0],
         "kernel": row,
         "rows": {row: {"value": mine["seconds"] * scale, "unit": TARGETS[row].unit}},
         "gb_per_s": cost.bytes / mine["seconds"] / 1e9,
@@ -86,12 +87,14 @@ def time_interleaved(calls: dict[str, Callable], flush: Callable) -> dict[str, d
         for name, call in calls.items():
             if (once := times[name][0]) < SECONDS:
                 repeats = max(1, min(ROUNDS, int(SECONDS / once)))
-                times[name] += cuda_seconds(call, repeats, before=flush)
+                times[name] += seconds(call, repeats, before=flush)
     return {name: result[name] | {"seconds": statistics.median(times[name])} for name in calls}
 
 
 def first(call: Callable, flush: Callable) -> dict:
+    if DEVICE == "cpu":
+        return {"seconds": seconds(call, 1, before=flush)[0], "bytes": 0}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    seconds = cuda_seconds(call, 1, before=flush)[0]
-    return {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated() - before}
+    once = seconds(call, 1, before=flush)[0]
+    return {"seconds": once, "bytes": torch.cuda.max_memory_allocated() - before}

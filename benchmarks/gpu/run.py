@@ -1,244 +1,164 @@
-"""`make gpu`: correctness on the GPU, then compute-sanitizer, then speed, part by part.
+"""`make gpu`: correctness, speed, tuning and profiles on a GPU, in one run of --minutes.
 
-    python -m benchmarks gpu --out OUT [tests|sanitizer|models|kernels|tune ...]
+    python -m benchmarks gpu --out OUT             # eight minutes
+    python -m benchmarks gpu retry --last FILE     # three: what was red in that archive, and the sanitizer
+    python -m benchmarks gpu rehearse              # everything on the CPU, at small sizes
 
-Default: all except tune, in that order. A part ends after --minutes (8) and lists what it left out. Results
-are written as they come: after a crash a part continues with the next test, and the next part runs.
-OUT/correctness.json says which ops and families passed; models and kernels skip those that failed.
+Each stage ends at its limit, and the next one begins, whatever became of it. OUT/results.tgz holds all files
+so far at any moment, OUT/summary.md the tables. What is red stands beside the figures and keeps none back.
 """
 
-import json
 import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import threading
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from benchmarks.gpu import stages
+from benchmarks.gpu.archive import NAME, Archive
+from benchmarks.gpu.limits import KILLED, ROOT, end_on_signals, run_limited
+from benchmarks.gpu.stages import Stage
+from benchmarks.gpu.summary import table
+from benchmarks.harness.outcomes import NOT_RUN, PASSED, entries_of
 
-from benchmarks.harness import record
-from embedfuse import native
-from embedfuse.cli import doctor
-
-PYTEST = [sys.executable, "-m", "pytest", "-v", "--continue-on-collection-errors"]
-PYTEST += ["-p", "benchmarks.harness.record", "-p", "no:cacheprovider"]
-SPEED = {
-    "models": ["benchmarks/models/test_curves.py", "benchmarks/gpu/test_gpu_models.py"],
-    "kernels": [
-        *("benchmarks/gpu/test_gpu_kernels.py", "benchmarks/kernels/test_ops.py"),
-        "benchmarks/kernels/test_info_nce.py",
-    ],
-}
-OURS = "kernel_substring=embedfuse"  # torch's kernels race by design, in sorting
-# initcheck includes torch's kernels: without them, what they write would count as not written.
-SANITIZER = {
-    ("memcheck", "cuda"): [],
-    ("racecheck", "cuda"): ["--kernel-name", OURS],
-    ("initcheck", "cuda"): [],
-    ("memcheck", "triton"): [],
-}
-GRACE = 30  # seconds after the budget in which the running test may end
+MINUTES = {"run": 8.0, "retry": 3.0, "rehearse": 20.0}
+LEAST = 8.0  # seconds; with less left no stage begins
+NO_GPU = 86  # exit status of benchmarks/gpu/machine.py
+NO_GPU_HERE = "no GPU to run on; `make gpu PART=rehearse` runs without one"
+RED = "red"
+REHEARSAL = {"EMBEDFUSE_REHEARSAL": "1", "CUDA_VISIBLE_DEVICES": ""}
 STARTED = time.monotonic()
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all except tune")
+    parser.add_argument(
+        "part", nargs="?", choices=tuple(MINUTES), default="run", help="default: run"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--minutes", type=float, default=8.0, help="of each part")
+    parser.add_argument("--minutes", type=float, help=f"of the whole; default {MINUTES}")
+    parser.add_argument(
+        "--last", type=Path, help="retry: archive of the run before; default OUT/results.tgz"
+    )
+    parser.add_argument(
+        "--rows", default="", help="retry: pytest's -k of the rows, instead of the red ones"
+    )
 
 
 def run(args) -> int:
-    if unknown := sorted(set(args.parts) - PARTS.keys()):
-        raise SystemExit(f"parts: {', '.join(unknown)}; accepted are {', '.join(PARTS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if reason := describe(args.out):
-        say(f"no GPU to run on: {reason}. `make bench` makes the same report for the CPU.")
-        return 2
-    failed = [
-        name
-        for name in args.parts or [name for name in PARTS if name != "tune"]
-        if not run_part(name, args.out, 60 * args.minutes)
-    ]
-    say(f"failed: {', '.join(failed)}" if failed else "all parts passed")
-    return 1 if failed else 0
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    plan, environment = stages.RUN, {}
+    if args.part == "retry":
+        plan = stages.retry(args.last or out / NAME, args.rows)
+    elif args.part == "rehearse":
+        environment = REHEARSAL
+    seconds = 60 * (args.minutes or MINUTES[args.part])
+    end_on_signals()
+    with tempfile.TemporaryDirectory(prefix="embedfuse-gpu-", ignore_cleanup_errors=True) as folder:
+        # The compiled kernels are not results.
+        work, cache = Path(folder, "work"), Path(folder, "triton")
+        environment = {**environment, "TRITON_CACHE_DIR": str(cache)}
+        work.mkdir()
+        with Archive(work, out):
+            results = run_stages(plan, work, out, seconds, environment)
+    return 0 if all(result.state == PASSED for result in results) else 1
 
 
-def describe(out: Path) -> str | None:
-    """Print what this machine has; returns the reason where nothing can run."""
-    facts = doctor.collect()
-    (out / "doctor.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(doctor.as_text(facts), flush=True)
-    try:
-        native.require_gpu()
-    except native.Unavailable as reason:
-        return str(reason)
-    gpu = torch.cuda.get_device_properties(0)
-    asked = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,clocks.sm,power.limit",
-        "--format=csv,noheader",
-    ]
-    driver = "nvidia-smi is absent"
-    if shutil.which(asked[0]):
-        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    say(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"driver, clock, power limit: {driver}")  # fmt: skip
-    try:
-        torch.ones(1, device="cuda").add(1).item()
-    except RuntimeError as error:
-        return f"{gpu.name} runs no kernel of torch {torch.__version__}: {error}"
-    return None
+@dataclass
+class Result:
+    """What became of a stage.
+
+    Attributes:
+        state: PASSED, RED (a test or row failed), or in words what ended it.
+        limit: Seconds it had.
+        took: Seconds it took.
+    """
+
+    stage: Stage
+    state: str = "not begun"
+    limit: float = 0.0
+    took: float = 0.0
 
 
-def run_part(name: str, out: Path, budget: float) -> bool:
-    say(f"=== {name}, at most {budget / 60:.3g} minutes")
-    end = time.monotonic() + budget
-    try:
-        fine = PARTS[name](name, out, end)
-    except Exception as error:
-        say(f"{name}: {type(error).__name__}: {error}")
-        fine = False
-    say(f"=== {name}: {'passed' if fine else 'FAILED'}")
-    return fine
-
-
-def run_tests(name: str, out: Path, end: float) -> bool:
-    entries = run_pytest(["-m", "gpu", "tests"], out, name, end)
-    verdicts = record.verdicts(entries)
-    (out / "correctness.json").write_text(json.dumps(verdicts, indent=1) + "\n")
-    for subject, verdict in verdicts.items():
-        say(f"{verdict:8} {subject}")
-    return not record.failed_names(verdicts) and record.PASSED in verdicts.values()
-
-
-def run_speed(name: str, out: Path, end: float) -> bool:
-    gate = out / "correctness.json"
-    if not gate.exists():
-        say(f"{name}: no {gate}, so nothing is skipped; each benchmark checks the values itself")
-    files = ["--benchmark-only", "--correctness", str(gate), *SPEED[name]]
-    entries = run_pytest(files, out, name, end)
-    stored = [str(path) for part in SPEED if (path := out / f"{part}.json").exists()]
-    report = [sys.executable, "-m", "benchmarks", "report", *stored, "--out", str(out)]
-    reported = run_logged(report, out / f"{name}-report.txt", time.monotonic() + 120) == 0
-    # Failures of other libraries are reported, and are no failure of this part.
-    ours = {e["outcome"] for e in entries if "other_libraries" not in e["name"]}
-    return reported and not ours & {record.FAILED, record.BEGUN}
-
-
-def run_pytest(arguments: list[str], out: Path, name: str, end: float) -> list[dict]:
-    """The entries of the results file. After a crash a new process continues, as long as it gets further."""
-    results = out / f"{name}.json"
-    results.unlink(missing_ok=True)
-    left = None
-    while time.monotonic() < end:
-        budget = ["--results", str(results), "--budget", f"{end - time.monotonic():.0f}"]
-        code = run_logged([*PYTEST, *budget, *arguments], out / f"{name}.txt", end + GRACE)
-        entries = json.loads(results.read_text())["benchmarks"] if results.exists() else []
-        before, left = left, sum(e["outcome"] == record.NOT_RUN for e in entries)
-        if code == 0 or left in (0, before) or not entries:
-            break
-        say(f"{name}: pytest ended with {code}, {left} tests to go")
-    if not results.exists():
-        raise RuntimeError(f"pytest ended with {code} before it collected a test")
-    say_outcomes(name, entries)
-    return entries
-
-
-def say_outcomes(name: str, entries: list[dict]) -> None:
-    counts = Counter(entry["outcome"] for entry in entries)
-    say(f"{name}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}")
-    for entry in entries:
-        if entry["outcome"] == record.BEGUN:
-            say(f"  did not end (a crash, or the time was over): {entry['name']}")
-        elif entry["outcome"] != record.PASSED:
-            say(f"  {entry['outcome']}: {entry['name']} {entry.get('reason', '')}".rstrip())
-
-
-def run_sanitizer(name: str, out: Path, end: float) -> bool:
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-    if tool is None:
-        say(
-            "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin: nothing was checked"
-        )
-        return True
-    # Each tensor gets its memory from cudaMalloc, so that the tools see where it ends.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    verdicts = {}
-    for (check, backend), options in SANITIZER.items():
-        if time.monotonic() > end:
-            verdicts[f"{check} {backend}"] = record.NOT_RUN
+def run_stages(
+    plan: list[Stage], work: Path, out: Path, seconds: float, environment: dict[str, str]
+) -> list[Result]:
+    """Run the stages within `seconds` in all; after each of them its table is printed and stored."""
+    results = [Result(stage) for stage in plan]
+    end = time.monotonic() + seconds
+    for result in results:
+        stage, left = result.stage, end - time.monotonic()
+        result.limit = max(0.0, left if stage.share is None else min(left, stage.share * seconds))
+        write_summary(results, work, out)
+        if result.limit < min(LEAST, seconds / 10):
+            result.state = "no time left"
             continue
-        # torch makes driver calls that may fail by design, so API errors are not reported.
-        command = [
-            tool,
-            "--tool",
-            check,
-            "--error-exitcode",
-            "9",
-            "--report-api-errors",
-            "no",
-            *options,
-        ]
-        command += [sys.executable, "-m", "benchmarks.gpu.sanitize", backend]
-        log = out / f"sanitizer-{check}-{backend}.txt"
-        code = run_logged(command, log, end + GRACE, environment)
-        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log.read_text())
-        verdict = record.PASSED if code == 0 and summary else record.FAILED
-        verdicts[f"{check} {backend}"] = (
-            f"{verdict}: {summary[-1] if summary else f'ended with {code}'}"
-        )
-        (out / "sanitizer.json").write_text(json.dumps(verdicts, indent=1) + "\n")
-    for what, verdict in verdicts.items():
-        say(f"{what}: {verdict}")
-    return not any(verdict.startswith(record.FAILED) for verdict in verdicts.values())
+        say(f"=== {stage.name}, at most {result.limit:.0f} s")
+        begun = time.monotonic()
+        result.state = "runs"
+        write_summary(results, work, out)
+        result.state = run_stage(stage, work, result.limit, environment)
+        result.took = time.monotonic() - begun
+        say(f"=== {stage.name}: {result.state}, {result.took:.1f} s\n{shown(stage, work)}")
+        if result.state == NO_GPU_HERE:
+            break
+    write_summary(results, work, out)
+    say(stage_table(results))
+    return results
 
 
-def run_tune(name: str, out: Path, end: float) -> bool:
-    budget = f"{max(0.0, end - time.monotonic()):.0f}"
-    command = [sys.executable, "-m", "benchmarks", "tune", "--budget", budget]
-    command += ["--out", str(out / "configs")]  # on a borrowed machine only `out` is kept
-    return run_logged(command, out / "tune.txt", end + GRACE) == 0
+def run_stage(stage: Stage, work: Path, seconds: float, environment: dict[str, str]) -> str:
+    """Run the commands of a stage; returns the state."""
+    end, log = time.monotonic() + seconds, work / f"{stage.name}.txt"
+    folders = str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")
+    python_path = os.pathsep.join(filter(None, folders))
+    settings = {"PYTHONUNBUFFERED": "1", "EMBEDFUSE_GRAPHS": "1", "PYTHONPATH": python_path}
+    states = []
+    for command in stage.commands(work, seconds):
+        left = None
+        while True:
+            code = run_limited(command, log, end - time.monotonic(), {**settings, **environment})
+            before, left = left, not_run(work, stage)
+            # Only a process that died leaves tests to another one.
+            if code in (0, 1, KILLED) or not stage.resumes or left in (0, before):
+                break
+            say(f"{stage.name}: ended with {code}, {left} to go")
+        states.append(state_of(code))
+    return next((state for state in states if state != PASSED), PASSED)
 
 
-def run_logged(command: list[str], log: Path, end: float, environment: dict | None = None) -> int:
-    """Exit status of the command, which is killed at `end`; its output is shown and appended to `log`."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "EMBEDFUSE_GRAPHS": "1", **(environment or {})},
-        start_new_session=True,
-    )
-    left = max(0.0, end - time.monotonic())
-    killer = threading.Timer(left, os.killpg, (process.pid, signal.SIGKILL))  # its children too
-    killer.start()
-    with log.open("a") as file:
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            say(line.rstrip())
-    killer.cancel()
-    return process.wait()
+def not_run(work: Path, stage: Stage) -> int:
+    entries = entries_of(work / f"{stage.name}.json") if stage.resumes else []
+    return sum(entry["outcome"] == NOT_RUN for entry in entries)
+
+
+def state_of(code: int) -> str:
+    named = {0: PASSED, 1: RED, NO_GPU: NO_GPU_HERE, KILLED: "cut at its limit"}
+    return named.get(code, f"crashed, exit status {code}")
+
+
+def shown(stage: Stage, work: Path) -> str:
+    """The table of a stage, or why there is none: its files may be incomplete."""
+    try:
+        return stage.table(work)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no table: {type(error).__name__}: {error}"
+
+
+def write_summary(results: list[Result], work: Path, out: Path) -> None:
+    parts = [stage_table(results)]
+    parts += [f"## {r.stage.name}\n\n{shown(r.stage, work)}" for r in results if r.took]
+    text = "\n\n".join(parts) + "\n"
+    for folder in (work, out):
+        part = folder / "summary.part"
+        part.write_text(text, "utf-8")
+        os.replace(part, folder / "summary.md")
+
+
+def stage_table(results: list[Result]) -> str:
+    cells = ((r.stage.name, r.state, f"{r.took:.1f}", f"{r.limit:.0f}") for r in results)
+    return table(("stage", "state", "seconds", "limit"), cells)
 
 
 def say(line: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {line}", flush=True)
-
-
-PARTS: dict[str, Callable[[str, Path, float], bool]] = {
-    "tests": run_tests,
-    "sanitizer": run_sanitizer,
-    "models": run_speed,
-    "kernels": run_speed,
-    "tune": run_tune,
-}

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -80,7 +81,7 @@ def best(
     tunable: Tunable, dtype: str, shape: dict, attempt: Callable, until: float
 ) -> tuple[dict, str]:
     """The entry to store, and a summary of the search. The default is timed even after `until`."""
-    default, *others = tunable.space(getattr(torch, dtype), shape)
+    default, *others = ordered(tunable, getattr(torch, dtype), shape)
     default_us = attempt(default)
     us, config, rejected = default_us, default, collections.Counter()
     tried = 0
@@ -99,6 +100,13 @@ def best(
     entry |= {"us": round(us, 2), "default_us": round(default_us, 2)}
     reasons = "".join(f", {count} {reason}" for reason, count in rejected.items())
     return entry, f"{tried} of {len(others)} others tried{reasons}"
+
+
+def ordered(tunable: Tunable, dtype: torch.dtype, shape: dict) -> list[dict]:
+    """All configs, the default first; the others shuffled, so that a part of them is a sample of all."""
+    default, *others = tunable.space(dtype, shape)
+    random.Random(0).shuffle(others)
+    return [default, *others]
 
 
 def add(document: dict, entry: dict) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.harness.rehearsal import size
 from benchmarks.harness.timing import cpu_seconds, cuda_seconds
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,7 +33,7 @@ def measure(device: str) -> Peaks:
 
 def bandwidth(device: str) -> float:
     if device == "cpu":
-        x = torch.ones(2**26)  # 256 MiB
+        x = torch.ones(size(2**26, 2**20))  # 256 MiB
         return x.nbytes / min(cpu_seconds(x.sum))
     x = torch.ones(2**28, device=device)
     y = torch.empty_like(x)
@@ -40,7 +41,7 @@ def bandwidth(device: str) -> float:
 
 
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    n = 2048 if device == "cpu" else 8192
+    n = size(2048, 128) if device == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     out = torch.empty_like(a)  # fresh pages would cost more than the arithmetic
     seconds = cpu_seconds if device == "cpu" else cuda_seconds

@@ -1,9 +1,10 @@
 """A pytest plugin that writes the outcome and figures of each test to a JSON file as they come.
 
-    python -m pytest -p benchmarks.harness.record --results FILE [--budget SECONDS] [--correctness FILE] ...
+    python -m pytest -p benchmarks.harness.record --results FILE ...
 
-Every test is in FILE before the first one runs, so a crash loses no result and tests that did not run are
-listed. A second run with the same FILE continues the first: tests with an outcome are not run again.
+Tests that did not run, or did not end, are listed. In one process a second run with the same FILE continues
+the first: tests with an outcome are not run again. With several processes (pytest -n) the first one writes;
+a test that takes its process down is a failure there.
 """
 
 import json
@@ -15,39 +16,55 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness.outcomes import BEGUN, FAILED, NOT_RUN, PASSED
+
 LOAD = os.getloadavg()[0]  # of other processes: this one has done nothing yet
 START = time.monotonic()
-# A test that has begun and not ended crashed the process, or was stopped by a time limit.
-NOT_RUN, BEGUN, PASSED, FAILED, SKIPPED = "not run", "begun", "passed", "failed", "skipped"
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="JSON file of outcomes and figures")
-    parser.addoption("--budget", type=float, help="seconds after which no test begins")
-    parser.addoption(
-        "--correctness",
-        type=Path,
-        help="JSON file of ops and families; benchmarks of failed ones are skipped",
-    )
 
 
 def pytest_configure(config):
     if path := config.getoption("--results"):
-        config.pluginmanager.register(ResultsFile(config, path), "results-file")
+        config.pluginmanager.register(Properties(), "result-properties")
+        if not is_worker(config):
+            config.pluginmanager.register(ResultsFile(path), "results-file")
+
+
+def is_worker(config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+class Properties:
+    """Gives each report what only the process of the test knows: what it covers, and its figures."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        item.user_properties.append(("covers", covered(item)))
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self, item, call):
+        fixture = getattr(item, "funcargs", {}).get("benchmark")
+        if call.when == "call" and fixture is not None:
+            item.user_properties.append(("figures", dict(fixture.extra_info)))
+        report = yield
+        if call.when == "teardown" and (lost := lost_context()):
+            if is_worker(item.config):
+                os._exit(3)  # it would fail all its other tests; another process takes these
+            pytest.exit(f"{item.nodeid} lost the GPU's context: {lost}", returncode=3)
+        return report
 
 
 class ResultsFile:
     """The file of one run, rewritten after every test."""
 
-    def __init__(self, config, path: Path):
+    def __init__(self, path: Path):
         self.path = path
-        self.budget = config.getoption("--budget")
         stored = json.loads(path.read_text()) if path.exists() else {}
         self.machine = machine_info() | stored.get("machine_info", {})
         self.entries = {entry["name"]: entry for entry in stored.get("benchmarks", [])}
-        correctness = config.getoption("--correctness")
-        known = correctness is not None and correctness.exists()
-        self.wrong = failed_names(json.loads(correctness.read_text())) if known else []
 
     def write(self) -> None:
         content = {"machine_info": self.machine, "benchmarks": list(self.entries.values())}
@@ -56,49 +73,44 @@ class ResultsFile:
         written.write_text(text + "\n", "utf-8")
         os.replace(written, self.path)
 
+    def entry(self, name: str) -> dict:
+        return self.entries.setdefault(name, {"name": name, "outcome": NOT_RUN, "covers": []})
+
     def pytest_collectreport(self, report):
         if report.failed:
-            entry = {"outcome": FAILED, "covers": [], "reason": reason(report)}
-            self.entries[report.nodeid] = {"name": report.nodeid, **entry}
+            self.entry(report.nodeid).update(outcome=FAILED, reason=reason(report))
+            self.write()
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
-        done = [item for item in items if self.outcome(item) != NOT_RUN]
-        items[:] = [item for item in items if self.outcome(item) == NOT_RUN]
+        done = [item for item in items if self.entry(item.nodeid)["outcome"] != NOT_RUN]
+        items[:] = [item for item in items if self.entry(item.nodeid)["outcome"] == NOT_RUN]
         config.hook.pytest_deselected(items=done)
         for item in items:
-            entry = {"name": item.nodeid, "outcome": NOT_RUN, "covers": covered(item)}
-            self.entries.setdefault(item.nodeid, entry)
+            self.entry(item.nodeid)["covers"] = covered(item)
         self.write()
 
-    def outcome(self, item) -> str:
-        return self.entries.get(item.nodeid, {}).get("outcome", NOT_RUN)
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        for name in ids:
+            self.entry(name)
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item):
-        if self.budget is not None and time.monotonic() - START > self.budget:
-            pytest.exit(f"the time is over: {self.budget:.0f} s", returncode=0)
-        if wrong := [name for name in covered(item) if name in self.wrong]:
-            pytest.skip(f"failed in the tests: {', '.join(wrong)}")
-        self.entries[item.nodeid]["outcome"] = BEGUN
+    def pytest_runtest_logstart(self, nodeid):
+        self.entry(nodeid)["outcome"] = BEGUN
         self.write()
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = yield
-        entry = self.entries[item.nodeid]
+    def pytest_runtest_logreport(self, report):
+        entry, known = self.entry(report.nodeid), dict(report.user_properties)
+        entry["covers"] = known.get("covers", entry["covers"])
+        if "figures" in known:
+            entry["extra_info"] = known["figures"]
         if report.outcome != PASSED:
             entry |= {"outcome": report.outcome, "reason": reason(report)}
         elif report.when == "call":
             entry["outcome"] = PASSED
-            if fixture := getattr(item, "funcargs", {}).get("benchmark"):
-                entry["extra_info"] = dict(fixture.extra_info)
-        if report.when == "teardown":
+        if report.when != "setup":
             entry["seconds"] = round(time.monotonic() - START, 1)
             self.write()
-            if lost := lost_context():
-                pytest.exit(f"{item.nodeid} lost the GPU's context: {lost}", returncode=3)
-        return report
 
 
 def covered(item) -> list[str]:
@@ -107,25 +119,6 @@ def covered(item) -> list[str]:
     params = getattr(getattr(item, "callspec", None), "params", {})
     op = params.get("op") or params.get("version", (None,))[0]
     return sorted(names | {getattr(op, "name", None), params.get("family")} - {None})
-
-
-def verdicts(entries: list[dict]) -> dict[str, str]:
-    """Failed, passed or not run, by op or family; by file for tests that name neither."""
-    outcomes: dict[str, set] = {}
-    for entry in entries:
-        for name in entry["covers"] or [Path(entry["name"].split("::")[0]).stem]:
-            outcomes.setdefault(name, set()).add(entry["outcome"])
-    return {name: verdict(of_name) for name, of_name in sorted(outcomes.items())}
-
-
-def verdict(outcomes: set[str]) -> str:
-    if outcomes & {FAILED, BEGUN}:
-        return FAILED
-    return PASSED if PASSED in outcomes else NOT_RUN
-
-
-def failed_names(correctness: dict[str, str]) -> list[str]:
-    return [name for name, outcome in correctness.items() if outcome == FAILED]
 
 
 def reason(report) -> str:

@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE.json",
-        help="what `make bench` or `make gpu` wrote",
+        help="what `make bench` wrote, or a stage of `make gpu`",
     )
     parser.add_argument(
         "--out", type=Path, help="folder of tables and plots; default: the first file's"

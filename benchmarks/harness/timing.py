@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.harness.rehearsal import size
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -17,11 +19,16 @@ class Times:
 
     Attributes:
         wall: From the call to its result, after the GPU has finished.
-        gpu: Between two CUDA events, gaps between launches included. None on the CPU.
+        gpu: Between two CUDA events. None on the CPU.
     """
 
     wall: float
     gpu: float | None
+
+    @property
+    def on_device(self) -> float:
+        """`gpu`, or on the CPU `wall`."""
+        return self.wall if self.gpu is None else self.gpu
 
 
 def interleaved(calls: Sequence[Callable], rounds: int, warmup: int = 1) -> list[Times]:
@@ -67,19 +74,45 @@ def in_turns(
 
 
 def time_once(call: Callable) -> tuple[float, float | None]:
-    """Seconds by the wall clock and by CUDA events."""
+    """Seconds by the wall clock and by CUDA events.
+
+    A short call runs a second time for its events, queued while the GPU is kept busy: otherwise it would idle
+    between launches, and the events would measure Python.
+    """
     if not torch.cuda.is_available():
         start = time.perf_counter()
         call()
         return time.perf_counter() - start, None
+    wall, gpu = between_events(call)
+    if wall < SHORT:
+        _, gpu = between_events(call, asleep=2 * wall)
+    return wall, gpu
+
+
+# Seconds. The launches of longer calls run ahead of the GPU.
+SHORT = 0.02
+# Cycles per second of torch.cuda._sleep: no GPU's clock is faster, so that it sleeps no shorter.
+CLOCK = 2e9
+LONGEST_SLEEP = 0.5
+
+
+def between_events(call: Callable, asleep: float = 0.0) -> tuple[float, float]:
+    """Seconds of a call by the wall clock and between events, the GPU first asleep for so many seconds."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start = time.perf_counter()
+    sleep(asleep)
     begin.record()
     call()
     end.record()
     torch.cuda.synchronize()
     return time.perf_counter() - start, begin.elapsed_time(end) / 1e3
+
+
+def sleep(seconds: float) -> None:
+    """Queue this much idling of the GPU, so that what is queued next finds no gap."""
+    if seconds:
+        torch.cuda._sleep(int(CLOCK * min(seconds, LONGEST_SLEEP)))
 
 
 def cpu_seconds(call: Callable) -> list[float]:
@@ -89,7 +122,7 @@ def cpu_seconds(call: Callable) -> list[float]:
     """
     call()
     times = []
-    while sum(times) < 2:
+    while sum(times) < size(2, 0.1):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -105,13 +138,33 @@ def cuda_seconds(call: Callable, repeats: int = 20, before: Callable = lambda: N
         before: Queued ahead of each call and not timed, e.g. to empty the caches.
     """
     call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = (
+        time.perf_counter() - start
+    )  # a call that waits for the GPU counts that wait: it sleeps longer
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    # About 10 ms, so that launches are queued before the GPU needs them.
-    torch.cuda._sleep(2 * 10**7)
-    for start, end in events:
+    # Until all launches are queued.
+    sleep(0.01 + 1.5 * repeats * host)
+    for begin, end in events:
         before()
-        start.record()
+        begin.record()
         call()
         end.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
+    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
+
+
+def seconds(call: Callable, repeats: int = 20, before: Callable = lambda: None) -> list[float]:
+    """Time of each call on DEVICE."""
+    if DEVICE == "cuda":
+        return cuda_seconds(call, repeats, before)
+    call()
+    times = []
+    for _ in range(repeats):
+        before()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times

@@ -7,8 +7,10 @@ import contextlib
 import copy
 import functools
 import importlib
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +20,12 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
 import embedfuse
-from benchmarks.models import checkpoints
+from benchmarks.harness.rehearsal import size
+from benchmarks.models import checkpoints, workloads
 from benchmarks.models.workloads import LONGEST
+
+
+DISTINCT = 64  # a text takes 20 ms to make
 
 
 class ModelPair:
@@ -36,10 +42,14 @@ class ModelPair:
         original: The model of transformers.
         patched: The patched copy.
         pooling: How vectors are pooled: "cls", "last" or "mean".
+        patch_error: Set by who patched without the self-check's bound: what the check said.
     """
+
+    patch_error = ""
 
     def __init__(self, name: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16):
         self.name, self.device, self.dtype = name, device, dtype
+        self._texts: dict[tuple[int, int], list[str]] = {}
         make_config, self.write_files, self.pooling = MODELS[name]
         torch.manual_seed(0)
         with torch.device(device):
@@ -64,6 +74,16 @@ class ModelPair:
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(self.folder)
 
+    def texts(self, lengths: Sequence[int]) -> list[str]:
+        """Texts of so many tokens; of the same length there are `DISTINCT` different ones."""
+        given: dict[int, itertools.cycle] = {}
+        for length, count in Counter(lengths).items():
+            key = length, min(count, DISTINCT)
+            if key not in self._texts:
+                self._texts[key] = workloads.texts_of(self.tokenizer, [length] * key[1])
+            given[length] = itertools.cycle(self._texts[key])
+        return [next(given[length]) for length in lengths]
+
     @functools.cached_property
     def embedder(self) -> embedfuse.Embedder:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -84,6 +104,10 @@ class ModelPair:
     def embed(self, batch: dict) -> Tensor:
         """Vectors of the patched model, pooled and normalised."""
         return embedfuse.embed(self.patched, **batch, pooling=self.pooling)
+
+    def embed_unpadded(self, batch: dict) -> Tensor:
+        """The same for a batch without padding."""
+        return self.embed({**batch, "attention_mask": None})
 
     def forward_of(self, peer: str) -> Callable[[dict], Tensor]:
         """batch -> vectors of a peer in `FORWARDS`, pooled and normalised.
@@ -130,9 +154,25 @@ FORWARDS = {
     "transformers, flash-attn": with_flash_attention,
     "transformers, torch.compile": lambda model: torch.compile(model, dynamic=False),
 }
+BERT_SMALL = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+}
+BGE_SIZES = size(checkpoints.FULL, {**checkpoints.SMALL, "vocab_size": 16000})
+E5_SIZES = size(checkpoints.E5_MISTRAL, {**checkpoints.E5_MISTRAL_SMALL, "vocab_size": 16000})
 # Configuration, writer of tokenizer and settings, pooling.
 MODELS = {
-    "BGE-M3": (checkpoints.bge_m3_config, checkpoints.write_bge_m3_files, "cls"),
-    "E5-mistral-7B": (checkpoints.e5_mistral_config, checkpoints.write_e5_mistral_files, "last"),
-    "BERT-base": (BertConfig, None, "mean"),
+    "BGE-M3": (
+        lambda: checkpoints.bge_m3_config(BGE_SIZES),
+        lambda folder: checkpoints.write_bge_m3_files(folder, BGE_SIZES),
+        "cls",
+    ),
+    "E5-mistral-7B": (
+        lambda: checkpoints.e5_mistral_config(size(32, 3), E5_SIZES),
+        lambda folder: checkpoints.write_e5_mistral_files(folder, E5_SIZES),
+        "last",
+    ),
+    "BERT-base": (lambda: BertConfig(**size({}, BERT_SMALL)), None, "mean"),
 }

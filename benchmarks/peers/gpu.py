@@ -7,6 +7,7 @@ starts.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ class Peer:
 
     function: Callable
     packages: tuple[str, ...] = ()
+
+    def is_installed(self) -> bool:
+        try:
+            return bool([version(package) for package in self.packages])
+        except PackageNotFoundError:
+            return False
 
 
 def late_interaction_kernels(q: Tensor, d: Tensor) -> Callable:

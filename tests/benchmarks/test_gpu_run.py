@@ -1,9 +1,11 @@
-"""`make gpu` without a GPU: the parts, the results file, and what happens when a test fails or crashes."""
+"""`make gpu` without a GPU: a stage that hangs, crashes or is red stops no other; a kill loses nothing."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -11,17 +13,145 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.gpu import run as gpu
-from benchmarks.harness import record
+from benchmarks.gpu import stages, summary
+from benchmarks.gpu.archive import Archive
+from benchmarks.gpu.limits import KILLED, run_limited
+from benchmarks.gpu.stages import Stage
 
 ROOT = Path(__file__).parents[2]
+HANG = """
+import pathlib, subprocess, sys
+child = subprocess.Popen(["sleep", "60"])
+pathlib.Path(sys.argv[1], "pid").write_text(str(child.pid))
+child.wait()
+"""
+
+
+def stage(name: str, share: float | None, *codes: str) -> Stage:
+    def commands(work, seconds):
+        return [[sys.executable, "-c", code, str(work)] for code in codes]
+
+    return Stage(name, share, commands, lambda work: f"table of {name}")
+
+
+def runs(folder: Path) -> bool:
+    """Whether the child of HANG does."""
+    state = Path("/proc", (folder / "pid").read_text(), "stat")
+    return state.exists() and state.read_text().split()[2] != "Z"
+
+
+WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1], 'written.txt').write_text('figures')"
+PLAN = [
+    stage("sound", 0.2, WRITE),
+    stage("hangs", 0.1, HANG, "raise SystemExit('never')"),
+    stage("crashes", 0.2, "import os; os._exit(11)"),
+    stage("red", 0.2, "raise SystemExit(1)"),
+    stage("last", None, "print('still here')"),
+]
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    out.mkdir()
+    return work, out
+
+
+def test_a_stage_that_hangs_is_cut_and_the_rest_goes_on(folders, capsys):
+    work, out = folders
+    begun = time.monotonic()
+    with Archive(work, out):
+        results = gpu.run_stages(PLAN, work, out, 20.0, {})
+    assert time.monotonic() - begun < 20
+    assert {r.stage.name: r.state for r in results} == {
+        "sound": "passed",
+        "hangs": "cut at its limit",
+        "crashes": "crashed, exit status 11",
+        "red": "red",
+        "last": "passed",
+    }
+    assert 2 <= results[1].took < 5
+    assert not runs(work)
+    text = (out / "summary.md").read_text()
+    for result in results:
+        assert f"| {result.stage.name} | {result.state} | " in text
+        assert f"## {result.stage.name}\n\ntable of {result.stage.name}" in text
+        assert (
+            f"=== {result.stage.name}, at most" in capsys.readouterr().out or result != results[0]
+        )
+    with tarfile.open(out / "results.tgz") as archive:
+        assert archive.extractfile("written.txt").read() == b"figures"
+        assert b"still here" in archive.extractfile("last.txt").read()
+        assert archive.extractfile("summary.md").read().decode() == text
+
+
+def test_without_time_the_rest_is_named(folders):
+    work, out = folders
+    results = gpu.run_stages([stage("hangs", 1.0, HANG), PLAN[-1]], work, out, 2.0, {})
+    assert [r.state for r in results] == ["cut at its limit", "no time left"]
+    assert "| last | no time left | 0.0 | 0 |" in (out / "summary.md").read_text()
+
+
+RUN = """
+import sys
+from pathlib import Path
+from benchmarks.gpu import run
+from benchmarks.gpu.archive import Archive
+from tests.benchmarks import test_gpu_run as cases
+work, out = Path(sys.argv[1]), Path(sys.argv[2])
+plan = [cases.PLAN[0], cases.stage("hangs", None, "import time; time.sleep(60)")]
+run.end_on_signals()
+with Archive(work, out, seconds=0.2):
+    run.run_stages(plan, work, out, 60.0, {})
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_loses_nothing(folders, sent):
+    work, out = folders
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(work), str(out)], env=environment)
+    until = time.monotonic() + 60
+    while "hangs | runs" not in (text := stored(out).get("summary.md", "")):
+        assert time.monotonic() < until, text
+        time.sleep(0.1)
+    process.send_signal(sent)
+    assert process.wait(20) in (-signal.SIGKILL, 128 + signal.SIGTERM)
+    hung = subprocess.run(["pgrep", "-f", f"time.sleep.60. {work}"], capture_output=True, text=True)
+    for child in hung.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    assert bool(hung.stdout) == (sent == signal.SIGKILL)  # SIGTERM ends the stages too
+    found = stored(out)
+    assert found["written.txt"] == "figures"
+    assert "| sound | passed |" in found["summary.md"]
+    assert "results.tgz" in {path.name for path in out.iterdir()}
+
+
+def stored(out: Path) -> dict[str, str]:
+    path = out / "results.tgz"
+    if not path.exists():
+        return {}
+    with tarfile.open(path) as archive:
+        return {name: archive.extractfile(name).read().decode() for name in archive.getnames()}
+
+
+def test_a_process_is_killed_with_its_children(tmp_path):
+    log, start = tmp_path / "log.txt", time.monotonic()
+    code = f"print('begun', flush=True){HANG}"
+    assert run_limited([sys.executable, "-c", code, str(tmp_path)], log, 2.0, {}) == KILLED
+    assert time.monotonic() - start < 10
+    assert not runs(tmp_path)
+    assert log.read_text().endswith("\nbegun\n")
+
+
 SUITE = """
 import os
-import time
 import pytest
 
 @pytest.mark.covers("sound")
 def test_figures(benchmark):
-    benchmark.extra_info["seconds"] = 0.5
+    benchmark.extra_info["rows"] = {"a row": {"value": 0.5, "unit": "ms"}}
     benchmark.pedantic(lambda: None)
 
 @pytest.mark.parametrize("family", ["crashing"])
@@ -29,7 +159,9 @@ def test_crash(family):
     os._exit(11)
 
 @pytest.mark.covers("wrong")
-def test_fails():
+def test_fails(benchmark):
+    benchmark.extra_info["rows"] = {"a wrong row": {"value": 2.0, "unit": "ms"}}
+    benchmark.pedantic(lambda: None)
     assert 1 == 2, "one is not two"
 
 @pytest.mark.covers("sound")
@@ -46,203 +178,115 @@ def test_skipped():
 def suite(tmp_path, monkeypatch) -> Path:
     (tmp_path / "test_suite.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = covers\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(gpu, "PYTEST", [*gpu.PYTEST, "--rootdir", str(tmp_path)])
+    monkeypatch.setattr("benchmarks.gpu.limits.ROOT", tmp_path)
     return tmp_path
 
 
-def outcomes(entries: list[dict]) -> dict[str, str]:
-    return {entry["name"].split("::")[1]: entry["outcome"] for entry in entries}
+def outcomes(folder: Path, name: str) -> dict[str, str]:
+    entries = json.loads((folder / f"{name}.json").read_text())["benchmarks"]
+    return {entry["name"].split("::")[-1]: entry["outcome"] for entry in entries}
 
 
-def test_a_crash_loses_no_other_result(suite, capsys):
-    end = time.monotonic() + 100
-    entries = gpu.run_pytest(["test_suite.py"], suite, "speed", end)
-    assert outcomes(entries) == {
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_test_that_crashes_loses_no_other_result(suite, processes):
+    """One process is begun again after the test; of several, another one goes on."""
+    options = ["-n", "2"] if processes == 2 else []
+
+    def commands(work, seconds):
+        return [stages.pytest(work, "tests", *options, "--rootdir", str(suite), "test_suite.py")]
+
+    state = gpu.run_stage(
+        Stage("tests", 1.0, commands, summary.tests, processes == 1), suite, 100.0, {}
+    )
+    assert state in ("red", "passed")
+    assert outcomes(suite, "tests") == {
         "test_figures": "passed",
-        "test_crash[crashing]": "begun",
+        "test_crash[crashing]": "begun" if processes == 1 else "failed",
         "test_fails": "failed",
         "test_last": "passed",
         "test_skipped": "skipped",
     }
-    assert entries[0]["extra_info"] == {"seconds": 0.5}
-    assert "one is not two" in entries[2]["reason"]
-    assert entries[4]["reason"] == "the peer is not installed"
     assert (suite / "runs").read_text() == "x"  # once, though pytest ran twice
-    printed = capsys.readouterr().out
-    assert (
-        "did not end (a crash, or the time was over): test_suite.py::test_crash[crashing]"
-        in printed
-    )
-    assert "skipped: test_suite.py::test_skipped the peer is not installed" in printed
-    expected = {"sound": "passed", "crashing": "failed", "wrong": "failed", "test_suite": "not run"}
-    assert record.verdicts(entries) == expected
-    stored = json.loads((suite / "speed.json").read_text())
-    assert stored["benchmarks"] == entries
-    assert stored["machine_info"]["threads"] >= 1
-
-
-def pytest_run(folder: Path, *arguments: str) -> list[dict]:
-    results = folder / "run.json"
-    command = [*gpu.PYTEST, "--results", str(results), *arguments, "test_suite.py"]
-    subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
-    return json.loads(results.read_text())["benchmarks"]
-
-
-def test_ops_that_failed_are_not_timed(suite):
-    (suite / "correctness.json").write_text('{"sound": "failed", "crashing": "not run"}')
-    gate = ["--correctness", "correctness.json"]
-    entries = pytest_run(suite, *gate, "--deselect", "test_suite.py::test_crash")
-    assert outcomes(entries)["test_figures"] == outcomes(entries)["test_last"] == "skipped"
-    assert entries[0]["reason"] == "failed in the tests: sound"
-    assert outcomes(entries)["test_fails"] == "failed"
-    assert not (suite / "runs").exists()
-
-
-def test_no_test_begins_after_the_budget(suite):
-    entries = pytest_run(suite, "--budget", "0")
-    assert set(outcomes(entries).values()) == {"not run"}
-    assert len(entries) == 5
-
-
-def test_a_process_that_hangs_is_killed_with_its_children(tmp_path, capsys):
-    child = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '60'])"
-    start = time.monotonic()
-    code = gpu.run_logged([sys.executable, "-c", child], tmp_path / "log.txt", start + 2)
-    assert code == -9
-    assert time.monotonic() - start < 20
-    assert (tmp_path / "log.txt").read_text() == "begun\n"
-    assert "s] begun" in capsys.readouterr().out
-
-
-@pytest.fixture
-def parts(monkeypatch) -> list[str]:
-    """The names of the parts that ran; that of the sanitizer raises, that of the models fails."""
-    ran = []
-
-    def part(name, out, end):
-        ran.append(name)
-        if name == "sanitizer":
-            raise RuntimeError("boom")
-        return name != "models"
-
-    monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(gpu.PARTS, part))
-    monkeypatch.setattr(gpu, "describe", lambda out: None)
-    return ran
-
-
-def test_a_part_that_fails_does_not_stop_the_next(parts, tmp_path, capsys):
-    assert main(["gpu", "--out", str(tmp_path / "new")]) == 1
-    assert parts == ["tests", "sanitizer", "models", "kernels"]
-    printed = capsys.readouterr().out
-    assert "sanitizer: RuntimeError: boom" in printed
-    assert "failed: sanitizer, models" in printed
-
-
-def test_parts_by_name(parts, tmp_path):
-    assert main(["gpu", "--out", str(tmp_path), "tune", "kernels"]) == 0
-    assert parts == ["tune", "kernels"]
-    with pytest.raises(SystemExit, match="accepted are tests, sanitizer, models, kernels, tune"):
-        main(["gpu", "--out", str(tmp_path), "kernel"])
-
-
-def test_tune_is_the_command_of_that_name(monkeypatch, tmp_path):
-    called = []
-    monkeypatch.setattr(gpu, "run_logged", lambda command, *_: called.append(command) or 0)
-    assert gpu.run_tune("tune", tmp_path, time.monotonic() + 100.2)
-    assert called[0][1:4] == ["-m", "benchmarks", "tune"]
-    # The results go to `out`, and the time that is left is passed on.
-    assert called[0][4:] == ["--budget", "100", "--out", str(tmp_path / "configs")]
+    text = summary.tests(suite)
+    assert "- failed: crashing, wrong\n" in text
+    assert "- passed: sound\n" in text
+    assert "one is not two" in text
+    (suite / "rows.json").write_text((suite / "tests.json").read_text())
+    rows = summary.rows(suite, "rows")
+    assert "| a row | ms | 0.5 |" in rows
+    wrong = next(line for line in rows.splitlines() if line.startswith("| a wrong row | ms | 2 |"))
+    assert wrong.endswith("| wrong, this row |")
+    assert "- skipped: the peer is not installed (1)" in rows
 
 
 def test_a_file_that_cannot_be_collected_stops_no_other(suite):
     (suite / "test_broken.py").write_text("import gnome_that_is_not_installed")
-    end = time.monotonic() + 100
-    entries = gpu.run_pytest(["."], suite, "tests", end)
-    found = {entry["name"]: entry["outcome"] for entry in entries}
-    assert found["test_broken.py"] == "failed"
-    assert found["test_suite.py::test_last"] == "passed"
-    assert record.verdicts(entries)["test_broken"] == "failed"
+    (suite / "test_suite.py").write_text("def test_last(): pass")
+    log = suite / "log.txt"
+    assert (
+        run_limited(stages.pytest(suite, "tests", "."), log, 100.0, {"PYTHONPATH": str(ROOT)}) == 1
+    )
+    assert outcomes(suite, "tests") == {"test_broken.py": "failed", "test_last": "passed"}
 
 
-def test_nothing_is_right_where_nothing_ran(monkeypatch, tmp_path):
-    entries = [{"name": "a.py::test_1", "covers": ["rope_"], "outcome": "not run"}]
-    monkeypatch.setattr(gpu, "run_pytest", lambda *_: entries)
-    assert not gpu.run_tests("tests", tmp_path, 0.0)
+def archive_of(folder: Path, out: Path, **files: list[dict]) -> Path:
+    for name, entries in files.items():
+        (folder / f"{name}.json").write_text(json.dumps({"benchmarks": entries}))
+    Archive(folder, out).write()
+    return out / "results.tgz"
 
 
-def test_tests_write_what_is_right(monkeypatch, tmp_path):
-    entries = [
-        {"name": "a.py::test_1", "covers": ["rope_"], "outcome": "passed"},
-        {"name": "a.py::test_2", "covers": ["rope_", "maxsim"], "outcome": "failed"},
-        {"name": "a.py::test_3", "covers": ["bert"], "outcome": "skipped"},
+def test_retry_runs_what_was_red_and_its_rows(folders):
+    work, out = folders
+    named = {"outcome": "passed", "covers": []}
+    tests = [
+        {**named, "name": "tests/gpu/a.py::test_1", "covers": ["rope_"]},
+        {
+            **named,
+            "name": "tests/gpu/a.py::test_2[x]@memory",
+            "covers": ["maxsim"],
+            "outcome": "failed",
+        },
     ]
-    monkeypatch.setattr(gpu, "run_pytest", lambda *_: entries)
-    assert not gpu.run_tests("tests", tmp_path, 0.0)
-    found = json.loads((tmp_path / "correctness.json").read_text())
-    assert found == {"bert": "not run", "maxsim": "failed", "rope_": "failed"}
-
-
-@pytest.mark.parametrize(
-    ("name", "outcome", "fine"),
-    [
-        ("a.py::test_x[torch]", "begun", False),
-        ("a.py::test_x", "failed", False),
-        ("a.py::test_x[other_libraries]", "begun", True),
-        ("a.py::test_x[other_libraries]", "failed", True),
-        ("a.py::test_x", "not run", True),
-    ],
-)
-def test_failures_of_other_libraries_do_not_fail_the_part(
-    monkeypatch, tmp_path, name, outcome, fine
-):
-    entries = [{"name": "a.py::test_1", "outcome": "passed"}, {"name": name, "outcome": outcome}]
-    monkeypatch.setattr(gpu, "run_pytest", lambda *_: entries)
-    monkeypatch.setattr(gpu, "run_logged", lambda *_: 0)
-    assert gpu.run_speed("kernels", tmp_path, 0.0) == fine
-
-
-FAKE_SANITIZER = """#!/bin/sh
-echo "$@" >> "$CALLS"
-case "$2" in
-  racecheck) echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"; exit 9;;
-  initcheck) exit 0;;
-esac
-echo "========= ERROR SUMMARY: 0 errors"
-"""
-
-
-def test_sanitizer(monkeypatch, tmp_path):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(FAKE_SANITIZER)
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    assert not gpu.run_sanitizer("sanitizer", tmp_path, time.monotonic() + 60)
-    assert json.loads((tmp_path / "sanitizer.json").read_text()) == {
-        "memcheck cuda": "passed: 0 errors",
-        "racecheck cuda": "failed: 1 hazard displayed (1 error, 0 warnings)",
-        "initcheck cuda": "failed: ended with 0",  # and reported nothing: it did not look
-        "memcheck triton": "passed: 0 errors",
+    rows = [
+        {**named, "name": "rows.py::test_maxsim", "covers": ["maxsim"]},
+        {**named, "name": "rows.py::test_rope", "covers": ["rope_"]},
+        {**named, "name": "rows.py::test_bert", "covers": ["bert"], "outcome": "begun"},
+    ]
+    archive = archive_of(work, out, tests=tests, kernels=rows, doctor=[])
+    plan = {stage.name: stage.commands(work, 10.0)[0] for stage in stages.retry(archive, "")}
+    assert list(plan) == ["machine", "tests", "sanitizer", "rows"]
+    assert plan["tests"][-1] == "tests/gpu/a.py::test_2[x]"
+    at = plan["rows"].index("-k")
+    assert plan["rows"][at - 2 : at] == ["rows.py::test_maxsim", "rows.py::test_bert"]
+    by_name = {
+        stage.name: stage.commands(work, 10.0)[0] for stage in stages.retry(archive, "scatter")
     }
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 4
-    assert "--kernel-name kernel_substring=embedfuse" in calls[1]
-    assert calls[3].endswith("-m benchmarks.gpu.sanitize triton")
+    assert by_name["rows"][-4:] == [stages.KERNELS, stages.MODELS, "-k", "scatter"]
+    green = archive_of(work, out, tests=tests[:1], kernels=[], doctor=[])
+    assert [stage.name for stage in stages.retry(green, "")] == ["machine", "sanitizer"]
 
 
-def test_a_missing_sanitizer_is_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
-    assert gpu.run_sanitizer("sanitizer", tmp_path, 0.0)
-    assert "compute-sanitizer is neither on the PATH" in capsys.readouterr().out
+def test_retry_without_an_archive_says_so(folders):
+    work, out = folders
+    with pytest.raises(SystemExit, match=r"no such file; it is results\.tgz of an earlier run"):
+        main(["gpu", "retry", "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"holds no tests\.json"):
+        stages.retry(archive_of(work, out, kernels=[]), "")
 
 
-def test_without_a_gpu_it_says_what_to_run(tmp_path, capsys):
+def test_the_shares_leave_no_stage_without_time():
+    shares = [stage.share for stage in stages.RUN]
+    assert 0.9 < sum(share for share in shares if share is not None) <= 1
+    assert shares[-3:] == [None] * 3
+
+
+def test_without_a_gpu_it_says_what_to_run(tmp_path, monkeypatch, capsys):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    assert main(["gpu", "--out", str(tmp_path), "tests"]) == 2
-    assert "`make bench` makes the same report for the CPU" in capsys.readouterr().out
-    assert json.loads((tmp_path / "doctor.json").read_text())["versions"]
+    monkeypatch.setattr(stages, "RUN", stages.RUN[:2])
+    assert main(["gpu", "--out", str(tmp_path)]) == 1
+    assert "no GPU to run on; `make gpu PART=rehearse` runs without one" in capsys.readouterr().out
+    assert "| tests | not begun |" in (tmp_path / "summary.md").read_text()

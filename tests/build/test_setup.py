@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -147,3 +148,18 @@ def test_architectures_that_nvcc_does_not_know_fail(build, fake_cuda):
     assert process.returncode != 0
     assert "EMBEDFUSE_CUDA_ARCHS='35;37'" in process.stderr
     assert "does not know 35, 37; it knows 80, 90" in process.stderr
+
+
+@pytest.mark.parametrize("folder", ["lib64", "targets/x86_64-linux/lib", "lib"])
+def test_the_runtime_is_linked_from_where_the_toolkit_has_it(
+    make_source, environment, fake_cuda, folder
+):
+    """An installer's toolkit, a cross-compiler's, and that of the packages on PyPI."""
+    runtime, source = Path(fake_cuda, folder, "libcudart_static.a"), make_source()
+    runtime.parent.mkdir(parents=True)
+    runtime.touch()
+    settings = {"EMBEDFUSE_BUILD_CPP": "0", "EMBEDFUSE_BUILD_CUDA": "1", "CUDA_HOME": fake_cuda}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=source, env={**environment, **settings}, capture_output=True)
+    (written,) = source.glob("build/*/build.ninja")
+    assert f" -L{runtime.parent} -lcudart_static" in written.read_text()

@@ -111,6 +111,7 @@ def test_threads_streams_and_two_models():
     assert failures == []
 
 
+@pytest.mark.xdist_group("memory")
 def test_memory_is_bounded_and_given_back():
     model = make("xlm_roberta")
     model._embedfuse.graphs.forget()

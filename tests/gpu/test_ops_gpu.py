@@ -98,6 +98,8 @@ def large():
     return torch.full(checks.LARGE_SHAPE, float("nan"), dtype=torch.bfloat16, device="cuda")
 
 
+# 8.6 GB: of several processes one runs it.
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize(("layout", "pooling"), checks.LARGE_CASES)
 @per_pool_backend
 def test_offsets_beyond_32_bits(version, large, layout, pooling):

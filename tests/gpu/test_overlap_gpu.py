@@ -1,5 +1,6 @@
 """The pipeline on a GPU: its forward waits for nothing, results travel meanwhile, nothing is left behind."""
 
+import functools
 import gc
 
 import numpy as np
@@ -14,9 +15,15 @@ from embedfuse.transfers import ToHost, to_device
 from tests.pipeline.families import make, write_sentence_transformers
 from tests.pipeline.reference import tensors
 
-pytestmark = pytest.mark.gpu
+# Reading the corpus takes seconds, so of several processes one does it.
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("overlap")]
 
-TEXTS = ["", "x", "日本語のテキスト", *stdlib_docstrings(60)]
+
+@functools.cache
+def corpus() -> list[str]:
+    return ["", "x", "日本語のテキスト", *stdlib_docstrings(60)]
+
+
 INSTRUCTION = "Instruct: find the docstring that answers the question. Query: "
 
 
@@ -41,11 +48,11 @@ def no_waits(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_encoder(m3_folder, no_waits, monkeypatch, dtype, outputs):
     embedder = Embedder(m3_folder, dtype=dtype, device="cuda")
-    expected = tensors(embedder.encode(TEXTS, outputs), 2000)
+    expected = tensors(embedder.encode(corpus(), outputs), 2000)
     monkeypatch.setattr(pipeline, "WINDOW_TEXTS", 8)
     monkeypatch.setattr(embedder._pipeline.budget, "tokens", 300)
     no_waits.clear()
-    found = embedder.encode(TEXTS, outputs)
+    found = embedder.encode(corpus(), outputs)
     assert len(no_waits) > 16  # windows of several batches
     bound = {"rtol": 0, "atol": 1e-5 if dtype == "float32" else 0.05}
     for name, value in tensors(found, 2000).items():
@@ -56,7 +63,7 @@ def test_an_encoder(m3_folder, no_waits, monkeypatch, dtype, outputs):
 @pytest.mark.parametrize("reuse", ["off", "stream"])
 def test_a_decoder(tmp_path, no_waits, monkeypatch, kind, reuse):
     write_sentence_transformers(make(tmp_path, kind), "lasttoken")
-    texts = [INSTRUCTION + text for text in TEXTS]
+    texts = [INSTRUCTION + text for text in corpus()]
     expected = Embedder(str(tmp_path), device="cpu").encode(texts).dense
     monkeypatch.setattr(pipeline, "WINDOW_TEXTS", 8)
     found = Embedder(str(tmp_path), device="cuda", reuse_prefixes=reuse).encode(texts).dense
@@ -99,7 +106,7 @@ def test_a_copy_waits_for_what_it_copies_and_the_host_does_not():
 
 def test_memory_that_runs_out_loses_nothing(m3_folder, monkeypatch):
     embedder = Embedder(m3_folder, device="cuda")
-    expected = embedder.encode(TEXTS).dense
+    expected = embedder.encode(corpus()).dense
     states = embedder.model.sequence_states
 
     def forward(input_ids, packed, pooling=None):
@@ -108,7 +115,7 @@ def test_memory_that_runs_out_loses_nothing(m3_folder, monkeypatch):
         return states(input_ids, packed, pooling)
 
     monkeypatch.setattr(embedder.model, "sequence_states", forward, raising=False)
-    found = embedder.encode(TEXTS).dense
+    found = embedder.encode(corpus()).dense
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert embedder._pipeline.budget.tokens <= 500
 
@@ -118,7 +125,7 @@ def test_an_abandoned_stream_leaves_no_memory(m3_folder, monkeypatch):
     monkeypatch.setattr(pipeline, "WINDOW_TEXTS", 8)
 
     def abandon():
-        stream = embedder.iter_encode(TEXTS, OUTPUTS)
+        stream = embedder.iter_encode(corpus(), OUTPUTS)
         next(stream)
         stream.close()
         del stream
