@@ -26,7 +26,7 @@ from embedfuse import native, registry, testing, use_backend
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 HEADERS = ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h")
-LAUNCH = re.compile(r"(\w+)<<<(.*?)>>>", re.DOTALL)
+LAUNCH = re.compile(r"(\w+(?:<\w+>)?)\s*<<<(.*?)>>>", re.DOTALL)
 DYNAMIC = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 OPS = [op for op in registry.OPS.values() if "cuda" in [i.backend for i in op.implementations]]
 # Exported for ctypes: the launches since the last call, a line each.

@@ -23,17 +23,6 @@ SANITIZERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory) -> Path:
-    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture
-def emulated(module):
-    with emulated_cuda.on_cpu_tensors(emulated_cuda.load(module)):
-        yield module
-
-
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("op", emulated_cuda.OPS, ids=lambda op: op.name)
 def test_samples(emulated, op, dtype):

@@ -9,8 +9,8 @@ import torch
 
 from embedfuse import testing
 from embedfuse.ops import Csr, lexical_scores, lexical_weights, sparse_scatter
+from embedfuse.ops.lexical.kept import OP as SCATTER
 from embedfuse.ops.lexical.scores import OP as SCORES
-from embedfuse.ops.lexical.sparse_scatter import OP as SCATTER
 from tests import lexical_checks as checks
 
 NAN = float("nan")
@@ -105,10 +105,12 @@ def test_nan_and_infinity_show(backend):
 def test_first_of_equal_weights_is_kept(backend):
     weights = torch.tensor([1.0, 2.0, 2.0, NAN, NAN, 0.5])
     ids = torch.tensor([5, 5, 5, 3, 3, 9])
-    index, counts, order = SCATTER(weights, ids, cu_seqlens(0, 5, 6))
-    assert index.tolist() == [3, 1, -1, -1, -1, 5]
-    assert counts.tolist() == [2, 1]
-    assert order.tolist() == [1, 0, -1, -1, -1, 0]
+    index, indptr, order = SCATTER(weights, ids, cu_seqlens(0, 5, 6), [])
+    assert index.tolist() == [3, 1, 5, -1, -1, -1]
+    assert indptr.tolist() == [0, 2, 3]
+    assert order.tolist() == [1, 0, 0, -1, -1, -1]
+    excluded = SCATTER(weights, ids, cu_seqlens(0, 5, 6), [9, 5])
+    assert [x.tolist() for x in excluded] == [[3, *[-1] * 5], [0, 1, 1], [0, *[-1] * 5]]
 
 
 def test_dicts_are_in_the_order_of_the_text(backend):
