@@ -9,6 +9,7 @@ import torch
 
 from embedfuse import testing
 from embedfuse.ops import Csr, lexical_scores, lexical_weights, sparse_scatter
+from embedfuse.ops.lexical import kept
 from embedfuse.ops.lexical.kept import OP as SCATTER
 from embedfuse.ops.lexical.scores import OP as SCORES
 from tests import lexical_checks as checks
@@ -87,6 +88,18 @@ def test_nothing_to_keep(backend):
     assert scattered([], [], [0], vocabulary=4).shape == (0, 4)
     assert scattered([], [], [0, 0, 0], vocabulary=4).eq(0).all()
     assert sparse_scatter(torch.ones(2, 0), torch.ones(2, 0).long(), vocabulary=4).shape == (2, 4)
+
+
+def test_more_excluded_ids_than_kernels_take(backend):
+    ids = list(range(kept.MOST_EXCLUDED + 3))
+    for left in (0, 5, len(ids) - 1):
+        excluded = [token_id for token_id in ids if token_id != left]
+        csr = scattered([1.0] * len(ids), ids, [0, len(ids)], excluded=excluded)
+        assert as_lists(csr) == [{left: 1}]
+    if backend != "reference":
+        ends = cu_seqlens(0, 1)
+        with pytest.raises(ValueError, match="excluded: 9 ids; accepted are at most 8"):
+            SCATTER(torch.ones(1), torch.ones(1).long(), ends, list(range(9)))
 
 
 def test_nan_and_infinity_show(backend):

@@ -1,7 +1,7 @@
 """The tokens that give the entries of sparse vectors: of a text's tokens of one id that of largest weight.
 
 Formula: of the tokens t of text b with id v and w_t > 0 or NaN, the first of the largest w_t, NaN largest.
-Limits: ids below 2^31; 16,384 tokens and more in one text are sorted by one of the GPU's SMs.
+Limits: ids below 2^31; a text is sorted by one of the GPU's SMs, above 2,048 tokens through L2.
 """
 
 import torch

@@ -122,8 +122,8 @@ def kept_tokens(
 
 
 def _kept(token_weights, input_ids, cu_seqlens, excluded) -> KeptTokens:
-    found = kept.OP(token_weights.detach(), input_ids, cu_seqlens, excluded)
-    return KeptTokens(*found, input_ids, token_weights)
+    index, indptr, order = kept.OP(token_weights.detach(), input_ids, cu_seqlens, excluded)
+    return KeptTokens(index, indptr, order, input_ids, token_weights)
 
 
 def _prepared(
