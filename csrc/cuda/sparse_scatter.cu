@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kTokenThreads)
 
 __device__ inline void atomic_max(uint32_t* p, uint32_t value) { atomicMax(p, value); }
 __device__ inline void atomic_max(uint16_t* p, uint16_t value) {
-  uint16_t found = *p;
+  uint16_t found = 0;  // likely, and what is there the first exchange tells
   while (found < value) {
     const uint16_t before = atomicCAS(p, found, value);
     if (before == found) break;
