@@ -2,7 +2,7 @@
 
 from embedfuse import config
 
-COMPILED_ONCE = ("sparse_scatter", "lexical_scores")  # csrc/cpu/lexical.cpp
+COMPILED_ONCE = ("sparse_scatter", "sparse_dense", "lexical_scores")  # csrc/cpu/lexical.cpp
 WITH_TILES = ("maxsim",)  # csrc/cpu/maxsim_amx.h; other ops run the best of the others on AMX
 
 

@@ -12,12 +12,12 @@ def long_sequences(lengths: list[int], device: str) -> tuple:
     tokens = int(ends[-1])
     weights = torch.randn(tokens, generator=generator)
     ids = torch.randint(2000, (tokens,), generator=generator)
-    return weights.to(device), ids.to(device), ends.to(device, torch.int32)
+    return weights.to(device), ids.to(device), ends.to(device, torch.int32), []
 
 
 def check_one_id(args: tuple, lengths: list[int]):
     """A text of one id alone: a single entry, its largest weight."""
-    weights, ids, ends = args
+    weights, ids, ends, _ = args
     got = ops.sparse_scatter(weights, torch.full_like(ids, 17), cu_seqlens=ends)
     largest = [part.max() for part in weights.split(lengths) if len(part) and part.max() > 0]
     assert torch.equal(got.weights, torch.stack(largest))

@@ -207,10 +207,6 @@ DEFAULTS = {
         {"B_T": 8, "STAGES": 4, "num_warps": 16, "maxnreg": 128},
     ),
     "token_weights": ({"hidden": 1024}, {"B_T": 4, "B_D": 1024, "num_warps": 4}),
-    "sparse_scatter": (
-        {"batch": 32, "length": 512},
-        {"SPLITS": 16, "BLOCK": 64, "num_warps": 4},
-    ),
     "lexical_scores": ({"entries": 16}, {"BLOCK": 64, "num_warps": 4}),
     "maxsim": (
         {"depth": 128, "rows": 32, "queries": 1, "int8": True, "more": False},

@@ -1,10 +1,8 @@
 """token_weights:  w_t = relu(h_t . weight + bias)
-sparse_scatter: of each sequence's tokens of one id with w > 0, the first of the largest w is kept
 lexical_scores: s_qd = sum over the ids that both hold of w_q w_d
 
-token_weights takes a block of rows per program. sparse_scatter compares every token with every other of
-its sequence, in tiles, since Triton has no shared-memory atomics to hash with: time grows with the
-square of the length. lexical_scores looks up a query's ids in one document by binary search.
+token_weights takes a block of rows per program. lexical_scores looks up a query's ids in one document by
+binary search.
 Limits: lexical_scores launches a program per pair, which short rows do not fill.
 """
 
@@ -43,41 +41,6 @@ def token_weights_kernel(
         b_o += tl.load(p_b)
     # tl.maximum would drop a NaN.
     tl.store(p_o + o_t, tl.where(b_o <= 0, 0.0, b_o), mask=m_t)
-
-
-@triton.jit
-def load_keys(p_w, p_id, o_t, end):
-    """Ids, and weights as integers of the same order: 0 for tokens that give nothing, NaN above all."""
-    m_t = o_t < end
-    b_w = tl.load(p_w + o_t, mask=m_t, other=0)
-    b_key = tl.where(b_w > 0, b_w.to(tl.int32, bitcast=True), 0)
-    return tl.load(p_id + o_t, mask=m_t, other=0), tl.where(b_w != b_w, 0x7FC00000, b_key)
-
-
-@triton.jit
-def sparse_scatter_kernel(
-    p_w,  # (tokens)
-    p_id,  # (tokens)
-    p_cu,  # (batch + 1)
-    p_kept,  # (tokens)
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i_b = tl.program_id(0)
-    start, end = tl.load(p_cu + i_b), tl.load(p_cu + i_b + 1)
-    for t in range(start + tl.program_id(1) * BLOCK, end, SPLITS * BLOCK):
-        o_t = t + tl.arange(0, BLOCK)
-        b_id, b_key = load_keys(p_w, p_id, o_t, end)
-        b_beaten = tl.zeros([BLOCK], tl.int32)
-        for u in range(start, end, BLOCK):
-            o_u = u + tl.arange(0, BLOCK)
-            b_other, b_other_key = load_keys(p_w, p_id, o_u, end)
-            larger = b_other_key[None, :] > b_key[:, None]
-            earlier = (b_other_key[None, :] == b_key[:, None]) & (o_u[None, :] < o_t[:, None])
-            beats = (b_other[None, :] == b_id[:, None]) & (larger | earlier)
-            b_beaten = tl.maximum(b_beaten, tl.max(beats.to(tl.int32), 1))
-        kept = (b_key > 0) & (b_beaten == 0)
-        tl.store(p_kept + o_t, kept.to(tl.uint8), mask=o_t < end)
 
 
 @triton.jit(do_not_specialize=["documents"])
@@ -140,18 +103,6 @@ def weights_candidates(dtype, hidden) -> Iterator[dict]:
             yield {"B_T": rows, "B_D": columns, "num_warps": warps}
 
 
-def scatter_config(dtype, batch, length) -> dict:
-    """SPLITS: programs that share a sequence's tokens, known without reading its length from the GPU.
-    BLOCK: tokens per tile; a tile compares each with as many others, in registers."""
-    return {"SPLITS": 16, "BLOCK": 64, "num_warps": 4}
-
-
-def scatter_candidates(dtype, batch, length) -> Iterator[dict]:
-    for splits, block, warps in itertools.product((4, 8, 16, 32, 64), (32, 64, 128), (2, 4, 8)):
-        if 256 * warps <= block * block <= 1024 * warps:
-            yield {"SPLITS": splits, "BLOCK": block, "num_warps": warps}
-
-
 def scores_config(dtype, entries) -> dict:
     return {"BLOCK": 64, "num_warps": 4}
 
@@ -163,7 +114,6 @@ def scores_candidates(dtype, entries) -> Iterator[dict]:
 
 
 WEIGHTS = Tunable("token_weights", weights_config, weights_candidates)
-SCATTER = Tunable("sparse_scatter", scatter_config, scatter_candidates)
 SCORES = Tunable("lexical_scores", scores_config, scores_candidates)
 
 
@@ -187,28 +137,6 @@ def token_weights(hidden_states, weight, bias):
                 **config,
             )
     return out
-
-
-def sparse_scatter(token_weights, input_ids, cu_seqlens):
-    """Launcher; arguments are those of the op (python/embedfuse/ops/lexical/sparse_scatter.py).
-
-    Returns (tokens,) bool: whether each token is kept.
-    """
-    kept = torch.empty_like(input_ids, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    batch = len(cu_seqlens) - 1
-    if batch:
-        token_weights = token_weights.float().contiguous()
-        length = triton.next_power_of_2(triton.cdiv(len(input_ids), batch))
-        config = SCATTER.config(token_weights, batch=triton.next_power_of_2(batch), length=length)
-        with torch.cuda.device_of(input_ids):
-            sparse_scatter_kernel[(batch, config["SPLITS"])](
-                token_weights,
-                input_ids.contiguous(),
-                cu_seqlens.contiguous(),
-                kept,
-                **config,
-            )
-    return kept.view(torch.bool)
 
 
 def lexical_scores(
@@ -255,16 +183,14 @@ def aot_calls() -> Iterator[tuple]:
             x, weight = empty(100, hidden, dtype=dtype), empty(hidden, dtype=dtype)
             yield token_weights, (x, weight, empty(1, dtype=dtype))
         yield token_weights, (x, weight, None)
-        cu_seqlens = empty(5, dtype=torch.int32)
-        yield sparse_scatter, (empty(100, dtype=dtype), empty(100), cu_seqlens)
         csr = (empty(100, dtype=dtype), empty(100), empty(5))
         yield lexical_scores, (*csr, *csr, True)
         yield lexical_scores, (*csr, *csr, False)
 
 
 def tuning_calls(device, dtype) -> Iterator[tuple]:
-    """(op, its arguments): BGE-M3's texts of 512 and 8,192 tokens, ids that repeat; queries of 16 and 64 ids
-    against 1,000 documents of 300."""
+    """(op, its arguments): BGE-M3's texts of 512 tokens; queries of 16 and 64 ids against 1,000 documents
+    of 300."""
     for hidden in (384, 768, 1024):
         x = torch.randn(32 * 512, hidden, device=device).to(dtype)
         yield "token_weights", (x, x[0], x[0, :1])
@@ -274,10 +200,6 @@ def tuning_calls(device, dtype) -> Iterator[tuple]:
         starts = torch.arange(0, (rows + 1) * length, length, device=device)
         return torch.rand(rows * length, device=device), ids, starts
 
-    for batch, length in ((1, 512), (32, 512), (4, 8192)):
-        weights, _, starts = csr(batch, length)
-        ids = torch.arange(len(weights), device=device) * 7919 % (length // 2)
-        yield "sparse_scatter", (weights, ids, starts.int())
     for entries in (16, 64):
         yield "lexical_scores", (*csr(64, entries), *csr(1000, 300), False)
     yield "lexical_scores", (*csr(1000, 300), *csr(1000, 300), True)

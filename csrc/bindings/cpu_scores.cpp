@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings/cpu_module.h"
+#include "bindings/sparse_scatter_args.h"
 #include "cpu/dispatch.h"
 #include "cpu/lexical.h"
 
@@ -20,12 +21,12 @@ void token_weights(uintptr_t hidden_states, uintptr_t weight, uintptr_t bias, in
 }
 
 void sparse_scatter(uintptr_t token_weights, uintptr_t input_ids, uintptr_t cu_seqlens,
-                    int64_t tokens, int64_t batch, uintptr_t index, uintptr_t counts,
-                    uintptr_t order) {
-  const SparseScatterArgs args{(const float*)token_weights, (const int64_t*)input_ids,
-                               (const int32_t*)cu_seqlens, tokens, batch};
+                    int64_t tokens, int64_t batch, const std::vector<int64_t>& excluded,
+                    uintptr_t index, uintptr_t indptr, uintptr_t order) {
+  const SparseScatterArgs args =
+      sparse_scatter_args(token_weights, kFloat32, input_ids, cu_seqlens, tokens, batch, excluded);
   check_cu_seqlens("cu_seqlens", args.cu_seqlens, batch, tokens);
-  if (!cpu::sparse_scatter(args, (int64_t*)index, (int64_t*)counts, (int64_t*)order)) {
+  if (!cpu::sparse_scatter(args, (int64_t*)index, (int64_t*)indptr, (int64_t*)order)) {
     throw py::value_error("input_ids: an id is out of range; accepted are 0 to 2^31 - 1");
   }
 }

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/sparse_scatter_args.h"
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
@@ -53,13 +54,23 @@ void token_weights(uintptr_t hidden_states, uintptr_t weight, uintptr_t bias, in
   check(cuda::token_weights(args, (cudaStream_t)stream), "token_weights");
 }
 
-void sparse_scatter(uintptr_t token_weights, uintptr_t input_ids, uintptr_t cu_seqlens,
-                    int64_t tokens, int64_t batch, uintptr_t kept, uintptr_t scratch,
+void sparse_scatter(uintptr_t token_weights, int dtype, uintptr_t input_ids, uintptr_t cu_seqlens,
+                    int64_t tokens, int64_t batch, const std::vector<int64_t>& excluded,
+                    uintptr_t index, uintptr_t indptr, uintptr_t order, uintptr_t scratch,
                     uintptr_t stream) {
-  const SparseScatterArgs args{(const float*)token_weights, (const int64_t*)input_ids,
-                               (const int32_t*)cu_seqlens, tokens, batch};
-  check(cuda::sparse_scatter(args, (bool*)kept, (void*)scratch, (cudaStream_t)stream),
+  const SparseScatterArgs args =
+      sparse_scatter_args(token_weights, dtype, input_ids, cu_seqlens, tokens, batch, excluded);
+  check(cuda::sparse_scatter(args, (int64_t*)index, (int64_t*)indptr, (int64_t*)order,
+                             (void*)scratch, (cudaStream_t)stream),
         "sparse_scatter");
+}
+
+void sparse_dense(uintptr_t token_weights, int dtype, uintptr_t input_ids, uintptr_t cu_seqlens,
+                  int64_t tokens, int64_t batch, const std::vector<int64_t>& excluded,
+                  int64_t vocabulary, uintptr_t out, uintptr_t stream) {
+  const SparseScatterArgs args =
+      sparse_scatter_args(token_weights, dtype, input_ids, cu_seqlens, tokens, batch, excluded);
+  check(cuda::sparse_dense(args, vocabulary, (void*)out, (cudaStream_t)stream), "sparse_dense");
 }
 
 }  // namespace
@@ -68,4 +79,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("pool_normalize", &pool_normalize, py::call_guard<py::gil_scoped_release>());
   m.def("token_weights", &token_weights, py::call_guard<py::gil_scoped_release>());
   m.def("sparse_scatter", &sparse_scatter, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_dense", &sparse_dense, py::call_guard<py::gil_scoped_release>());
 }

@@ -35,6 +35,13 @@ void sort_by_id(std::vector<Token>& tokens, std::vector<Token>& scratch) {
 
 bool larger(float a, float b) { return a > b || (a != a && b == b); }
 
+// The weight, 0 for an id that gives no entry.
+float weight_of(const SparseScatterArgs& a, int64_t t) {
+  const int64_t* end = a.excluded + a.n_excluded;
+  if (std::find(a.excluded, end, a.input_ids[t]) != end) return 0;
+  return static_cast<const float*>(a.token_weights)[t];
+}
+
 struct ScatterJob {
   const SparseScatterArgs& a;
   int64_t *index, *counts, *order;
@@ -44,18 +51,19 @@ struct ScatterJob {
 void scatter_sequences(int64_t begin, int64_t end, void* context) {
   ScatterJob& job = *static_cast<ScatterJob*>(context);
   const SparseScatterArgs& a = job.a;
+  const float* weights = static_cast<const float*>(a.token_weights);
   std::vector<Token> tokens, scratch;
   std::vector<int64_t> entry_at;  // of each token that is its id's first; -1 elsewhere
   for (int64_t b = begin; b < end; ++b) {
     tokens.clear();
     for (int32_t t = a.cu_seqlens[b]; t < a.cu_seqlens[b + 1]; ++t) {
-      if (a.token_weights[t] <= 0.f) continue;
+      if (weight_of(a, t) <= 0.f) continue;
       if (a.input_ids[t] < 0 || a.input_ids[t] > INT32_MAX) job.valid = false;
       tokens.push_back({uint32_t(a.input_ids[t]), t});
     }
     sort_by_id(tokens, scratch);
-    const int32_t first = a.cu_seqlens[b], last = a.cu_seqlens[b + 1];
-    entry_at.assign(last - first, -1);
+    const int32_t first = a.cu_seqlens[b];
+    entry_at.assign(a.cu_seqlens[b + 1] - first, -1);
     int64_t *out = job.index + first, *order = job.order + first;
     for (size_t i = 0; i < tokens.size();) {
       const uint32_t id = tokens[i].id;
@@ -63,16 +71,14 @@ void scatter_sequences(int64_t begin, int64_t end, void* context) {
       entry_at[best - first] = out - (job.index + first);
       for (++i; i < tokens.size() && tokens[i].id == id; ++i) {
         const int32_t t = tokens[i].position;
-        if (larger(a.token_weights[t], a.token_weights[best])) best = t;
+        if (larger(weights[t], weights[best])) best = t;
       }
       *out++ = best;
     }
     job.counts[b] = out - (job.index + first);
-    std::fill(out, job.index + last, -1);
     for (const int64_t entry : entry_at) {
       if (entry >= 0) *order++ = entry;
     }
-    std::fill(order, job.order + last, -1);
   }
 }
 
@@ -134,9 +140,19 @@ int64_t grain(int64_t rows, int64_t entries) { return grain_of(16 * (entries / (
 
 }  // namespace
 
-bool sparse_scatter(const SparseScatterArgs& a, int64_t* index, int64_t* counts, int64_t* order) {
+bool sparse_scatter(const SparseScatterArgs& a, int64_t* index, int64_t* indptr, int64_t* order) {
+  int64_t* counts = indptr + 1;
   ScatterJob job{a, index, counts, order};
   parallel_for(0, a.batch, grain(a.batch, a.tokens), scatter_sequences, &job);
+  indptr[0] = 0;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const int64_t from = a.cu_seqlens[b], to = indptr[b], count = counts[b];
+    std::copy(index + from, index + from + count, index + to);
+    std::copy(order + from, order + from + count, order + to);
+    indptr[b + 1] = to + count;
+  }
+  std::fill(index + indptr[a.batch], index + a.tokens, -1);
+  std::fill(order + indptr[a.batch], order + a.tokens, -1);
   return job.valid;
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from embedfuse import native
+from tests.build import emulated_cuda
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
@@ -139,3 +140,16 @@ def cpu_module() -> Path:
         return Path(native.cpu().__file__)
     except native.Unavailable as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory) -> Path:
+    """The CUDA module as c++ makes it for the host."""
+    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def emulated(emulated_module):
+    """The backend "cuda" on tensors of the CPU."""
+    with emulated_cuda.on_cpu_tensors(emulated_cuda.load(emulated_module)):
+        yield emulated_module

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embedfuse import ops, testing
-from embedfuse.ops.lexical.sparse_scatter import OP
+from embedfuse.ops.lexical.kept import OP
 from embedfuse.registry import use_backend
 from tests import lexical_checks as checks
 
@@ -28,7 +28,7 @@ def test_long_sequences(backend, lengths):
 
 
 def test_dense_waits_for_nothing(backend):
-    weights, ids, cu_seqlens = checks.long_sequences([300, 20], "cuda")
+    weights, ids, cu_seqlens, _ = checks.long_sequences([300, 20], "cuda")
     expected = ops.sparse_scatter(weights, ids, cu_seqlens=cu_seqlens).dense(2000)
     torch.cuda.set_sync_debug_mode("error")
     try:

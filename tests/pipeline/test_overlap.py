@@ -92,7 +92,7 @@ def test_scores_wait_for_nothing(m3_folder, copied):
         scores.start_scores(
             pipeline, queries, passages, lambda *tensors: sent.append(tensors), None
         )
-    lexical = [[(n,), (texts,), (n,), (n,)] for n, texts in ((6, 1), (4, 2), (6, 2))]
+    lexical = [[(n,), (texts + 1,), (n,), (n,)] for n, texts in ((6, 1), (4, 2), (6, 2))]
     shapes = [[t.shape for t in tensors if t is not None] for tensors in sent]
     assert shapes == [*lexical, [(4,), (4,)]]  # no dense vector, no multi-vector
 

@@ -54,13 +54,18 @@ struct TokenWeightsArgs {
   float* weights;  // (tokens)
 };
 
+constexpr int kMaxExcluded = 8;
+
 // Per sequence and id, the token with the largest weight. Weights that are not positive give no entry; NaN is the
 // largest; of equal weights the first counts.
 struct SparseScatterArgs {
-  const float* token_weights;  // (tokens)
-  const int64_t* input_ids;    // (tokens)
-  const int32_t* cu_seqlens;   // (batch + 1)
+  const void* token_weights;  // (tokens)
+  int dtype;                  // the CPU's kernel takes fp32
+  const int64_t* input_ids;   // (tokens)
+  const int32_t* cu_seqlens;  // (batch + 1)
   int64_t tokens, batch;
+  int64_t excluded[kMaxExcluded];  // ids that give no entry
+  int n_excluded;
 };
 
 // Rows of sorted token ids with their weights.

@@ -1,4 +1,4 @@
-// Device side: element types, vector loads that widen to fp32, and sums over a block.
+// Device side: element types, vector loads that widen to fp32, sums and ranks over a block.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -75,6 +75,25 @@ __device__ inline T block_reduce(T x, T identity, Op op, T* shared) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x = op(x, __shfl_xor_sync(~0u, x, step));
   return x;
+}
+
+struct Rank {
+  int before, total;
+};
+
+// How many earlier threads of the block, and how many of all, have the flag. shared: kMaxWarps values.
+__device__ inline Rank block_rank(bool flag, int* shared) {
+  const unsigned votes = __ballot_sync(~0u, flag);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (lane == 0) shared[warp] = __popc(votes);
+  __syncthreads();
+  Rank rank{__popc(votes & ((1u << lane) - 1)), 0};
+  for (int w = 0; w < blockDim.x / kWarp; ++w) {
+    if (w < warp) rank.before += shared[w];
+    rank.total += shared[w];
+  }
+  __syncthreads();  // shared is free for reuse
+  return rank;
 }
 
 }  // namespace embedfuse

@@ -126,7 +126,7 @@ class BatchVectors:
     def send(self, to_host: ToHost) -> Callable[[], Vectors]:
         """Start the copy to the host and return a function that waits for it."""
         packed, kept = self.packed, self.kept
-        sparse = () if kept is None else (kept.index, kept.counts, kept.order, kept.weights)
+        sparse = () if kept is None else (kept.index, kept.indptr, kept.order, kept.weights)
         wait = to_host(self.dense, self.multi, *sparse)
 
         def vectors() -> Vectors:
