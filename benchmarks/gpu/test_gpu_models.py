@@ -16,8 +16,8 @@ import torch
 
 import embedfuse
 from benchmarks.harness.record import one_line
-from benchmarks.harness.targets import TARGETS
 from benchmarks.harness.rehearsal import REHEARSAL, size
+from benchmarks.harness.targets import TARGETS
 from benchmarks.harness.timing import DEVICE, interleaved
 from benchmarks.models import workloads
 from benchmarks.models.pairs import ModelPair

@@ -24,7 +24,6 @@ from benchmarks.harness.rehearsal import size
 from benchmarks.models import checkpoints, workloads
 from benchmarks.models.workloads import LONGEST
 
-
 DISTINCT = 64  # a text takes 20 ms to make
 
 

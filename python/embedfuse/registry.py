@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from embedfuse import config, native
 from embedfuse.native import Unavailable
 
+_C: Any = torch._C
 _library = torch.library.Library("embedfuse", "DEF")
 OPS: dict[str, "Op"] = {}
 """Every op, by name."""
@@ -56,13 +58,14 @@ def forced_backend() -> str | None:
 
 def nothing_looks() -> bool:
     """Whether no gradient, mode, transform or compiler of torch wants to see the ops that run."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: it traces no line below
+    if torch.compiler.is_compiling():  # first: it traces no line below
         return False
     return not (
         torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _C._get_tracing_state()
+        or _C._len_torch_dispatch_stack()
+        or _C._is_torch_function_mode_enabled()
+        or _C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -73,7 +76,7 @@ def _is_plain(argument: object) -> bool:
     """Whether torch would hand this argument of an op as it is to the function that runs it."""
     if isinstance(argument, Tensor):
         return type(argument) in _PLAIN and not (argument.is_meta or argument.is_neg())
-    return type(argument) not in (list, tuple) or all(map(_is_plain, argument))
+    return not isinstance(argument, (list, tuple)) or all(map(_is_plain, argument))
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class Op:
 
     def __call__(self, *args):
         # The dispatcher takes as long as a small kernel.
-        unseen = nothing_looks() and not torch.autograd._profiler_enabled()
+        unseen = nothing_looks() and not _C._autograd._profiler_enabled()
         if unseen and all(map(_is_plain, args)):
             return self._run(*args)
         return self.overload(*args)
