@@ -131,9 +131,7 @@ def _of_all_pairs(d, rows_d, weights, query_spans, count: int) -> Tensor:
     """
     queries, width = len(query_spans), rows_d.shape[1]
     documents = len(rows_d) // max(queries, 1)
-    weights, rows_d = (
-        x.reshape(queries, documents, width).mT.flatten() for x in (weights, rows_d)
-    )
+    weights, rows_d = (x.reshape(queries, documents, width).mT.flatten() for x in (weights, rows_d))
     rows, starts = torch.arange(count + 1, device=d.device), query_spans[:, 0].contiguous()
     query = torch.searchsorted(starts, rows, right=True) - 1
     place = rows - starts[query.clamp_min(0)]
