@@ -1,5 +1,5 @@
 # demo · test · test-all · test-newest · test-oldest · bench · gpu · gpu-bundle · docs · lint · wheel: each sets up
-# what it needs.
+# what it needs; gpu takes what is there.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
 BUNDLE_PYTHON ?= python3.12

@@ -1,5 +1,6 @@
 """The results of a run in one archive, rewritten every few seconds: a kill at any moment loses no more."""
 
+import io
 import os
 import tarfile
 import threading
@@ -9,16 +10,16 @@ NAME = "results.tgz"
 
 
 class Archive:
-    """A context in which `out/results.tgz` follows the folder `work`.
+    """A context in which the file `path` follows the folder `work`.
 
     Args:
         work: Folder of the files; temporary ones (*.part) are left out.
-        out: Folder of the archive.
+        path: Of the archive.
         seconds: Between two writes.
     """
 
-    def __init__(self, work: Path, out: Path, seconds: float = 10.0):
-        self.work, self.path, self.seconds = work, out / NAME, seconds
+    def __init__(self, work: Path, path: Path, seconds: float = 10.0):
+        self.work, self.path, self.seconds = work, path, seconds
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -40,7 +41,7 @@ class Archive:
     def write(self) -> None:
         """Under a temporary name first, so that the archive is complete at all times."""
         with self._lock:
-            part = self.path.with_name(NAME + ".part")
+            part = self.path.with_name(f"{self.path.name}.part")
             with tarfile.open(part, "w:gz", compresslevel=3) as archive:
                 for path in sorted(self.work.rglob("*")):
                     if path.is_file() and path.suffix != ".part":
@@ -52,7 +53,8 @@ def add(archive: tarfile.TarFile, path: Path, name: str) -> None:
     """One file as it is now; it may grow meanwhile, or be gone."""
     try:
         with path.open("rb") as file:
-            info = archive.gettarinfo(arcname=name, fileobj=file)
-            archive.addfile(info, file)
+            info, data = archive.gettarinfo(arcname=name, fileobj=file), file.read()
+        info.size = len(data)  # a file that shrinks while it is added would break the archive
+        archive.addfile(info, io.BytesIO(data))
     except FileNotFoundError:
         pass

@@ -20,17 +20,20 @@ FOLDER = ROOT / "bundle"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 MODULES = ("_cpu", "_cuda")
 ARCHS = "90"
-LIMIT = 64 * 2**20  # bytes that travel to a borrowed machine, the working tree included
+NOTE = "sources.json"  # beside the modules: a digest of what they are made from
+LIMIT = 32 * 2**20  # bytes: they travel with the working tree
 
 
 def main() -> int:
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    build(ROOT, "--build-lib", str(FOLDER), EMBEDFUSE_BUILD_CPP="1")
     made = FOLDER / "embedfuse"
+    shutil.rmtree(
+        made, ignore_errors=True
+    )  # what else lies in bundle/ stays, such as an archive to retry
+    build(ROOT, "--build-lib", str(FOLDER), EMBEDFUSE_BUILD_CPP="1")
     for name in MODULES:
         if reason := load_error(made, name):
             raise SystemExit(f"bundle: {name} does not load: {reason}")
-    (made / "sources.json").write_text(json.dumps({"sources": sources()}) + "\n")
+    (made / NOTE).write_text(json.dumps({"sources": sources()}) + "\n")
     size = sum(path.stat().st_size for path in made.iterdir())
     if size > LIMIT:
         raise SystemExit(f"bundle: {size} bytes; at most {LIMIT} travel")
@@ -45,12 +48,14 @@ def build(root: Path, *options: str, **environment: str) -> None:
     subprocess.run(command, cwd=root, env={**os.environ, **settings}, check=True)
 
 
+def source_files() -> list[Path]:
+    return sorted([ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())])
+
+
 def sources() -> str:
     """A digest of what the modules are made from."""
     digest = hashlib.sha256()
-    for path in sorted(
-        [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
-    ):
+    for path in source_files():
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

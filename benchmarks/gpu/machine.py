@@ -17,12 +17,18 @@ ASKED = ("driver_version", "clocks.sm", "clocks.max.sm", "power.limit", "tempera
 
 
 def main() -> int:
-    lines, path = modules.put_in_place(), Path(sys.argv[1])
+    lines, path = [], Path(sys.argv[1])
 
     def show(line: str) -> None:
         lines.append(line)
         (path / "machine.txt").write_text("".join(f"- {line}\n" for line in lines))
 
+    if reason := unusable():  # first: to build for no GPU takes longer than this stage has
+        show(f"no GPU: {reason}")
+        if not REHEARSAL:
+            return NO_GPU
+    for line in modules.put_in_place():
+        show(line)
     from embedfuse.cli import doctor  # of the package that is in place now
 
     facts = doctor.collect()
@@ -31,10 +37,6 @@ def main() -> int:
     show(f"versions: {', '.join(f'{name} {v}' for name, v in facts['versions'].items())}")
     show(f"GPU: {facts['gpu']}")
     show(f"nvidia-smi, {', '.join(ASKED)}: {nvidia_smi()}")
-    if reason := unusable():
-        show(f"no GPU: {reason}")
-        if not REHEARSAL:
-            return NO_GPU
     for line in ceilings():
         show(line)
     return 0

@@ -11,16 +11,17 @@ import itertools
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from unittest import mock
 
 import torch
-from embedfuse.triton_kernels import tuned
 
 from benchmarks.gpu import search
 from benchmarks.gpu.calls import HEADLINE, OpCall, headline_calls
 from benchmarks.kernels.machine_code import LaunchRecorder, kernel_modules, replaced
 from benchmarks.kernels.stubbed import compiling
+from embedfuse.triton_kernels import tuned
 
 Task = tuple[int, str, dict]  # number of the call, name of the tunable, its config
 
@@ -36,9 +37,16 @@ def precompile(seconds: float, most: int | None = None) -> str:
             futures = [pool.submit(compile_one, task) for task in listed]
             done, left = wait(futures, max(0.0, end - time.monotonic()))
             pool.shutdown(wait=False, cancel_futures=True)
-        counts = collections.Counter(future.result() for future in done)
+        counts = collections.Counter(map(outcome, done))
     described = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     return f"{described}, {len(left)} left, by {processes} processes in {seconds:.0f} s at most"
+
+
+def outcome(future: Future) -> str:
+    try:
+        return future.result()
+    except BrokenProcessPool:  # a compiler died; what was compiled before is in the cache
+        return "lost with its process"
 
 
 def tasks() -> list[Task]:

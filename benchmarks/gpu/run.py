@@ -4,8 +4,9 @@
     python -m benchmarks gpu retry --last FILE     # three: what was red in that archive, and the sanitizer
     python -m benchmarks gpu rehearse              # everything on the CPU, at small sizes
 
-Each stage ends at its limit, and the next one begins, whatever became of it. OUT/results.tgz holds all files
-so far at any moment, OUT/summary.md the tables. What is red stands beside the figures and keeps none back.
+Each stage ends at its limit, and the next one begins, whatever became of it. OUT/results.tgz (retry.tgz of
+a retry) holds all files so far at any moment, OUT/summary.md the tables. What is red stands beside the
+figures and keeps none back.
 """
 
 import os
@@ -19,13 +20,14 @@ from benchmarks.gpu.archive import NAME, Archive
 from benchmarks.gpu.limits import KILLED, ROOT, end_on_signals, run_limited
 from benchmarks.gpu.stages import Stage
 from benchmarks.gpu.summary import table
-from benchmarks.harness.outcomes import NOT_RUN, PASSED, entries_of
+from benchmarks.harness.outcomes import NOT_RUN, PASSED, SKIPPED, entries_of
 
 MINUTES = {"run": 8.0, "retry": 3.0, "rehearse": 20.0}
 LEAST = 8.0  # seconds; with less left no stage begins
-NO_GPU = 86  # exit status of benchmarks/gpu/machine.py
+NO_GPU, PARTLY = 86, 87  # exit statuses of benchmarks/gpu/machine.py and sanitize.py
 NO_GPU_HERE = "no GPU to run on; `make gpu PART=rehearse` runs without one"
-RED = "red"
+RED, NOTHING = "red", "nothing ran"
+LEAST_MINUTES = 3
 REHEARSAL = {"EMBEDFUSE_REHEARSAL": "1", "CUDA_VISIBLE_DEVICES": ""}
 STARTED = time.monotonic()
 
@@ -35,7 +37,8 @@ def add_arguments(parser) -> None:
         "part", nargs="?", choices=tuple(MINUTES), default="run", help="default: run"
     )
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--minutes", type=float, help=f"of the whole; default {MINUTES}")
+    defaults = ", ".join(f"{minutes:g} ({part})" for part, minutes in MINUTES.items())
+    parser.add_argument("--minutes", type=float, help=f"of the whole; default {defaults}")
     parser.add_argument(
         "--last", type=Path, help="retry: archive of the run before; default OUT/results.tgz"
     )
@@ -45,10 +48,15 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    if args.minutes is not None and args.minutes < LEAST_MINUTES:
+        raise SystemExit(f"--minutes {args.minutes:g}: accepted are {LEAST_MINUTES} or more")
+    if args.part != "retry" and (args.last or args.rows):
+        raise SystemExit("--last, --rows: accepted with retry alone")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    plan, environment = stages.RUN, {}
+    plan, environment, archive = stages.RUN, {}, out / NAME
     if args.part == "retry":
+        archive = out / "retry.tgz"  # not over the one that is read
         plan = stages.retry(args.last or out / NAME, args.rows)
     elif args.part == "rehearse":
         environment = REHEARSAL
@@ -59,9 +67,11 @@ def run(args) -> int:
         work, cache = Path(folder, "work"), Path(folder, "triton")
         environment = {**environment, "TRITON_CACHE_DIR": str(cache)}
         work.mkdir()
-        with Archive(work, out):
+        with Archive(work, archive):
             results = run_stages(plan, work, out, seconds, environment)
-    return 0 if all(result.state == PASSED for result in results) else 1
+    # Of a rehearsal the tests on a GPU are skipped.
+    fine = (PASSED, NOTHING) if args.part == "rehearse" else (PASSED,)
+    return 0 if all(result.state in fine for result in results) else 1
 
 
 @dataclass
@@ -124,7 +134,9 @@ def run_stage(stage: Stage, work: Path, seconds: float, environment: dict[str, s
                 break
             say(f"{stage.name}: ended with {code}, {left} to go")
         states.append(state_of(code))
-    return next((state for state in states if state != PASSED), PASSED)
+    state = next((state for state in states if state != PASSED), PASSED)
+    found = {entry["outcome"] for entry in entries_of(work / f"{stage.name}.json")}
+    return NOTHING if state == PASSED and found and found <= {SKIPPED, NOT_RUN} else state
 
 
 def not_run(work: Path, stage: Stage) -> int:
@@ -134,6 +146,7 @@ def not_run(work: Path, stage: Stage) -> int:
 
 def state_of(code: int) -> str:
     named = {0: PASSED, 1: RED, NO_GPU: NO_GPU_HERE, KILLED: "cut at its limit"}
+    named |= {PARTLY: "partly run", 4: "names no test", 5: NOTHING}  # the last two are pytest's
     return named.get(code, f"crashed, exit status {code}")
 
 

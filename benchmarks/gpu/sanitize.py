@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.gpu.run import PARTLY
 from benchmarks.harness.outcomes import FAILED, NOT_RUN, PASSED
 from benchmarks.harness.rehearsal import REHEARSAL, size
 
@@ -40,7 +41,8 @@ def main() -> int:
         log = folder / f"sanitizer-{check}-{backend}.log"
         verdicts[f"{check} {backend}"] = run_check(check, backend, options, log, end)
         (folder / "sanitizer.json").write_text(json.dumps(verdicts, indent=1) + "\n")
-    return 1 if any(verdict.startswith(FAILED) for verdict in verdicts.values()) else 0
+    found = {verdict.split(":")[0] for verdict in verdicts.values()}
+    return 1 if FAILED in found else PARTLY if NOT_RUN in found else 0
 
 
 def run_check(check: str, backend: str, options: list[str], log: Path, end: float) -> str:

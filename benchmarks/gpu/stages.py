@@ -101,8 +101,8 @@ def sanitizer(work: Path, seconds: float) -> list[list[str]]:
 
 
 RUN = [
-    Stage("machine", 0.04, machine, summary.machine),
-    Stage("tests", 0.2, correctness, summary.tests),
+    Stage("machine", 0.06, machine, summary.machine),
+    Stage("tests", 0.18, correctness, summary.tests),
     rows("kernels", 0.13, (KERNELS,), f"not {OTHERS}"),
     rows("bge-m3", 0.15, (MODELS,), f"BGE-M3 and not {OTHERS}"),
     rows("e5-mistral", 0.17, (MODELS,), f"E5-mistral and not {OTHERS}"),

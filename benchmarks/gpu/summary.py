@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.harness import outcomes
 from benchmarks.harness.outcomes import entries_of, is_red, red_names
 from benchmarks.harness.tables import duration, table_row
-from benchmarks.harness.targets import TARGETS
+from benchmarks.harness.targets import TARGETS, Target
 
 MOST = 40  # lines of a list
 ROWS = (
@@ -61,7 +61,8 @@ def rows(work: Path, name: str) -> str:
     """Each row with its target, and with what is red: itself, or the tests of what it runs on."""
     entries = entries_of(work / f"{name}.json")
     wrong = red_names(entries_of(work / "tests.json"))
-    cells = [row for entry in entries for row in row_cells(entry, wrong)]
+    targets = {} if "no GPU:" in machine(work) else TARGETS
+    cells = [row for entry in entries for row in row_cells(entry, wrong, targets)]
     skipped = Counter(first_line(e) for e in entries if e["outcome"] == outcomes.SKIPPED)
     left = sum(entry["outcome"] == outcomes.NOT_RUN for entry in entries)
     return "\n".join(
@@ -74,13 +75,15 @@ def rows(work: Path, name: str) -> str:
     )
 
 
-def row_cells(entry: dict, wrong: set[str]) -> Iterable[tuple[str, ...]]:
+def row_cells(
+    entry: dict, wrong: set[str], targets: dict[str, Target]
+) -> Iterable[tuple[str, ...]]:
     figures = entry.get("extra_info", {})
     red = sorted(wrong & set(entry["covers"])) + (["this row"] if is_red(entry) else [])
     red += [figures["patch_error"]] if "patch_error" in figures else []
     wall = duration(figures["wall_seconds"]) if "wall_seconds" in figures else ""
     for name, measured in figures.get("rows", {}).items():
-        target = TARGETS.get(name)
+        target = targets.get(name)
         goal = ("", "", "")
         if target is not None:
             floor = "" if target.floor is None else f"{target.floor:,g}"

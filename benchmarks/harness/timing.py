@@ -92,7 +92,7 @@ def time_once(call: Callable) -> tuple[float, float | None]:
 # Seconds. The launches of longer calls run ahead of the GPU.
 SHORT = 0.02
 # Cycles per second of torch.cuda._sleep: no GPU's clock is faster, so that it sleeps no shorter.
-CLOCK = 2e9
+CLOCK = 3e9
 LONGEST_SLEEP = 0.5
 
 

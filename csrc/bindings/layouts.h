@@ -29,7 +29,7 @@ inline bool describes(const DLPackExchangeApi& api, PyObject* tensor, DLTensor* 
   try {
     if (api.tensor_from_object(tensor, out) == 0) return true;
     PyErr_Clear();
-  } catch (const std::exception&) {  // torch lets some of its own pass
+  } catch (const std::exception&) {  // of a sparse tensor: torch's own passes through its C function
   }
   return false;
 }

@@ -5,7 +5,6 @@ import functools
 import importlib
 import json
 from collections.abc import Callable
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -105,9 +104,14 @@ def layouts() -> Callable[[list[Tensor]], object]:
         return _layouts
 
 
-def _layouts(tensors: list[Tensor]) -> list[list]:
-    reads = (Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.stride)
-    return [list(map(read, tensors)) for read in reads]
+def _layouts(tensors: list[Tensor]) -> list[tuple]:
+    return [_layout(tensor) for tensor in tensors]
+
+
+def _layout(x: Tensor) -> tuple:
+    if x.is_meta or x.layout is not torch.strided:
+        return (id(x),)
+    return x.data_ptr(), x.device, x.dtype, x.shape, x.stride()
 
 
 def _unchanged(objects, classes, dicts, lengths, owners, keys, values) -> bool:

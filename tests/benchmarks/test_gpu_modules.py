@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,7 @@ def test_modules_of_these_sources_are_taken(package):
     carry(package, bundle.sources())
     assert modules.put_in_place() == ["the modules of bundle/"]
     assert sorted(path.name for path in package.iterdir()) == sorted(
-        ["_build.json", "triton_kernels", *(name + SUFFIX for name in MODULES)]
+        ["_build.json", "sources.json", "triton_kernels", *(name + SUFFIX for name in MODULES)]
     )
     assert (package / "triton_kernels").readlink() == Path("../../triton_kernels")
 
@@ -52,14 +54,32 @@ def test_modules_of_these_sources_are_taken(package):
 @HERE
 def test_modules_of_other_sources_are_not(package):
     carry(package, "0" * 64)
-    assert modules.put_in_place() == ["bundle/ is left: it was made from other sources", "built"]
+    left, _, built = modules.put_in_place()
+    assert (left, built) == ("bundle/ is left: they were made from other sources", "built")
+
+
+@HERE
+@pytest.mark.parametrize(
+    ("note", "age", "taken"),
+    [(None, 100, True), (None, -(10**9), False), ("these", -(10**9), True), ("0", 100, False)],
+    ids=["newer", "older", "of these sources", "of others"],
+)
+def test_modules_in_the_package_are_taken_if_they_are_of_these_sources(package, note, age, taken):
+    """A kernel that was mended is not tested by its old module."""
     for name in MODULES:
-        shutil.copy(BUILT / (name + SUFFIX), package)
-    assert modules.put_in_place()[1] == "the modules of python/embedfuse, as they were"
+        path = package / (name + SUFFIX)
+        shutil.copy(BUILT / path.name, path)
+        os.utime(path, (time.time() + age,) * 2)
+    if note is not None:
+        digest = bundle.sources() if note == "these" else note
+        (package / "sources.json").write_text(json.dumps({"sources": digest}))
+    last = modules.put_in_place()[-1]
+    assert last == ("the modules of python/embedfuse" if taken else "built")
 
 
 def test_without_any_they_are_built(package):
-    assert modules.put_in_place() == ["bundle/ is left: it holds no modules", "built"]
+    left, _, built = modules.put_in_place()
+    assert (left, built) == ("bundle/ is left: there are none", "built")
 
 
 @HERE
@@ -67,7 +87,7 @@ def test_a_module_that_does_not_load_is_named(package):
     carry(package, bundle.sources())
     broken = package.parent / "bundle" / "embedfuse" / ("_cuda" + SUFFIX)
     broken.write_bytes(b"no module")
-    line, built = modules.put_in_place()
+    line, _, built = modules.put_in_place()
     assert "ImportError" in line
     assert built == "built"
 

@@ -61,7 +61,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
 def test_a_stage_that_hangs_is_cut_and_the_rest_goes_on(folders, capsys):
     work, out = folders
     begun = time.monotonic()
-    with Archive(work, out):
+    with Archive(work, out / "results.tgz"):
         results = gpu.run_stages(PLAN, work, out, 20.0, {})
     assert time.monotonic() - begun < 20
     assert {r.stage.name: r.state for r in results} == {
@@ -102,7 +102,7 @@ from tests.benchmarks import test_gpu_run as cases
 work, out = Path(sys.argv[1]), Path(sys.argv[2])
 plan = [cases.PLAN[0], cases.stage("hangs", None, "import time; time.sleep(60)")]
 run.end_on_signals()
-with Archive(work, out, seconds=0.2):
+with Archive(work, out / "results.tgz", seconds=0.2):
     run.run_stages(plan, work, out, 60.0, {})
 """
 
@@ -232,7 +232,7 @@ def test_a_file_that_cannot_be_collected_stops_no_other(suite):
 def archive_of(folder: Path, out: Path, **files: list[dict]) -> Path:
     for name, entries in files.items():
         (folder / f"{name}.json").write_text(json.dumps({"benchmarks": entries}))
-    Archive(folder, out).write()
+    Archive(folder, out / "results.tgz").write()
     return out / "results.tgz"
 
 
@@ -268,11 +268,41 @@ def test_retry_runs_what_was_red_and_its_rows(folders):
 
 
 def test_retry_without_an_archive_says_so(folders):
-    work, out = folders
+    _, out = folders
     with pytest.raises(SystemExit, match=r"no such file; it is results\.tgz of an earlier run"):
         main(["gpu", "retry", "--out", str(out)])
-    with pytest.raises(SystemExit, match=r"holds no tests\.json"):
-        stages.retry(archive_of(work, out, kernels=[]), "")
+    (out / "notes.txt").write_text("no archive")
+    with pytest.raises(SystemExit, match=r"accepted is results\.tgz of a run"):
+        main(["gpu", "retry", "--last", str(out / "notes.txt"), "--out", str(out)])
+
+
+def test_retry_of_a_run_whose_tests_did_not_begin(folders):
+    work, out = folders
+    red = {"name": "rows.py::test_bert", "covers": [], "outcome": "failed"}
+    plan = stages.retry(archive_of(work, out, kernels=[red]), "")
+    assert [stage.name for stage in plan] == ["machine", "sanitizer", "rows"]
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--rows", "x"], ["--last", "x"]])
+def test_arguments_that_would_be_ignored(tmp_path, arguments):
+    with pytest.raises(SystemExit, match="accepted"):
+        main(["gpu", "--out", str(tmp_path), *arguments])
+
+
+def test_a_file_that_shrinks_breaks_no_archive(folders, monkeypatch):
+    work, out = folders
+    (work / "a.txt").write_text("long" * 1000)
+    (work / "b.txt").write_text("whole")
+    told = tarfile.TarFile.gettarinfo
+
+    def shrinks(self, *args, **kwargs):
+        info = told(self, *args, **kwargs)
+        (work / "a.txt").write_text("short")
+        return info
+
+    monkeypatch.setattr(tarfile.TarFile, "gettarinfo", shrinks)
+    Archive(work, out / "results.tgz").write()
+    assert stored(out) == {"a.txt": "short", "b.txt": "whole"}
 
 
 def test_the_shares_leave_no_stage_without_time():

@@ -423,7 +423,8 @@ def test_layouts_tell_where_tensors_are_and_what_they_hold(layouts):
 def test_layouts_of_what_has_no_address():
     meta, sparse = torch.ones(3, device="meta"), torch.ones(3).to_sparse()
     for x in (meta, sparse):
-        assert native.layouts()([x]) == native.layouts()([x]) != native.layouts()([x.clone()])
+        for layouts in (native.layouts(), native._layouts):
+            assert layouts([x]) == layouts([x]) != layouts([x.clone()])
 
 
 @pytest.mark.parametrize(
@@ -452,3 +453,19 @@ def test_the_report_says_why_layers_run_op_by_op(edit, reason):
     assert report.layers == ("one call" if reason is None else f"op by op: {reason}")
     assert f"layers        {report.layers}" in str(report)
     assert copy.deepcopy(model)._embedfuse.report.layers == "no inference has come"
+
+
+@torch.inference_mode()
+def test_the_report_says_what_keeps_kernels_from_running():
+    model = encoders.make_model("bert")
+    batch, report = encoders.make_batch(model), embedfuse.patch(model)
+    with embedfuse.use_backend("reference"):
+        states(model, batch)
+    assert report.layers == "op by op: backend 'reference' was asked for"
+    states(model, batch)
+    assert report.layers == "one call"
+    with torch.autocast("cpu", torch.bfloat16):
+        states(model, batch)
+    assert report.layers == "op by op: autocast is on for cpu"
+    states(model.double(), batch)
+    assert "no kernel for torch.float64 on cpu" in report.layers

@@ -16,7 +16,7 @@ class Programs:
 
     Args:
         record: makes the calls of a program, given it and whether only picked rows are wanted; raises Unfit.
-        tell: is told of each program that is made why it does not hold the layers, or None.
+        tell: is told at each call why no program runs, or None where one does.
     """
 
     def __init__(self, record: Callable[[Program, bool], None], tell: Callable[[str | None], None]):
@@ -26,6 +26,8 @@ class Programs:
     def for_call(self, weight: Tensor, tokens: int, picked: bool) -> Program | None:
         """The program for so many tokens, by a weight of the model; None where the ops or modules run."""
         if not kernels_run(weight, tokens):
+            if reason := kernels_refusal(weight):
+                self._tell(reason)
             return None
         key = weight.dtype, weight.device, picked, forced_backend()
         program = self._recorded.get(key)
@@ -34,6 +36,7 @@ class Programs:
             current = {k: p for k, p in self._recorded.items() if p.is_current()}
             program = current[key] = self._make(*key[:3])
             self._recorded = current
+        self._tell(program.refusal)
         return program if program.refusal is None else None
 
     def _make(self, dtype: torch.dtype, device: torch.device, picked: bool) -> Program:
@@ -42,9 +45,22 @@ class Programs:
             self._record(program, picked)
         except Unfit as unfit:
             program.refusal = str(unfit)
-        self._tell(program.refusal)
         program.finish()
         return program
+
+
+def kernels_refusal(weight: Tensor) -> str | None:
+    """Why the ops of a tower do not run their kernels on such weights; None if they do."""
+    device, forced = weight.device.type, forced_backend()
+    on_triton = runs_triton(weight.device)
+    if torch.is_autocast_enabled(device):
+        return f"autocast is on for {device}"
+    if forced not in (None, "triton" if on_triton else "cpp"):
+        return f"backend {forced!r} was asked for"
+    # most_rows knows it sooner.
+    if not (VARLEN.accelerates(weight) if on_triton else weight.is_cpu and most_rows(weight.dtype)):
+        return f"no kernel for {weight.dtype} on {device} that is faster than torch"
+    return None
 
 
 def kernels_run(weight: Tensor, tokens: int) -> bool:
@@ -52,14 +68,5 @@ def kernels_run(weight: Tensor, tokens: int) -> bool:
 
     Modes of torch (a FLOP counter, fake tensors) look at each op, so they get them.
     """
-    if runs_triton(weight.device):
-        runs = VARLEN.accelerates(weight) and forced_backend() in (None, "triton")
-    else:
-        fits = weight.is_cpu and tokens <= most_rows(weight.dtype)
-        runs = fits and forced_backend() in (None, "cpp")
-    return (
-        runs
-        and tokens > 0
-        and nothing_looks()
-        and not torch.is_autocast_enabled(weight.device.type)
-    )
+    fits = runs_triton(weight.device) or tokens <= most_rows(weight.dtype)
+    return fits and tokens > 0 and nothing_looks() and kernels_refusal(weight) is None

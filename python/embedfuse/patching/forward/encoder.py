@@ -135,7 +135,7 @@ class PackedEncoder(PackedModel):
         program = None
         if layout.programs is not None and table_size(words):
             program = layout.programs.for_call(words.weight, packed.tokens, rows is not None)
-        else:
+        elif layout.programs is not None:
             kind = type(words).__name__
             self._embedfuse.report.one_call(f"word_embeddings is a {kind}, or has a max_norm")
         positions = tokens.position_ids
