@@ -29,7 +29,8 @@ inline bool describes(const DLPackExchangeApi& api, PyObject* tensor, DLTensor* 
   try {
     if (api.tensor_from_object(tensor, out) == 0) return true;
     PyErr_Clear();
-  } catch (const std::exception&) {  // of a sparse tensor: torch's own passes through its C function
+  } catch (
+      const std::exception&) {  // of a sparse tensor: torch's own passes through its C function
   }
   return false;
 }
