@@ -251,8 +251,13 @@ class Other(torch.Tensor):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "x",
-    [torch.ones(1, device="meta"), torch.ones(1)._neg_view(), torch.ones(1).as_subclass(Other)],
-    ids=["meta", "minus sign", "subclass"],
+    [
+        torch.ones(1, device="meta"),
+        torch.ones(1)._neg_view(),
+        torch._efficientzerotensor((1,)),
+        torch.ones(1).as_subclass(Other),
+    ],
+    ids=["meta", "minus sign", "zeros", "subclass"],
 )
 def test_the_dispatcher_sees_what_it_resolves(op, monkeypatch, x):
     op.impl("cpp", times(2))

@@ -69,13 +69,20 @@ def nothing_looks() -> bool:
     )
 
 
+def profiles() -> bool:
+    """Whether a profiler of torch runs."""
+    return _C._autograd._profiler_enabled()
+
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_plain(argument: object) -> bool:
     """Whether torch would hand this argument of an op as it is to the function that runs it."""
     if isinstance(argument, Tensor):
-        return type(argument) in _PLAIN and not (argument.is_meta or argument.is_neg())
+        lazy = argument.is_neg() or argument._is_zerotensor()  # the dispatcher writes them out
+        stored = _C._has_storage(argument) and not argument.is_meta
+        return type(argument) in _PLAIN and stored and not lazy
     return not isinstance(argument, (list, tuple)) or all(map(_is_plain, argument))
 
 
@@ -180,7 +187,7 @@ class Op:
 
     def __call__(self, *args):
         # The dispatcher takes as long as a small kernel.
-        unseen = nothing_looks() and not _C._autograd._profiler_enabled()
+        unseen = nothing_looks() and not profiles()
         if unseen and all(map(_is_plain, args)):
             return self._run(*args)
         return self.overload(*args)

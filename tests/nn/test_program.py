@@ -469,3 +469,34 @@ def test_the_report_says_what_keeps_kernels_from_running():
     assert report.layers == "op by op: autocast is on for cpu"
     states(model.double(), batch)
     assert "no kernel for torch.float64 on cpu" in report.layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make", [torch.Tensor.to_sparse, lambda w: torch._efficientzerotensor(w.shape)]
+)
+def test_weights_without_memory_of_their_own_run_in_torch(make):
+    model = encoders.make_model("bert")
+    query = model.encoder.layer[0].attention.self.query
+    query.weight = nn.Parameter(make(query.weight.detach()), requires_grad=False)
+    batch = encoders.make_batch(model)
+    expected = encoders.states(model, batch)
+    embedfuse.patch(model)
+    torch.testing.assert_close(encoders.states(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "mistral"])
+def test_a_model_on_the_meta_device_answers(family):
+    model = FAMILIES[family](family)
+    embedfuse.patch(model)
+    ids = torch.ones(1, 5, dtype=torch.int64, device="meta")
+    assert model.to("meta")(input_ids=ids).last_hidden_state.shape[:2] == (1, 5)
+
+
+def test_a_profiler_sees_the_layers():
+    model = encoders.make_model("bert")
+    embedfuse.patch(model)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        model(**encoders.make_batch(model))
+    assert "embedfuse::linear" in {event.key for event in profile.key_averages()}

@@ -295,3 +295,25 @@ def test_only_the_gradient_to_documents_sorts(of):
     with Launches() as launches:
         scores.sum().backward()
     assert launches.names.count("sort") == (of == "documents")
+
+
+def test_no_default_device_moves_the_texts():
+    q, d = tensor(2, 3, 8), tensor(3, 4, 8, seed=1)
+    wanted = maxsim(q, d)
+    with torch.device("meta"):
+        for documents in (d, list(d), quantize_int8(d)):
+            assert maxsim(q, documents).device.type == "cpu"
+        assert torch.equal(maxsim(q, d), wanted)
+        assert maxsim(q, d, pairs=torch.tensor([[1, 2]], device="cpu")).item() == wanted[1, 2]
+
+
+def test_batched_gradients():
+    q, d = tensor(2, 3, 8).requires_grad_(), tensor(3, 4, 8, seed=1).requires_grad_()
+    grads = tensor(5, 2, 3, seed=2)
+    scores = maxsim(q, d)
+    found = torch.autograd.grad(scores, (q, d), grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for x, y in zip(
+            found, torch.autograd.grad(scores, (q, d), grad, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(x[i], y)

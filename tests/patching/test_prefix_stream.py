@@ -252,3 +252,50 @@ def test_another_stamp_empties_the_cache():
     assert cache.prefixes("b") == []
     cache.remember("a", ids, [], prefix)  # of a step that began before the change
     assert cache.prefixes("b") == []
+
+
+def fused_step(model):
+    """Gradients by hand: no forward with gradients is seen, and no version counted."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def read_into_the_same_buffer(model):
+    weight = model.state_dict()["layers.0.self_attn.k_proj.weight"]
+    memory = weight.numpy().copy()
+
+    def load(factor):
+        memory[:] *= factor
+        changed = {"layers.0.self_attn.k_proj.weight": torch.from_numpy(memory)}
+        model.load_state_dict({**model.state_dict(), **changed}, assign=True)
+
+    load(1)
+    return lambda model: load(-3)
+
+
+def loose_weight(model):
+    projection = model.layers[0].self_attn.k_proj
+    weight = projection.weight.detach().clone()
+    del projection.weight
+    projection.weight = weight
+    return lambda model: setattr(projection, "weight", weight * -3)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda model: fused_step, read_into_the_same_buffer, loose_weight],
+    ids=["fused step", "the same buffer", "loose weight"],
+)
+def test_weights_that_change_without_a_sign_of_it(model, prepare):
+    queries = texts([40], [41], [42])
+    embedfuse.patch(model, reuse_prefixes="stream")
+    change = prepare(model)
+    for query in queries[:2]:
+        embed(model, [query])
+    change(model)
+    found = embed(model, [queries[2]])
+    embedfuse.unpatch(model)
+    assert_close(found, embed(model, [queries[2]]), **TIGHT)

@@ -11,7 +11,12 @@ from embedfuse.ops.linear import most_rows
 
 def is_inference(x: Tensor) -> bool:
     """Whether no gradient is recorded and autocast is off: a kernel may then replace torch's operators."""
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
+    return not (torch.is_grad_enabled() or autocasts(x))
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; torch asks no such thing of the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def linear(module: nn.Module, x: Tensor, inference: bool) -> Tensor:
@@ -20,6 +25,8 @@ def linear(module: nn.Module, x: Tensor, inference: bool) -> Tensor:
         return module(x)
     if inference and linear_takes(x, module):
         return LINEAR(x, [module.weight], [module.bias])
+    if module.weight.layout is torch.sparse_coo:  # which torch takes with the model's shapes alone
+        return F.linear(x[None], module.weight, module.bias)[0]
     return F.linear(x, module.weight, module.bias)
 
 
@@ -28,7 +35,7 @@ def linear_gelu(module: nn.Linear, x: Tensor) -> Tensor:
     if linear_takes(x, module):
         return LINEAR(x, [module.weight], [module.bias], True)
     # In place: the tensor is ours.
-    return torch.ops.aten.gelu_(F.linear(x, module.weight, module.bias))
+    return torch.ops.aten.gelu_(linear(module, x, inference=False))
 
 
 def linears(modules: tuple[nn.Module, ...], x: Tensor, inference: bool) -> tuple[Tensor, ...]:

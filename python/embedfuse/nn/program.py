@@ -104,7 +104,8 @@ class Program:
             others = f"others are {self.dtype} on {self.device}"
             raise Unfit(f"{what} is {held.dtype} on {held.device}; {others}")
         if held.shape != shape or not held.is_contiguous():
-            raise Unfit(f"{what} has shape {tuple(held.shape)}, not {shape}, or is not contiguous")
+            found = f"shape {tuple(held.shape)} and strides {held.stride()}"
+            raise Unfit(f"{what} has {found}; accepted is {shape}, contiguous")
         return held.data_ptr() if self._native else held
 
     def table(self, module: nn.Module, columns: int) -> tuple[Any, int]:
@@ -270,7 +271,7 @@ class Program:
 def columns_of(module: nn.Module) -> int:
     """Of a linear layer's output."""
     if type(module) is not nn.Linear:
-        raise Unfit(f"a linear layer is a {type(module).__name__}")
+        raise Unfit(f"a linear layer is a {type(module).__module__}.{type(module).__qualname__}")
     return len(module.weight)
 
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from embedfuse.nn.linear import autocasts
 from embedfuse.nn.program import Program, Unfit, runs_triton
 from embedfuse.ops.linear import most_rows
 from embedfuse.ops.varlen_attention import OP as VARLEN
-from embedfuse.registry import forced_backend, nothing_looks
+from embedfuse.registry import forced_backend, nothing_looks, profiles
 
 
 class Programs:
@@ -53,7 +54,7 @@ def kernels_refusal(weight: Tensor) -> str | None:
     """Why the ops of a tower do not run their kernels on such weights; None if they do."""
     device, forced = weight.device.type, forced_backend()
     on_triton = runs_triton(weight.device)
-    if torch.is_autocast_enabled(device):
+    if autocasts(weight):
         return f"autocast is on for {device}"
     if forced not in (None, "triton" if on_triton else "cpp"):
         return f"backend {forced!r} was asked for"
@@ -66,7 +67,9 @@ def kernels_refusal(weight: Tensor) -> str | None:
 def kernels_run(weight: Tensor, tokens: int) -> bool:
     """Whether every op of a tower would run its kernel, unseen by torch's dispatcher.
 
-    Modes of torch (a FLOP counter, fake tensors) look at each op, so they get them.
+    Modes of torch (a FLOP counter, fake tensors) look at each op, so they get them; so does a profiler, which
+    sees the launches on a GPU but not into a native call.
     """
+    unseen = nothing_looks() and (runs_triton(weight.device) or not profiles())
     fits = runs_triton(weight.device) or tokens <= most_rows(weight.dtype)
-    return fits and tokens > 0 and nothing_looks() and kernels_refusal(weight) is None
+    return fits and tokens > 0 and unseen and kernels_refusal(weight) is None

@@ -12,10 +12,12 @@ _READABLE = (Tensor, nn.Parameter)
 
 
 def as_tensor(x) -> Tensor:
-    """torch.as_tensor, and a copy of an array with negative strides, whose memory torch cannot share."""
+    """A tensor as it is, and an array's memory, copied where strides are negative; on no default device."""
+    if isinstance(x, Tensor):
+        return x
     if isinstance(x, np.ndarray) and min(x.strides, default=0) < 0:
         x = x.copy()
-    return torch.as_tensor(x)
+    return torch.as_tensor(x, device="cpu")
 
 
 def is_readable(x: Tensor) -> bool:
@@ -29,8 +31,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a kernel may read x by its address: strided, no subclass, no lazy minus sign."""
-    return type(x) in _READABLE and x.layout is torch.strided and not x.is_neg()
+    """Whether a kernel may read x by its address: strided, no subclass, no lazy minus sign or zeros."""
+    lazy = x.is_neg() or x._is_zerotensor()
+    return type(x) in _READABLE and x.layout is torch.strided and not lazy
 
 
 def kernel_takes(op: Op, first: Tensor, *others: Tensor | None) -> bool:

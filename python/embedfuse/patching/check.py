@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from embedfuse.ops.checks import is_dense
 from embedfuse.packing import pack
 from embedfuse.patching.forward.graph_replay import device_refusal
 from embedfuse.patching.forward.tokens import Batch
@@ -160,7 +161,7 @@ def check_loaded(model: nn.Module) -> None:
 
 def parameter_bytes(model: nn.Module) -> int:
     """Memory of the parameters, each storage counted once."""
-    plain = [p.untyped_storage() for p in model.parameters() if type(p) is nn.Parameter]
+    plain = [p.untyped_storage() for p in model.parameters() if is_dense(p)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in plain}.values())
 
 

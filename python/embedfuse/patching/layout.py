@@ -41,6 +41,7 @@ class Layout:
         modules: All modules inside the model.
         custom_modules: Path and module of those that are neither of the model's modelling file nor known
             layers of torch and transformers: adapters, quantised layers. They are called as modules.
+        loose_tensors: Whether a module has a tensor that is no parameter and no buffer.
         custom_kinds: Path and class of these, and of weights of another class than Parameter.
     """
 
@@ -53,6 +54,9 @@ class Layout:
         self.refusal = obstacle(model)
         named = list(model.named_modules())[1:]
         self.modules = [module for _, module in named]
+        self.loose_tensors = any(
+            isinstance(value, Tensor) for module in self.modules for value in vars(module).values()
+        )
         known = (model.original.__module__, "transformers.activations")
         self.custom_modules = [
             (path, module)

@@ -116,11 +116,11 @@ def _direction(x: Tensor, normalize: bool) -> Tensor:
 
 def _of_entries(other, rows, other_rows, weights, found, count: int) -> Tensor:
     """(count, depth): each entry that is found adds weight times a row of `other` to a row."""
-    rows = torch.where(found, rows, count).flatten()
+    rows = torch.where(found, rows, count).reshape(-1)  # flatten has no rule for batched gradients
     # Half the passes of int64.
     rows, order = (rows.int() if count < 2**31 else rows).sort(stable=True)
     indptr = torch.searchsorted(rows, torch.arange(count + 1, device=rows.device, dtype=rows.dtype))
-    return segment_sum(other, weights.flatten()[order], other_rows.flatten()[order], indptr)
+    return segment_sum(other, weights.reshape(-1)[order], other_rows.reshape(-1)[order], indptr)
 
 
 def _of_all_pairs(d, rows_d, weights, query_spans, count: int) -> Tensor:
@@ -131,7 +131,9 @@ def _of_all_pairs(d, rows_d, weights, query_spans, count: int) -> Tensor:
     """
     queries, width = len(query_spans), rows_d.shape[1]
     documents = len(rows_d) // max(queries, 1)
-    weights, rows_d = (x.reshape(queries, documents, width).mT.flatten() for x in (weights, rows_d))
+    weights, rows_d = (
+        x.reshape(queries, documents, width).mT.reshape(-1) for x in (weights, rows_d)
+    )
     rows, starts = torch.arange(count + 1, device=d.device), query_spans[:, 0].contiguous()
     query = torch.searchsorted(starts, rows, right=True) - 1
     place = rows - starts[query.clamp_min(0)]

@@ -228,7 +228,7 @@ def _rows_of_texts(name: str, x: Sequence, q: Tensor | None):
     parts = [_values_and_scale(text) for text in texts] or [(like[:0], None)]
     rows = [values for values, _ in parts]
     lengths = [text.shape[0] for text in rows]  # not len(): a tensor's takes microseconds
-    ends = torch.tensor([0, *lengths]).cumsum(0)
+    ends = torch.tensor([0, *lengths], device="cpu").cumsum(0)
     (ends,) = to_device(like.device, ends)
     spans = neighbours(ends)[: len(texts)]
     scales = [s.expand(n) for (_, s), n in zip(parts, lengths, strict=True) if s is not None]
@@ -263,7 +263,7 @@ def _check_pairs(pairs: Tensor, q: Tensor, queries: int, documents: int) -> None
     check_device("pairs", pairs, "q", q)
     if not is_readable(pairs) or len(pairs) == 0:
         return
-    limits = torch.tensor([queries, documents])
+    limits = torch.tensor([queries, documents], device="cpu")
     if pairs.amin() < 0 or (pairs.amax(0) >= limits).any():
         raise ValueError(f"pairs: accepted are numbers below {queries} and {documents}, from 0")
 

@@ -12,6 +12,7 @@ from embedfuse.nn.graphs import WEIGHT_BOUND_TOKENS
 from embedfuse.nn.linear import is_inference
 from embedfuse.nn.prefixes import PrefixCache, Step, shared_steps
 from embedfuse.nn.programs import Programs
+from embedfuse.nn.stamp import Stamp
 from embedfuse.nn.tower import STEP_TOKENS
 from embedfuse.packing import Packed
 from embedfuse.patching.check import Probe
@@ -161,6 +162,7 @@ class PackedDecoder(PackedModel):
             reuse == "off"
             or self._bidirectional
             or not is_inference(x)
+            or x.is_meta  # prefixes are found on the host
             or tokens.position_ids is not None
         ):
             return None
@@ -184,9 +186,10 @@ class PackedDecoder(PackedModel):
         small = packed.sequences == 1 or packed.tokens <= WEIGHT_BOUND_TOKENS
         return small or self._bidirectional or self._embedfuse.options.reuse_prefixes == "off"
 
-    def _stamp(self, layout: Layout) -> tuple | None:
+    def _stamp(self, layout: Layout) -> Stamp | None:
         """What the keys of a prefix depend on, as a value to compare; None where that cannot be listed."""
-        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or layout.custom_modules:
+        listed = not (layout.custom_modules or layout.loose_tensors)
+        if self.rotary_emb.rope_type in _ANGLES_BY_LENGTH or not listed:
             return None
         parameters = [p for m in layout.modules for p in m._parameters.values() if p is not None]
         buffers = [b for m in layout.modules for b in m._buffers.values() if b is not None]
@@ -196,8 +199,7 @@ class PackedDecoder(PackedModel):
             for p in parameters
         ):
             return None
-        known = (t for t in (*parameters, *buffers) if not t.is_inference())
-        return tuple((t.data_ptr(), t._version, t.dtype) for t in known)
+        return Stamp([t for t in (*parameters, *buffers) if not t.is_inference()])
 
     @property
     def _bidirectional(self) -> bool:
