@@ -7,6 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.driver import driver
+
+from benchmarks.kernels.stubbed import StubDriver
+from embedfuse.registry import triton_interprets
 from embedfuse.triton_kernels import (
     add_layer_norm,
     add_rms_norm,
@@ -16,12 +22,6 @@ from embedfuse.triton_kernels import (
     varlen_attention,
 )
 from embedfuse.triton_kernels.launch import Launch, forget, prepared
-from triton._C.libtriton import native_specialize_impl
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime.driver import driver
-
-from benchmarks.kernels.stubbed import StubDriver
-from embedfuse.registry import triton_interprets
 
 if triton_interprets():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
 from embedfuse.triton_kernels.launch import Launch, prepared
 from embedfuse.triton_kernels.tuned import Tunable
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
 from embedfuse.triton_kernels._info_nce_scores import (
     place,
     score_tile,

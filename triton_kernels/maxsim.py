@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
+from embedfuse.registry import triton_interprets
 from embedfuse.triton_kernels._maxsim_tile import (
     load_slice,
     row_normalizers,
@@ -24,8 +26,6 @@ from embedfuse.triton_kernels._maxsim_tile import (
     tile_scores,
 )
 from embedfuse.triton_kernels.tuned import Tunable
-
-from embedfuse.registry import triton_interprets
 
 
 def default_config(dtype, depth: int, rows: int, queries: int, int8: bool, more: bool) -> dict:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from embedfuse.triton_kernels import launch
 
 logger = logging.getLogger("embedfuse")

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from embedfuse.triton_kernels.launch import Launch, prepared
-from embedfuse.triton_kernels.tuned import Tunable
 
 from embedfuse.registry import triton_interprets
+from embedfuse.triton_kernels.launch import Launch, prepared
+from embedfuse.triton_kernels.tuned import Tunable
 
 
 def default_config(dtype: torch.dtype, head_dim: int, rows: int) -> dict:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 import triton
-from embedfuse.triton_kernels import info_nce_fused, maxsim, tuned
 from triton.testing import do_bench
 
 from benchmarks.gpu.search import Rejected
@@ -15,6 +14,7 @@ from benchmarks.harness.timing import DEVICE, seconds
 from benchmarks.kernels.machine_code import kernel_modules, replaced, tunables_of
 from embedfuse import testing, use_backend
 from embedfuse.registry import OPS, Op
+from embedfuse.triton_kernels import info_nce_fused, maxsim, tuned
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from embedfuse.triton_kernels.launch import Launch
 from torch import Tensor
 from transformers import MistralConfig, MistralModel, XLMRobertaConfig, XLMRobertaModel
 
@@ -24,6 +23,7 @@ from embedfuse.nn.decoder import decode
 from embedfuse.nn.programs import Programs
 from embedfuse.packing import unpadded
 from embedfuse.patching.forward.tokens import Batch, Tokens
+from embedfuse.triton_kernels.launch import Launch
 
 LENGTHS = (3, 5)
 NARROW = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 64, "vocab_size": 100}

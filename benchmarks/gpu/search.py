@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from embedfuse.triton_kernels import tuned
-from embedfuse.triton_kernels.tuned import Tunable
 
 from benchmarks.harness.files import write_json
+from embedfuse.triton_kernels import tuned
+from embedfuse.triton_kernels.tuned import Tunable
 
 
 class Rejected(Exception):

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-from embedfuse.triton_kernels import tuned
 
 from benchmarks.gpu.search import search
 from benchmarks.harness.rehearsal import REHEARSAL, size
 from benchmarks.harness.timing import DEVICE
+from embedfuse.triton_kernels import tuned
 
 FOLDER = Path(__file__).parents[2] / "triton_kernels" / "configs"
 

@@ -16,10 +16,11 @@ from unittest import mock
 
 import torch
 import triton
-from embedfuse.triton_kernels import launch as prepared
-from embedfuse.triton_kernels import tuned
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+
+from embedfuse.triton_kernels import launch as prepared
+from embedfuse.triton_kernels import tuned
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {

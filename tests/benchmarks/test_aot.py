@@ -8,11 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from embedfuse.triton_kernels import add_layer_norm, maxsim, tuned
-
 from benchmarks.__main__ import main
 from benchmarks.kernels import aot, machine_code
 from embedfuse.registry import triton_interprets
+from embedfuse.triton_kernels import add_layer_norm, maxsim, tuned
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from embedfuse.triton_kernels import tuned
-
 from benchmarks.__main__ import main
 from benchmarks.gpu import tune
 from benchmarks.gpu.search import Rejected, search
+from embedfuse.triton_kernels import tuned
 
 HEADER = {"chip": "sm_90", "device": "a GPU", "triton": "3.6.0", "torch": "2.11.0"}
 

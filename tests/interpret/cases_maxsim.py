@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from embedfuse.triton_kernels import maxsim
 
 from embedfuse import testing
 from embedfuse.ops.maxsim.op import OP
 from embedfuse.registry import use_backend
+from embedfuse.triton_kernels import maxsim
 
 # Slots of 16 rows in tiles of 128: all fit; some rows past their slot; more than a tile of queries.
 QUERIES = {

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from embedfuse.triton_kernels.launch import Launch
 from torch import nn
 
 import embedfuse
@@ -14,6 +13,7 @@ from embedfuse.nn.flash import Flash
 from embedfuse.nn.programs import Programs
 from embedfuse.ops.varlen_attention import varlen_attention
 from embedfuse.packing import unpadded
+from embedfuse.triton_kernels.launch import Launch
 from tests.no_wait import META, NoTensorOfAList, NoWait
 from tests.patching import decoders, encoders
 

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from embedfuse.triton_kernels import info_nce_fused, tuned
 
 from embedfuse import testing
 from embedfuse.ops.info_nce.op import BACKWARD, FORWARD, MASKS, make_inputs
 from embedfuse.ops.pool_normalize import POOLINGS
 from embedfuse.ops.varlen_attention import OP as ATTENTION
 from embedfuse.registry import OPS, use_backend
+from embedfuse.triton_kernels import info_nce_fused, tuned
 from tests import pool_normalize_checks as checks
 
 TRITON_OPS = [op for op in OPS.values() if "triton" in testing.backends(op, "cpu")]
