@@ -7,7 +7,6 @@ says so. A rehearsal runs all of it on the CPU with small models.
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
@@ -20,9 +19,8 @@ from benchmarks.harness.rehearsal import REHEARSAL, size
 from benchmarks.harness.targets import TARGETS
 from benchmarks.harness.timing import DEVICE, interleaved
 from benchmarks.models import workloads
-from benchmarks.models.pairs import ModelPair
+from benchmarks.models.pairs import ModelPair, patched_pair
 from benchmarks.models.workloads import BULK_TEXTS, INSTRUCTED, INSTRUCTION, LONGEST, MIXED, QUERY
-from embedfuse.patching import PatchError, check
 
 ALL = ("dense", "sparse", "multi")
 BATCH = size(64, 4)  # texts
@@ -52,21 +50,9 @@ def of(*names: str):
 @pytest.fixture(scope="module")
 def models(request) -> Iterator[ModelPair]:
     with pytest.MonkeyPatch.context() as patch:
-        yield patched_pair(request.param, patch)
+        yield patched_pair(request.param, DEVICE, patch)
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def patched_pair(name: str, patch: pytest.MonkeyPatch) -> ModelPair:
-    """The models; where `patch` refuses to patch, without its bound, and with its reason in `patch_error`."""
-    try:
-        return ModelPair(name, DEVICE)
-    except PatchError as error:
-        print(f"{name}: PatchError: {error}; timed without that bound", flush=True)
-        patch.setitem(check.BOUNDS, torch.bfloat16, math.inf)
-        models = ModelPair(name, DEVICE)
-        models.patch_error = f"PatchError: {error}"
-        return models
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu import bundle, modules
 from benchmarks.gpu.bundle import MODULES, SUFFIX
+from benchmarks.models import pairs
 from embedfuse.patching import PatchError, check
 
 BUILT = bundle.PACKAGE
@@ -110,8 +111,6 @@ def test_the_build_meets_no_pyproject(monkeypatch, tmp_path):
 
 
 def test_a_model_whose_check_fails_is_timed_without_the_bound(monkeypatch, capsys):
-    from benchmarks.gpu import test_gpu_models as models
-
     bounds = []
 
     class Pair:
@@ -122,9 +121,9 @@ def test_a_model_whose_check_fails_is_timed_without_the_bound(monkeypatch, capsy
             if bounds[-1] < 1:
                 raise PatchError("last_hidden_state: deviates by 2.0e-01")
 
-    monkeypatch.setattr(models, "ModelPair", Pair)
+    monkeypatch.setattr(pairs, "ModelPair", Pair)
     with pytest.MonkeyPatch.context() as patch:
-        pair = models.patched_pair("E5-mistral-7B", patch)
+        pair = pairs.patched_pair("E5-mistral-7B", "cpu", patch)
         assert pair.patch_error == "PatchError: last_hidden_state: deviates by 2.0e-01"
     assert bounds == [0.12, math.inf]
     assert check.BOUNDS[torch.bfloat16] == 0.12

@@ -35,9 +35,14 @@ def stage(name: str, share: float | None, *codes: str) -> Stage:
 
 
 def runs(folder: Path) -> bool:
-    """Whether the child of HANG does."""
+    """Whether the child of HANG does, some seconds after it was killed."""
     state = Path("/proc", (folder / "pid").read_text(), "stat")
-    return state.exists() and state.read_text().split()[2] != "Z"
+    until = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z":
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1], 'written.txt').write_text('figures')"

@@ -263,7 +263,7 @@ def test_a_forced_backend(model, runs, backend):
 class OnGpu:
     """A weight on a GPU: all that the choice depends on."""
 
-    is_cpu, device, dtype = False, torch.device("cuda", 0), torch.float16
+    is_cpu, is_meta, device, dtype = False, False, torch.device("cuda", 0), torch.float16
 
 
 @pytest.mark.parametrize(

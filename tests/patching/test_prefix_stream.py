@@ -140,7 +140,9 @@ def test_moving_or_casting_forgets(model):
         embed(model, [query])
     cache = model._embedfuse.prefixes
     assert len(cache.prefixes(cache.stamp)) == 1
-    model.float()
+    model.float()  # moves nothing
+    assert len(cache.prefixes(cache.stamp)) == 1
+    model.double().float()
     assert not cache.prefixes(cache.stamp)
 
 

@@ -162,7 +162,7 @@ class PackedDecoder(PackedModel):
             reuse == "off"
             or self._bidirectional
             or not is_inference(x)
-            or x.is_meta  # prefixes are found on the host
+            or (x.is_meta and packed.ids is None)  # prefixes are found on the host
             or tokens.position_ids is not None
         ):
             return None
