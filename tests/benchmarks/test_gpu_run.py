@@ -17,21 +17,9 @@ from benchmarks.gpu import stages, summary
 from benchmarks.gpu.archive import Archive
 from benchmarks.gpu.limits import KILLED, run_limited
 from benchmarks.gpu.stages import Stage
+from tests.benchmarks.gpu_stages import HANG, PLAN, stage
 
 ROOT = Path(__file__).parents[2]
-HANG = """
-import pathlib, subprocess, sys
-child = subprocess.Popen(["sleep", "60"])
-pathlib.Path(sys.argv[1], "pid").write_text(str(child.pid))
-child.wait()
-"""
-
-
-def stage(name: str, share: float | None, *codes: str) -> Stage:
-    def commands(work, seconds):
-        return [[sys.executable, "-c", code, str(work)] for code in codes]
-
-    return Stage(name, share, commands, lambda work: f"table of {name}")
 
 
 def runs(folder: Path) -> bool:
@@ -43,16 +31,6 @@ def runs(folder: Path) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1], 'written.txt').write_text('figures')"
-PLAN = [
-    stage("sound", 0.2, WRITE),
-    stage("hangs", 0.1, HANG, "raise SystemExit('never')"),
-    stage("crashes", 0.2, "import os; os._exit(11)"),
-    stage("red", 0.2, "raise SystemExit(1)"),
-    stage("last", None, "print('still here')"),
-]
 
 
 @pytest.fixture
@@ -103,7 +81,7 @@ import sys
 from pathlib import Path
 from benchmarks.gpu import run
 from benchmarks.gpu.archive import Archive
-from tests.benchmarks import test_gpu_run as cases
+from tests.benchmarks import gpu_stages as cases
 work, out = Path(sys.argv[1]), Path(sys.argv[2])
 plan = [cases.PLAN[0], cases.stage("hangs", None, "import time; time.sleep(60)")]
 run.end_on_signals()

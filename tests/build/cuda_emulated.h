@@ -1,6 +1,6 @@
 // The part of CUDA C++ that csrc/cuda uses, on the host. A launch starts a thread for each of a block's threads;
-// blocks run one after the other, each on shared memory that holds garbage, NaN where it is read as floats. What a
-// GPU would hang on or leave undefined ends the process; what it refuses to launch is an error, as there.
+// blocks run one after the other, each on shared memory that holds garbage, NaN where it is read as floats. The
+// process ends where a GPU would wait for ever or compute anything; a launch that it refuses is an error, as there.
 //
 // test_cuda_emulated.py rewrites launches and `extern __shared__` and puts this in place of CUDA's headers.
 // Not seen: races between blocks, and the timing of a warp, whose threads are as independent as a block's.

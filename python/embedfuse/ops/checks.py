@@ -12,12 +12,15 @@ _READABLE = (Tensor, nn.Parameter)
 
 
 def as_tensor(x) -> Tensor:
-    """A tensor as it is, and an array's memory, copied where strides are negative; on no default device."""
+    """A tensor as it is, and an array's memory, copied where strides are negative.
+
+    Neither goes to torch's default device, as by torch.as_tensor.
+    """
     if isinstance(x, Tensor):
         return x
-    if isinstance(x, np.ndarray) and min(x.strides, default=0) < 0:
-        x = x.copy()
-    return torch.as_tensor(x, device="cpu")
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(x.copy() if min(x.strides, default=0) < 0 else x)
+    return torch.as_tensor(x)  # an array of another library, which may lie on a GPU
 
 
 def is_readable(x: Tensor) -> bool:
